@@ -1,0 +1,40 @@
+"""Which tests this process can run: Triton is interpreted or compiled, never both in one process."""
+
+import os
+
+import pytest
+import torch
+
+import torch_paged  # noqa: F401 - registers the operators
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+DEVICES = [
+    pytest.param("cpu", id="cpu"),
+    pytest.param("cpu", id="interpreter", marks=pytest.mark.interpreter),
+    pytest.param("cuda", id="cuda", marks=pytest.mark.gpu),
+]
+
+
+def pytest_configure(config):  # noqa: ARG001
+    if INTERPRETED:
+        import interpreter_fixes  # noqa: F401 - mends Triton's interpreter before any kernel is imported
+
+
+def pytest_collection_modifyitems(config, items):
+    """Deselect what this process cannot run; `-m gpu` without a GPU is left with nothing, which pytest calls a failure."""
+    here = [item for item in items if _can_run(item)]
+    config.hook.pytest_deselected(items=[item for item in items if not _can_run(item)])
+    items[:] = here
+
+
+def _can_run(item):
+    if "gpu" in item.keywords:
+        return torch.cuda.is_available() and not INTERPRETED
+    return ("interpreter" in item.keywords) == INTERPRETED
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    """Where an operator runs: its CPU implementation, its Triton kernel interpreted, its Triton kernel on a GPU."""
+    return request.param

@@ -1,0 +1,65 @@
+"""Imports run one way, and the package loads cold without Triton, quickly."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "torch_paged"
+
+# Who may import whom within the package; a name stands for a file or a folder. Everything else is forbidden.
+ALLOWED = {
+    "__init__": {"cache", "functional", "memory", "ops"},
+    "functional": set(),
+    "ops": {"bounds", "checks", "cpu", "kernels"},
+    "checks": set(),
+    "bounds": set(),
+    "cache": {"functional", "memory"},
+    "memory": set(),
+    "cpu": set(),
+    "kernels": set(),
+    "reference": set(),
+    "testing": set(),
+}
+
+
+def room(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path):
+    """Dotted names of every import in a file, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            if node.module == "torch_paged":
+                yield from (f"torch_paged.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_one_way(path):
+    here = room(path)
+    own = {name.split(".")[1] for name in imported(path) if name.startswith("torch_paged.")}
+    assert own - {here} <= ALLOWED[here]
+    outside = {name.split(".")[0] for name in imported(path)} - set(sys.stdlib_module_names) - {"torch_paged"}
+    assert outside <= {"memory": {"numpy"}, "kernels": {"torch", "triton"}}.get(here, {"torch", "numpy"})
+
+
+def test_cold_import_without_triton():
+    """No triton, no compiler, under 0.3 s more than torch itself (three times that on a busy machine)."""
+    script = (
+        "import sys, time; sys.modules['triton'] = None; import torch; start = time.perf_counter();"
+        "import torch_paged; took = time.perf_counter() - start;"
+        "assert took < 0.9, took; assert not {'torch._dynamo', 'torch._inductor'} & set(sys.modules);"
+        "q = torch.randn(2, 4, 32); kv = torch.randn(3, 4, 2, 32);"
+        "print(torch.ops.paged.attention(q, kv, kv, torch.zeros(2, 1, dtype=torch.int32),"
+        "torch.ones(2, dtype=torch.int32)).shape)"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "[2, 4, 32]" in done.stdout

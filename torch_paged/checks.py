@@ -1,0 +1,243 @@
+"""What every operator demands of its arguments' dtypes, shapes, strides, devices and options.
+
+One function an operator, with the operator's own signature, run by its fake kernel and at the head of every
+implementation. Sizes may be symbolic: relations between them go through `_require`, never through `if`.
+Values (ids, slots, lengths) are the duty of `bounds`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+QUANTISED_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+_INT32 = (torch.int32,)
+_INT64 = (torch.int64,)
+_FLOAT32 = (torch.float32,)
+
+
+def attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = True,  # noqa: ARG001 - both values are served
+    **options: Any,
+) -> None:
+    """Arguments of `paged::attention` and `paged::attention_with_lse`."""
+    for name, value in options.items():
+        _not_yet(name, value)
+    if isinstance(scale, float) and not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, got {scale}")
+    match = _Matcher(query)
+    match("query", query, FLOAT_DTYPES, ("num_tokens", "num_heads", "head_dim"), unit_last_stride=True)
+    _cache_pair(match, query.dtype, key_cache, value_cache, "query")
+    match("block_table", block_table, _INT32, ("num_seqs", "max_blocks_per_seq"))
+    match("seq_lens", seq_lens, _INT32, ("num_seqs",))
+    size = match.sizes
+    num_heads, num_kv_heads = size["num_heads"], size["num_kv_heads"]
+    _require(
+        num_heads % num_kv_heads == 0,
+        lambda: f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}",
+    )
+    num_tokens, num_seqs = size["num_tokens"], size["num_seqs"]
+    if cu_seqlens_q is None:
+        _require(
+            num_tokens == num_seqs * (num_tokens // torch.sym_max(num_seqs, 1)),
+            lambda: (
+                "without cu_seqlens_q, num_tokens must be a multiple of num_seqs, "
+                f"got {num_tokens} tokens and {num_seqs} sequences"
+            ),
+        )
+    else:
+        match("cu_seqlens_q", cu_seqlens_q, _INT32, ("num_seqs + 1",))
+        _require(
+            size["num_seqs + 1"] == num_seqs + 1,
+            lambda: (
+                f"cu_seqlens_q must be int32 [num_seqs + 1] with num_seqs = {num_seqs}, "
+                f"got int32 [{size['num_seqs + 1']}]"
+            ),
+        )
+
+
+def merge_attention(output_a: Tensor, lse_a: Tensor, output_b: Tensor, lse_b: Tensor) -> None:
+    """Arguments of `paged::merge_attention`."""
+    match = _Matcher(output_a)
+    for name, output, lse in (("a", output_a, lse_a), ("b", output_b, lse_b)):
+        match(f"output_{name}", output, FLOAT_DTYPES, ("num_tokens", "num_heads", "value_head_dim"))
+        match(f"lse_{name}", lse, _FLOAT32, ("num_tokens", "num_heads"))
+
+
+def append(
+    key: Tensor,
+    value: Tensor | None,
+    key_cache: Tensor,
+    value_cache: Tensor | None,
+    slot_mapping: Tensor,
+    **options: Any,
+) -> None:
+    """Arguments of `paged::append`."""
+    for name, option in options.items():
+        _not_yet(name, option)
+    if (value is None) != (value_cache is None):
+        given, missing = ("value", "value_cache") if value_cache is None else ("value_cache", "value")
+        raise ValueError(f"value and value_cache must be given together, got {given} without {missing}")
+    match = _Matcher(key)
+    match("key", key, FLOAT_DTYPES, ("num_tokens", "num_kv_heads", "head_dim"))
+    if value is not None:
+        match("value", value, (key.dtype,), ("num_tokens", "num_kv_heads", "value_head_dim"))
+    _cache_pair(match, key.dtype, key_cache, value_cache, "key")
+    match("slot_mapping", slot_mapping, _INT64, ("num_slots",))
+    slots, tokens = match.sizes["num_slots"], match.sizes["num_tokens"]
+    _require(slots <= tokens, lambda: f"slot_mapping must have at most key's {tokens} rows, got {slots}")
+
+
+def copy_blocks(caches: Sequence[Tensor], block_pairs: Tensor) -> None:
+    """Arguments of `paged::copy_blocks`."""
+    match = _Matcher(block_pairs)
+    match("block_pairs", block_pairs, _INT64, ("num_pairs", "2"))
+    _require(match.sizes["2"] == 2, lambda: f"block_pairs must be int64 [num_pairs, 2], got {_form(block_pairs)}")
+    _block_list(match, caches)
+
+
+def gather_blocks(caches: Sequence[Tensor], blocks: Tensor, out: Tensor) -> None:
+    """Arguments of `paged::gather_blocks`."""
+    _staging("out", out, blocks, caches)
+
+
+def scatter_blocks(source: Tensor, blocks: Tensor, caches: Sequence[Tensor]) -> None:
+    """Arguments of `paged::scatter_blocks`."""
+    _staging("source", source, blocks, caches)
+
+
+class _Matcher:
+    """Compares tensors with symbolic shapes: a dimension's name stands for the same size wherever it occurs."""
+
+    __slots__ = ("device", "sizes")
+
+    def __init__(self, first: Tensor) -> None:
+        self.device = first.device
+        self.sizes: dict[str, int] = {}
+
+    def __call__(
+        self,
+        name: str,
+        tensor: Tensor,
+        dtypes: tuple[torch.dtype, ...],
+        dims: tuple[str, ...],
+        unit_last_stride: bool = False,
+    ) -> None:
+        shape = tensor.shape
+        if tensor.dtype not in dtypes:
+            raise TypeError(f"{name} must be {_expected(dtypes, dims)}, got {_form(tensor)}")
+        if len(shape) != len(dims):
+            raise ValueError(f"{name} must be {_expected(dtypes, dims)}, got {_form(tensor)}")
+        if tensor.device != self.device:
+            raise ValueError(f"{name} must be on {self.device} like the others, got {tensor.device}")
+        for dim, size in zip(dims, shape, strict=True):
+            known = self.sizes.setdefault(dim, size)
+            if known is not size:
+                _require(
+                    known == size,
+                    lambda: f"{name} must be {_expected(dtypes, dims)} with {dim} = {known}, got {_form(tensor)}",
+                )
+        if unit_last_stride:
+            _require(
+                tensor.stride(-1) == 1,
+                lambda: f"{name} must have a last stride of 1, got strides {list(tensor.stride())}",
+            )
+
+
+def _cache_pair(match: _Matcher, dtype: torch.dtype, key_cache: Tensor, value_cache: Tensor | None, like: str) -> None:
+    caches = [("key_cache", key_cache, "head_dim")]
+    if value_cache is not None:
+        caches.append(("value_cache", value_cache, "value_head_dim"))
+    for name, cache, dim in caches:
+        if cache.dtype in QUANTISED_DTYPES:
+            raise NotImplementedError(f"{name} of {_name(cache.dtype)}: quantised caches are not supported yet")
+        if cache.dtype != dtype:
+            raise TypeError(f"{name} must have {like}'s dtype {_name(dtype)}, got {_name(cache.dtype)}")
+        dims = ("num_blocks", "block_size", "num_kv_heads", dim)
+        match(name, cache, (dtype,), dims, unit_last_stride=True)
+    sizes = match.sizes
+    _require(sizes["block_size"] >= 1, lambda: f"block_size must be at least 1, got {sizes['block_size']}")
+    _require(sizes["num_kv_heads"] >= 1, lambda: f"num_kv_heads must be at least 1, got {sizes['num_kv_heads']}")
+    key_dim = sizes["head_dim"]
+    value_dim = sizes.get("value_head_dim", 512)
+    _require(
+        ((key_dim >= 16) & (key_dim <= 512) & (value_dim >= 16) & (value_dim <= 512))
+        | ((key_dim == 576) & (value_dim == 512)),
+        lambda: (
+            "head_dim and value_head_dim must be 16 to 512, or 576 with value_head_dim 512, "
+            f"got {key_dim} and {value_dim}"
+        ),
+    )
+
+
+def _block_list(match: _Matcher, caches: Sequence[Tensor]) -> None:
+    for index, cache in enumerate(caches):
+        name = f"caches[{index}]"
+        if cache.dim() == 0:
+            raise ValueError(f"{name} must be [num_blocks, ...], got a 0-dim tensor")
+        if cache.device != match.device:
+            raise ValueError(f"{name} must be on {match.device} like the others, got {cache.device}")
+        known = match.sizes.setdefault("num_blocks", cache.shape[0])
+        _require(
+            known == cache.shape[0],
+            lambda: f"caches must have the same first dimension, got {known} and, in {name}, {cache.shape[0]}",
+        )
+
+
+def _staging(name: str, staging: Tensor, blocks: Tensor, caches: Sequence[Tensor]) -> None:
+    """`staging`, row by row, holds a block of every cache in turn."""
+    match = _Matcher(blocks)
+    match("blocks", blocks, _INT64, ("num_rows",))
+    _block_list(match, caches)
+    if staging.device != match.device:
+        raise ValueError(f"{name} must be on {match.device} like the others, got {staging.device}")
+    dtypes = {cache.dtype for cache in caches}
+    if staging.dtype != torch.uint8 and dtypes != {staging.dtype}:
+        expected = " or ".join(sorted({"uint8", *map(_name, dtypes)})) if len(dtypes) == 1 else "uint8"
+        raise TypeError(f"{name} must be {expected}, got {_form(staging)}")
+    if staging.dim() == 0:
+        raise ValueError(f"{name} must be [num_rows, ...], got a 0-dim tensor")
+    if not staging.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {list(staging.stride())}")
+    rows = match.sizes["num_rows"]
+    _require(staging.shape[0] == rows, lambda: f"{name} must have {rows} rows like blocks, got {_form(staging)}")
+    row_bytes = math.prod(staging.shape[1:]) * staging.element_size()
+    block_bytes = sum(math.prod(cache.shape[1:]) * cache.element_size() for cache in caches)
+    _require(
+        row_bytes == block_bytes,
+        lambda: f"{name} must hold {block_bytes} bytes a row, one block of every cache, got {row_bytes} bytes",
+    )
+
+
+def _require(condition: Any, message: Callable[[], str]) -> None:
+    """Raise ValueError unless `condition`; a condition on symbolic sizes becomes an assertion of the graph."""
+    if condition is not True:
+        torch._check_value(condition, message)
+
+
+def _not_yet(name: str, value: Any) -> None:
+    if value is not None and (name, value) != ("softcap", 0.0):
+        raise NotImplementedError(f"{name} is not supported yet, got {_form(value)}")
+
+
+def _expected(dtypes: tuple[torch.dtype, ...], dims: tuple[str, ...]) -> str:
+    return f"{' or '.join(map(_name, dtypes))} [{', '.join(dims)}]"
+
+
+def _form(value: Any) -> str:
+    return f"{_name(value.dtype)} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

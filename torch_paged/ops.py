@@ -1,0 +1,214 @@
+"""The operators of namespace `paged`: schemas, fake kernels, the Autograd guard, and who implements what.
+
+A call runs `checks` (metadata), `bounds` (values: on CPU always, on a GPU in debug mode) and then the implementation,
+a function of the operator's name in `torch_paged.cpu` or `torch_paged.kernels`, imported on first use.
+"""
+
+import importlib
+import os
+import warnings
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_paged import bounds, checks
+
+_OPTIONS = """Tensor? cu_seqlens_q=None, float? scale=None, bool causal=True, int? sliding_window=None,
+    float softcap=0.0, Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? key_scale=None,
+    Tensor? value_scale=None, Tensor? key_scale_cache=None, Tensor? value_scale_cache=None"""
+_ATTENTION = f"(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor seq_lens, *, {_OPTIONS})"
+
+_REMEMBERED = 4096
+
+_library = torch.library.Library("paged", "DEF")
+
+
+def _empty_output(query: Tensor, value_cache: Tensor) -> Tensor:
+    return query.new_empty(query.shape[0], query.shape[1], value_cache.shape[3])
+
+
+def _empty_lse(query: Tensor) -> Tensor:
+    return query.new_empty(query.shape[0], query.shape[1], dtype=torch.float32)
+
+
+def _fake_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, *args: Tensor, **options: Any) -> Tensor:
+    checks.attention(query, key_cache, value_cache, *args, **options)
+    return _empty_output(query, value_cache)
+
+
+def _fake_attention_with_lse(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, *args: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
+    checks.attention(query, key_cache, value_cache, *args, **options)
+    return _empty_output(query, value_cache), _empty_lse(query)
+
+
+def _fake_merge_attention(output_a: Tensor, lse_a: Tensor, output_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    checks.merge_attention(output_a, lse_a, output_b, lse_b)
+    return output_a.new_empty(output_a.shape), _empty_lse(output_a)
+
+
+def _attend(
+    package: ModuleType,
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = True,
+    **_off: Any,
+) -> tuple[Tensor, Tensor]:
+    """Run the attention; an option still in `_off` has its default, or `checks` would have raised."""
+    scale = query.shape[2] ** -0.5 if scale is None else scale
+    result: tuple[Tensor, Tensor] = package.attention(
+        query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, scale, causal
+    )
+    return result
+
+
+def _define(schema: str, fake: Callable[..., Any] | None = None, run: Callable[..., Any] | None = None) -> None:
+    """Define one operator and register it for every device.
+
+    `fake` is the fake kernel (default: the checks alone, for an operator that returns nothing) and
+    `run(package, *arguments)` calls the implementation (default: the package's function of the operator's name).
+    """
+    name = schema.partition("(")[0]
+    meaning = name.removesuffix("_with_lse")
+    check: Callable[..., None] = getattr(checks, meaning)
+    checked = check if "[]" in schema else _remembering(check)
+    run = run or (lambda package, *args, **kwargs: getattr(package, name)(*args, **kwargs))
+
+    def on_cpu(*args: Any, **kwargs: Any) -> Any:
+        checked(*args, **kwargs)
+        getattr(bounds, meaning)(*args, **kwargs)
+        return run(_package(_cpu_package()), *args, **kwargs)
+
+    def on_cuda(*args: Any, **kwargs: Any) -> Any:
+        checked(*args, **kwargs)
+        if _debugging():
+            getattr(bounds, meaning)(*args, **kwargs)
+        return run(_package("torch_paged.kernels"), *args, **kwargs)
+
+    _library.define(schema)
+    torch.library.register_fake(f"paged::{name}", fake or check, lib=_library)
+    op = getattr(torch.ops.paged, name).default
+    _library.impl(name, _guard(op), "Autograd", with_keyset=True)
+    for device, kernel in (("CPU", on_cpu), ("CUDA", on_cuda)):
+        _library.impl(name, kernel, device)
+        _library.impl(name, _guard(op, device, kernel), f"Autograd{device}", with_keyset=True)
+
+
+def _remembering(check: Callable[..., None]) -> Callable[..., None]:
+    """`check`, run once for each combination of metadata and options: a decode loop repeats one."""
+    passed: set[tuple[Any, ...]] = set()
+
+    def checked(*args: Any, **kwargs: Any) -> None:
+        metadata = tuple(
+            [
+                (arg.dtype, arg.shape, arg.stride(), arg.device) if isinstance(arg, Tensor) else arg
+                for arg in (*args, *kwargs, *kwargs.values())
+            ]
+        )
+        if metadata not in passed:
+            check(*args, **kwargs)
+            if len(passed) >= _REMEMBERED:
+                passed.clear()
+            passed.add(metadata)
+
+    return checked
+
+
+def _guard(op: Any, device: str = "", kernel: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """An Autograd-key kernel that refuses what would need a backward, and marks mutated tensors as changed.
+
+    Where nothing stands between Autograd and the device's `kernel`, it calls that without a second dispatch.
+    """
+    arguments = op._schema.arguments
+    names = [argument.name for argument in arguments]
+    mutated = [i for i, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write]
+    redispatch, below = op.redispatch, torch._C._after_autograd_keyset
+    plain = torch._C.DispatchKeySet.from_raw_repr(0)
+    if kernel:
+        for key in (device, f"Autograd{device}"):
+            plain = plain.add(getattr(torch._C.DispatchKey, key))
+    direct = plain.raw_repr()
+
+    def guard(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            for arg in (*args, *kwargs.values()):
+                if isinstance(arg, list) or getattr(arg, "requires_grad", False):
+                    _refuse_grad(op, names, args, kwargs)
+        if kernel and keyset.raw_repr() == direct:
+            result = kernel(*args, **kwargs)
+        else:
+            result = redispatch(keyset & below, *args, **kwargs)
+        for position in mutated:
+            _mark_changed(args[position] if position < len(args) else kwargs.get(names[position]))
+        return result
+
+    return guard
+
+
+def _refuse_grad(op: Any, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
+        for tensor in value if isinstance(value, list) else [value]:
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                raise NotImplementedError(
+                    f"{op._schema.name} has no backward, but {name} requires grad: "
+                    "call it under torch.no_grad() or torch.inference_mode(), or pass a detached tensor"
+                )
+
+
+def _mark_changed(value: Tensor | list[Tensor] | None) -> None:
+    """Raise the version, as in-place operators of PyTorch do, so that autograd notices a stale saved tensor."""
+    for tensor in [value] if isinstance(value, Tensor) else value or ():
+        if not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
+
+
+@cache
+def _cpu_package() -> str:
+    """Triton's interpreter reads its variable when kernels are first imported: decided once."""
+    return "torch_paged.kernels" if os.environ.get("TRITON_INTERPRET") == "1" else "torch_paged.cpu"
+
+
+@cache
+def _package(name: str) -> ModuleType:
+    return importlib.import_module(name)
+
+
+def _debugging() -> bool:
+    if os.environ.get("TORCH_PAGED_DEBUG") != "1":
+        return False
+    if torch.cuda.is_current_stream_capturing():
+        _warn_of_capture()
+        return False
+    return True
+
+
+@cache
+def _warn_of_capture() -> None:
+    warnings.warn("TORCH_PAGED_DEBUG=1: values are not checked during CUDA graph capture", stacklevel=2)
+
+
+_define(f"attention{_ATTENTION} -> Tensor", _fake_attention, lambda *args, **kwargs: _attend(*args, **kwargs)[0])
+_define(f"attention_with_lse{_ATTENTION} -> (Tensor output, Tensor lse)", _fake_attention_with_lse, _attend)
+_define(
+    "merge_attention(Tensor output_a, Tensor lse_a, Tensor output_b, Tensor lse_b) -> (Tensor output, Tensor lse)",
+    _fake_merge_attention,
+)
+_define(
+    """append(Tensor key, Tensor? value, Tensor(a!) key_cache, Tensor(b!)? value_cache, Tensor slot_mapping, *,
+    Tensor? key_scale=None, Tensor? value_scale=None, Tensor(c!)? key_scale_cache=None,
+    Tensor(d!)? value_scale_cache=None) -> ()"""
+)
+_define("copy_blocks(Tensor(a!)[] caches, Tensor block_pairs) -> ()")
+_define("gather_blocks(Tensor[] caches, Tensor blocks, Tensor(a!) out) -> ()")
+_define("scatter_blocks(Tensor source, Tensor blocks, Tensor(a!)[] caches) -> ()")
