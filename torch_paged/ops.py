@@ -157,13 +157,16 @@ def _guard(op: Any, device: str = "", kernel: Callable[..., Any] | None = None) 
 
 
 def _refuse_grad(op: Any, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    tensors = []
     for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
-        for tensor in value if isinstance(value, list) else [value]:
-            if isinstance(tensor, Tensor) and tensor.requires_grad:
-                raise NotImplementedError(
-                    f"{op._schema.name} has no backward, but {name} requires grad: "
-                    "call it under torch.no_grad() or torch.inference_mode(), or pass a detached tensor"
-                )
+        listed = isinstance(value, list)
+        tensors += [(f"{name}[{i}]", item) for i, item in enumerate(value)] if listed else [(name, value)]
+    for name, tensor in tensors:
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
+            raise NotImplementedError(
+                f"{op._schema.name} has no backward, but {name} requires grad: "
+                "call it under torch.no_grad() or torch.inference_mode(), or pass a detached tensor"
+            )
 
 
 def _mark_changed(value: Tensor | list[Tensor] | None) -> None:
