@@ -1,6 +1,8 @@
-"""Paged attention as ordinary PyTorch operators: `torch.ops.paged.*` and the cache that feeds them."""
+"""Paged attention as ordinary PyTorch operators, `torch.ops.paged.*`, and the cache that feeds them."""
 
 import torch_paged.ops  # noqa: F401 - registers the operators
+from torch_paged.batch import PagedBatch, unbacked
+from torch_paged.cache import PagedKVCache
 from torch_paged.functional import (
     append,
     attention,
@@ -10,9 +12,15 @@ from torch_paged.functional import (
     merge_attention,
     scatter_blocks,
 )
+from torch_paged.memory import IntegrityError, MemoryStats, OutOfBlocks
 
 __version__ = "0.1.0"
 __all__ = [
+    "IntegrityError",
+    "MemoryStats",
+    "OutOfBlocks",
+    "PagedBatch",
+    "PagedKVCache",
     "append",
     "attention",
     "attention_with_lse",
@@ -20,4 +28,5 @@ __all__ = [
     "gather_blocks",
     "merge_attention",
     "scatter_blocks",
+    "unbacked",
 ]

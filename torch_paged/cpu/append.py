@@ -7,7 +7,6 @@ def append(
     key: Tensor, value: Tensor | None, key_cache: Tensor, value_cache: Tensor | None, slot_mapping: Tensor
 ) -> None:
     """WRITES row i of `key` and `value` to slot `slot_mapping[i]`, unless that is negative."""
-    rows = slot_mapping.shape[0]
     keep = slot_mapping >= 0
     if not keep.all():
         rows = keep.nonzero()[:, 0]

@@ -1,0 +1,521 @@
+"""The host side: what the memory manager hands out, shares, copies, defers and takes back."""
+
+import numpy as np
+import pytest
+from hypothesis import assume, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from torch_paged.memory import IntegrityError, MemoryManager, OutOfBlocks
+from torch_paged.memory.arrays import expand
+
+MAX_SEQS, MAX_SEQ_LEN = 6, 24
+picks = st.integers(0, 11)
+
+
+def snapshot(manager):
+    """Everything that a step must leave as it was when it fails or is rolled back."""
+    s, pool = manager.sequences, manager.pool
+    arrays = [s.handle, s.length, s.committed, s.num_blocks, s.table, pool.refcount, pool.free_blocks]
+    return [array.tolist() for array in arrays] + [pool.waiting_blocks.tolist(), list(manager.steps)]
+
+
+class Machine(RuleBasedStateMachine):
+    """The manager beside a model that keeps every sequence's tokens in a list.
+
+    Tokens are distinct numbers, written to the slots of one array after the copies that the step asks for. As every
+    sequence must read its own tokens back after every rule, a missing copy-on-write or a block in two hands shows.
+    Rules pick the i-th live sequence or open step, so that none is wasted on what is gone.
+    """
+
+    @initialize(
+        num_blocks=st.integers(4, 24), block_size=st.sampled_from([1, 3, 4]), lengths=st.lists(picks, max_size=3)
+    )
+    def begin(self, num_blocks, block_size, lengths):
+        self.manager = MemoryManager(num_blocks, block_size, MAX_SEQS, MAX_SEQ_LEN)
+        self.slots = np.full((num_blocks, block_size), -1)
+        self.tokens = {}  # of each live sequence, those of open steps included
+        self.open = {}  # step number: (step, {sequence: tokens before}, blocks that the step reads)
+        self.next_token = 0
+        self.freed = []
+        for length in lengths:
+            self.add()
+            self.prepare(~0, [length + 1], 0)
+        for _ in self.open.copy():
+            self.commit(0, 0)
+
+    def pick(self, index):
+        """The index-th live sequence, in a circle."""
+        assume(self.tokens)
+        return list(self.tokens)[index % len(self.tokens)]
+
+    def pick_step(self, index):
+        assume(self.open)
+        return self.open[list(self.open)[index % len(self.open)]]
+
+    def blocks_of(self, seq):
+        s = self.manager.sequences
+        row = s.find_one(seq)
+        return s.table[row, : s.num_blocks[row]].tolist()
+
+    def has_open_step(self, seq):
+        return any(seq in before for _, before, _ in self.open.values())
+
+    def refused(self, action, *arguments, match):
+        """`action` raises ValueError and changes nothing."""
+        before = snapshot(self.manager)
+        with pytest.raises(ValueError, match=match):
+            action(*arguments)
+        assert snapshot(self.manager) == before
+
+    @rule()
+    def add(self):
+        if len(self.tokens) == MAX_SEQS:
+            self.refused(self.manager.add, match="max_seqs")
+            return
+        seq = self.manager.add()
+        assert seq not in self.tokens
+        assert seq not in self.freed
+        self.tokens[seq] = []
+
+    @rule(index=picks, n=st.integers(1, 3))
+    def fork(self, index, n):
+        seq = self.pick(index)
+        if self.has_open_step(seq):
+            self.refused(self.manager.fork, seq, n, match="open")
+        elif len(self.tokens) + n > MAX_SEQS:
+            self.refused(self.manager.fork, seq, n, match="max_seqs")
+        else:
+            free = self.manager.pool.num_free
+            children = self.manager.fork(seq, n)
+            assert self.manager.pool.num_free == free, "a fork takes no block"
+            assert not {*self.tokens, *self.freed} & set(children)
+            self.tokens.update({child: list(self.tokens[seq]) for child in children})
+
+    @rule(index=picks, forgotten=st.integers(0, 8))
+    def truncate(self, index, forgotten):
+        seq = self.pick(index)
+        if self.has_open_step(seq):
+            self.refused(self.manager.truncate, seq, 0, match="open")
+        else:
+            length = max(0, len(self.tokens[seq]) - forgotten)
+            self.manager.truncate(seq, length)
+            del self.tokens[seq][length:]
+
+    @rule(index=picks)
+    def free(self, index):
+        seq = self.pick(index)
+        self.manager.free(seq)
+        del self.tokens[seq]
+        self.freed.append(seq)
+
+    @rule(index=picks)
+    def use_after_free(self, index):
+        assume(self.freed)
+        seq = self.freed[index % len(self.freed)]
+        self.refused(self.manager.free, seq, match="was freed")
+        self.refused(self.manager.fork, seq, 1, match="was freed")
+        self.refused(self.manager.truncate, seq, 0, match="was freed")
+        self.refused(self.manager.prepare, [*self.tokens, seq], 1, match="was freed")
+
+    @rule(
+        members=st.integers(-1, 2**MAX_SEQS - 1),
+        counts=st.lists(st.integers(1, 6), min_size=MAX_SEQS, max_size=MAX_SEQS) | st.just([1] * MAX_SEQS),
+        ahead=st.sampled_from([0, 0, 1, 5]),
+    )
+    def prepare(self, members, counts, ahead):
+        """A step of the live sequences whose bit is set in `members`."""
+        seqs = [seq for i, seq in enumerate(self.tokens) if members >> i & 1]
+        counts = counts[: len(seqs)] if len(counts) > 1 else counts * len(seqs)
+        if any(len(self.tokens[seq]) + n + ahead > MAX_SEQ_LEN for seq, n in zip(seqs, counts, strict=True)):
+            self.refused(self.manager.prepare, seqs, counts, ahead, match="max_seq_len")
+            return
+        before = snapshot(self.manager)
+        try:
+            step = self.manager.prepare(seqs, counts, ahead)
+        except OutOfBlocks as error:
+            assert snapshot(self.manager) == before
+            assert error.needed > error.free == self.manager.pool.num_free
+            return
+        fresh = {*step.copies.blocks.tolist(), *step.growth.blocks.tolist()}
+        for _, _, reads in self.open.values():
+            assert not fresh & reads, "a block is reused while a step that reads it is open"
+        self.run(step, seqs, counts)
+
+    def run(self, step, seqs, counts):
+        """Do what the model would do: the copies, then the step's tokens."""
+        before = {seq: list(self.tokens[seq]) for seq in seqs}
+        self.slots[step.copies.blocks] = self.slots[step.copies.sources]
+        new = np.arange(self.next_token, self.next_token + sum(counts))
+        self.next_token += len(new)
+        self.slots.reshape(-1)[step.slots] = new
+        for seq, part in zip(seqs, np.split(new, np.cumsum(counts))[:-1], strict=True):
+            self.tokens[seq] += part.tolist()
+        assert step.positions.tolist() == [p for s in seqs for p in range(len(before[s]), len(self.tokens[s]))]
+        reads = {block for seq in seqs for block in self.blocks_of(seq)}
+        self.open[step.number] = (step, before, reads)
+
+    def has_neighbour(self, step, later):
+        """Whether a later (or earlier) open step has a live sequence in common with this one."""
+        mine = self.open[step.number][1].keys() & self.tokens.keys()
+        others = [n for n in self.open if (n > step.number if later else n < step.number)]
+        return any(mine & self.open[n][1].keys() for n in others)
+
+    @rule(index=picks, advanced=st.sampled_from([0, 0, 1, 2]))
+    def commit(self, index, advanced):
+        step, before, _ = self.pick_step(index)
+        if advanced > step.ahead:
+            self.refused(self.manager.commit, step, advanced, match="ahead")
+        elif self.has_neighbour(step, later=False):
+            self.refused(self.manager.commit, step, advanced, match="an earlier step")
+        elif advanced and self.has_neighbour(step, later=True):
+            self.refused(self.manager.commit, step, advanced, match="a later step")
+        else:
+            self.manager.commit(step, advanced)
+            del self.open[step.number]
+            for seq in before.keys() & self.tokens.keys():
+                self.advance(seq, advanced)
+            self.refused(self.manager.commit, step, match="not open")
+
+    def advance(self, seq, count):
+        """What `PagedBatch.advance` would have written to the reserved blocks."""
+        size = self.manager.block_size
+        for _ in range(count):
+            position = len(self.tokens[seq])
+            self.slots[self.blocks_of(seq)[position // size], position % size] = self.next_token
+            self.tokens[seq].append(self.next_token)
+            self.next_token += 1
+
+    @rule(index=picks)
+    def rollback(self, index):
+        step, before, _ = self.pick_step(index)
+        if self.has_neighbour(step, later=True):
+            self.refused(self.manager.rollback, step, match="a later step")
+            return
+        self.manager.rollback(step)
+        del self.open[step.number]
+        self.tokens.update({seq: tokens for seq, tokens in before.items() if seq in self.tokens})
+        self.refused(self.manager.rollback, step, match="not open")
+
+    @rule(count=st.integers(1, 6))
+    def prepare_and_rollback(self, count):
+        """Every sequence at once, so that blocks are shared among the writers, and back at once."""
+        assume(all(len(tokens) + count <= MAX_SEQ_LEN for tokens in self.tokens.values()))
+        before = snapshot(self.manager)
+        try:
+            step = self.manager.prepare(list(self.tokens), count)
+        except OutOfBlocks:
+            return
+        self.slots[step.copies.blocks] = self.slots[step.copies.sources]
+        self.slots.reshape(-1)[step.slots] = -1
+        self.manager.rollback(step)
+        assert snapshot(self.manager) == before
+
+    @invariant()
+    def everyone_reads_their_own_tokens(self):
+        self.manager.check_integrity()
+        assert len(self.manager.sequences.live_rows) == len(self.tokens)
+        for seq, tokens in self.tokens.items():
+            assert self.manager.length(seq) == len(tokens)
+            assert self.slots[self.blocks_of(seq)].reshape(-1)[: len(tokens)].tolist() == tokens
+
+    def teardown(self):
+        if hasattr(self, "manager"):
+            for step, _, _ in self.open.values():
+                self.manager.commit(step)
+            self.manager.free(list(self.tokens))
+            self.manager.check_integrity()
+            assert self.manager.pool.num_free == self.manager.pool.num_blocks
+
+
+TestMachine = Machine.TestCase
+TestMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None, derandomize=True)
+
+
+@pytest.fixture
+def manager():
+    return MemoryManager(num_blocks=12, block_size=4, max_seqs=4, max_seq_len=20)
+
+
+def filled(manager, *lengths):
+    """New sequences of these lengths, committed."""
+    seqs = [manager.add() for _ in lengths]
+    manager.commit(manager.prepare(seqs, lengths))
+    return seqs
+
+
+def test_a_step_by_hand(manager):
+    """The example in Step's docstring."""
+    (parent,) = filled(manager, 6)
+    (child,) = manager.fork(parent, 1)
+    assert manager.sequences.table[[0, 1], :2].tolist() == [[0, 1], [0, 1]]
+    step = manager.prepare([child], [3])
+    assert (step.copies.sources.tolist(), step.copies.blocks.tolist()) == ([1], [2])
+    assert step.growth.blocks.tolist() == [3]
+    assert (step.slots.tolist(), step.positions.tolist()) == ([10, 11, 12], [6, 7, 8])
+    assert manager.sequences.table[1, :3].tolist() == [0, 2, 3]
+    assert manager.pool.refcount[:4].tolist() == [2, 2, 1, 1], "the open step keeps the reference to block 1"
+    manager.commit(step)
+    assert manager.pool.refcount[:4].tolist() == [2, 1, 1, 1]
+
+
+@pytest.mark.parametrize("writers", [1, 2, 3])
+def test_copies_only_while_more_than_one_reference_is_left(manager, writers):
+    """Three sequences share a half-full block: if all write at once, the last of them keeps it."""
+    (parent,) = filled(manager, 6)
+    seqs = [parent, *manager.fork(parent, 2)]
+    step = manager.prepare(seqs[:writers], 1)
+    assert len(step.copies.blocks) == min(writers, 2)
+    manager.commit(step)
+    assert len(manager.prepare(seqs[writers:], 1).copies.blocks) == max(0, 2 - writers)
+    assert len(manager.prepare(seqs[:writers], 1).copies.blocks) == 0
+
+
+def test_the_longest_writer_keeps_a_shared_block(manager):
+    """So that after a rollback the shorter ones still find their tokens in it."""
+    (parent,) = filled(manager, 7)
+    short, middle = manager.fork(parent, 2)
+    manager.truncate(short, 5)
+    manager.truncate(middle, 6)
+    step = manager.prepare([short, parent, middle], 1)
+    assert step.copies.owners.tolist() == [0, 2]
+    assert manager.sequences.table[0, 1] == 1, "the parent's"
+
+
+def test_full_shared_blocks_are_never_copied(manager):
+    (parent,) = filled(manager, 8)
+    children = manager.fork(parent, 3)
+    step = manager.prepare([parent, *children], 4)
+    assert len(step.copies.blocks) == 0
+    assert len(step.growth.blocks) == 4
+
+
+def test_reserved_blocks_are_used_and_not_shared(manager):
+    (seq,) = filled(manager, 3)
+    step = manager.prepare([seq], 1, ahead=5)
+    assert len(step.growth.blocks) == 2
+    manager.commit(step, advanced=3)
+    assert manager.length(seq) == 7
+    (child,) = manager.fork(seq, 1)
+    assert manager.sequences.num_blocks[:2].tolist() == [3, 2]
+    manager.free(child)
+    assert len(manager.prepare([seq], 5).growth.blocks) == 0, "position 11 lies in the third block"
+
+
+def test_freed_blocks_wait_for_the_steps_open_at_that_time(manager):
+    first, second = filled(manager, 4, 4)
+    step = manager.prepare([first], 1)
+    manager.free(first)
+    later = manager.prepare([second], 1)
+    assert (manager.pool.num_waiting, manager.pool.num_free) == (2, 8)
+    manager.commit(later)
+    assert manager.pool.num_waiting == 2
+    another = manager.prepare([second], 1)
+    manager.commit(step)
+    assert (manager.pool.num_waiting, manager.pool.num_free) == (0, 10), "the step opened since does not matter"
+    manager.rollback(another)
+
+
+def test_out_of_blocks_says_what_is_missing(manager):
+    first, second, third = filled(manager, 20, 20, 4)
+    step = manager.prepare([third], 1)
+    manager.free(third)
+    seq = manager.add()
+    before = snapshot(manager)
+    with pytest.raises(OutOfBlocks, match="needs 3 blocks, 0 are free; 2 more become free as open steps end") as caught:
+        manager.prepare([seq], 9)
+    assert (caught.value.needed, caught.value.free, caught.value.waiting) == (3, 0, 2)
+    assert snapshot(manager) == before
+    manager.commit(step)
+    manager.free([first, second])
+    manager.commit(manager.prepare([seq], 9))
+
+
+def test_a_copy_counts_as_a_needed_block():
+    manager = MemoryManager(num_blocks=2, block_size=4, max_seqs=4, max_seq_len=8)
+    (parent,) = filled(manager, 6)
+    (child,) = manager.fork(parent, 1)
+    with pytest.raises(OutOfBlocks, match=r"needs 1 blocks, 0 are free$"):
+        manager.prepare([child], 1)
+    manager.free(parent)
+    assert len(manager.prepare([child], 1).copies.blocks) == 0, "one reference is left"
+
+
+def test_freed_rows_get_new_handles(manager):
+    seqs = [manager.add() for _ in range(4)]
+    manager.free(seqs[1])
+    again = manager.add()
+    assert again not in seqs
+    with pytest.raises(ValueError, match=f"sequence {seqs[1]} was freed"):
+        manager.prepare([seqs[0], seqs[1]], 1)
+    manager.prepare([again], 1)
+
+
+@pytest.mark.parametrize(
+    ("seqs", "counts", "ahead", "error", "match"),
+    [
+        ([0, 1, 0], 1, 0, ValueError, "distinct, sequence 0 occurs twice"),
+        ([0, 1, 0, 1, 0], 1, 0, ValueError, "distinct"),
+        ([0, 7], 1, 0, ValueError, "there is no sequence 7"),
+        ([-1], 1, 0, ValueError, "there is no sequence -1"),
+        ([2], 1, 0, ValueError, "there is no sequence 2"),
+        ([0, 1], [1], 0, ValueError, "one for each of 2 seqs, got 1"),
+        ([0, 1], [1, 0], 0, ValueError, "counts must be at least 1, got 0"),
+        ([0, 1], 0, 0, ValueError, "counts must be at least 1, got 0"),
+        ([0, 1], [1, 20], 0, ValueError, "max_seq_len = 20: sequence 1 would have 23 tokens"),
+        ([0, 1], 1, 17, ValueError, "max_seq_len = 20: sequence 1 would have 21 tokens"),
+        ([0, 1], 1, -1, ValueError, "ahead must be at least 0, got -1"),
+        ([0.0, 1.0], 1, 0, TypeError, "seqs must be integers, got float64"),
+        ([[0, 1]], 1, 0, ValueError, r"seqs must be flat: \[n\] integers, got shape \[1, 2\]"),
+        (0, 1, 0, ValueError, "seqs must be flat"),
+        ([0, 1], 1.0, 0, TypeError, "counts must be an integer, got 1.0"),
+        ([0, 1], True, 0, TypeError, "counts must be an integer, got True"),
+        ([0, 1], [1.0, 2.0], 0, TypeError, "counts must be integers, got float64"),
+        ([0, 1], 1, 0.5, TypeError, "ahead must be an integer, got 0.5"),
+    ],
+)
+def test_bad_steps_are_refused(manager, seqs, counts, ahead, error, match):
+    filled(manager, 2, 3)
+    before = snapshot(manager)
+    with pytest.raises(error, match=match):
+        manager.prepare(seqs, counts, ahead)
+    assert snapshot(manager) == before
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda m: m.fork(0, 0), ValueError, "n must be at least 1, got 0"),
+        (lambda m: m.fork(0, 4), ValueError, "max_seqs = 4: 4 more sequences do not fit beside 1 live ones"),
+        (lambda m: m.fork(5, 1), ValueError, "there is no sequence 5"),
+        (lambda m: m.truncate(0, 7), ValueError, "cannot truncate sequence 0 of 6 tokens to 7"),
+        (lambda m: m.truncate(0, -1), ValueError, "length must be at least 0, got -1"),
+        (lambda m: m.truncate(0, 1.5), TypeError, "length must be an integer, got 1.5"),
+        (lambda m: m.free([0, 0]), ValueError, "sequence 0 occurs twice"),
+        (lambda m: m.free([0, 3]), ValueError, "there is no sequence 3"),
+        (lambda m: m.length(9), ValueError, "there is no sequence 9"),
+        (lambda _: MemoryManager(0, 4, 4, 20), ValueError, "num_blocks must be at least 1, got 0"),
+        (lambda _: MemoryManager(4, 0, 4, 20), ValueError, "block_size must be at least 1, got 0"),
+        (lambda _: MemoryManager(4, 4, 0, 20), ValueError, "max_seqs must be at least 1, got 0"),
+        (lambda _: MemoryManager(4, 4, 4, "20"), TypeError, "max_seq_len must be an integer, got '20'"),
+    ],
+)
+def test_bad_calls_are_refused(manager, call, error, match):
+    filled(manager, 6)
+    before = snapshot(manager)
+    with pytest.raises(error, match=match):
+        call(manager)
+    assert snapshot(manager) == before
+
+
+def test_fork_and_truncate_wait_for_open_steps(manager):
+    (seq,) = filled(manager, 6)
+    step = manager.prepare([seq], 1)
+    with pytest.raises(ValueError, match="cannot fork sequence 0 while one of its steps is open"):
+        manager.fork(seq, 1)
+    with pytest.raises(ValueError, match="cannot truncate sequence 0 while one of its steps is open"):
+        manager.truncate(seq, 1)
+    manager.commit(step)
+    manager.fork(seq, 1)
+
+
+def test_steps_end_in_order(manager):
+    first, second = filled(manager, 2, 2)
+    one = manager.prepare([first], 1, ahead=1)
+    two = manager.prepare([first, second], 1)
+    with pytest.raises(ValueError, match="cannot commit this step: an earlier step of sequence 0 is open"):
+        manager.commit(two)
+    with pytest.raises(ValueError, match="cannot roll back this step: a later step of sequence 0 is open"):
+        manager.rollback(one)
+    with pytest.raises(ValueError, match="cannot commit advanced tokens of this step: a later step"):
+        manager.commit(one, advanced=1)
+    with pytest.raises(ValueError, match="advanced = 2, but the step was prepared with ahead = 1"):
+        manager.commit(one, advanced=2)
+    manager.commit(one)
+    manager.rollback(two)
+    with pytest.raises(ValueError, match="not open"):
+        manager.commit(two)
+    assert manager.sequences.length[:2].tolist() == [3, 2]
+
+
+def test_disjoint_steps_end_in_any_order(manager):
+    first, second = filled(manager, 2, 2)
+    one, two = manager.prepare([first], 1), manager.prepare([second], 1)
+    manager.rollback(one)
+    manager.commit(two)
+    assert manager.sequences.length[:2].tolist() == [2, 3]
+
+
+@pytest.mark.parametrize("max_seqs", [1, 2, 3, 4, 5])
+def test_no_integer_passes_for_a_sequence_that_is_not_there(max_seqs):
+    manager = MemoryManager(num_blocks=4, block_size=4, max_seqs=max_seqs, max_seq_len=20)
+    freed = [manager.add() for _ in range(max_seqs)]
+    manager.free(freed)
+    live = manager.add()
+    for seq in [*range(-20, 20), 2**63 - 1, -(2**63)]:
+        if seq != live:
+            with pytest.raises(ValueError, match=f"sequence {seq}"):
+                manager.length(seq)
+    assert manager.length(live) == 0
+
+
+def test_an_empty_step(manager):
+    step = manager.prepare([], [])
+    assert (len(step.rows), len(step.slots)) == (0, 0)
+    manager.commit(step)
+    manager.rollback(manager.prepare(np.empty(0, dtype=np.int64), 3))
+
+
+def test_the_callers_arrays_are_not_kept(manager):
+    seqs, counts = np.array(filled(manager, 2, 3)), np.array([1, 2])
+    step = manager.prepare(seqs, counts)
+    seqs[:], counts[:] = -7, -7
+    manager.rollback(step)
+    assert manager.sequences.length[:2].tolist() == [2, 3]
+    listed = [0, 1]
+    step = manager.prepare(listed, 1)
+    listed[0] = -7
+    manager.rollback(step)
+    with pytest.raises(ValueError, match="there is no sequence -7"):
+        manager.prepare(listed, 1)
+
+
+def test_stats_by_hand(manager):
+    """6 + 6 + 1 tokens in 2 + 1 blocks: the fork shares both of its parent's."""
+    parent, _ = filled(manager, 6, 1)
+    manager.fork(parent, 1)
+    stats = manager.stats(bytes_per_token=10)
+    assert stats[:5] == (12, 3, 9, 2, 13)
+    assert stats.slots_filled == pytest.approx(7 / 12)
+    assert (stats.bytes_used, stats.bytes_contiguous) == (3 * 4 * 10, 3 * 6 * 10)
+    empty = MemoryManager(3, 4, 4, 20).stats(10)
+    assert empty == (3, 0, 3, 0, 0, 0.0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("breakage", "invariant_named"),
+    [
+        (lambda m: m.pool.refcount.__setitem__(0, 5), "reference counts equal"),
+        (lambda m: m.pool.free_blocks.__setitem__(0, m.pool.free_blocks[1]), "free or waiting twice"),
+        (lambda m: setattr(m.pool, "num_free", m.pool.num_free - 1), "add up to all"),
+        (lambda m: m.sequences.table.__setitem__((0, 0), 99), "table entries are blocks"),
+        (lambda m: m.sequences.table.__setitem__((0, 4), 3), "past a sequence's blocks are -1"),
+        (lambda m: m.sequences.length.__setitem__(0, 9), "blocks for its length"),
+        (lambda m: m.sequences.length.__setitem__(0, 5), "committed tokens are part"),
+        (lambda m: m.sequences.committed.__setitem__(0, 5), "add up to the length"),
+        (lambda m: m.sequences.stamp.__setitem__(0, m.sequences.stamp[1]), "stamps"),
+        (lambda m: m.sequences.handle.__setitem__(1, -1), "max_seqs"),
+        (lambda m: setattr(m.pool, "num_waiting", 1), "waiting blocks are counted"),
+    ],
+)
+def test_check_integrity_names_what_is_broken(manager, breakage, invariant_named):
+    filled(manager, 6, 1)
+    manager.check_integrity()
+    breakage(manager)
+    with pytest.raises(IntegrityError, match=invariant_named):
+        manager.check_integrity()
+
+
+def test_expand():
+    owner, value = expand(np.array([3, 9, 7]), np.array([5, 9, 8]))
+    assert (owner.tolist(), value.tolist()) == ([0, 0, 2], [3, 4, 7])

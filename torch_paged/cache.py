@@ -1,0 +1,302 @@
+"""PagedKVCache: keys and values of many sequences in fixed-size blocks, step by step."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from torch_paged.batch import PagedBatch
+from torch_paged.functional import copy_blocks
+from torch_paged.layers import FunctionalKV, PagedKVLayer
+from torch_paged.memory import IntegrityError, MemoryManager, MemoryStats, Step
+from torch_paged.memory.arrays import as_integer, as_integers
+from torch_paged.staging import Staging
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class PagedKVCache(nn.Module):
+    """Keys and values of up to `max_seqs` sequences, in blocks that are given out as sequences grow.
+
+    A step: `prepare` says how many tokens each sequence gets and returns a PagedBatch; the model runs on it, each
+    layer calling `cache.layers[i](query, key, value, batch)`; `commit` says that the tokens stand. If the model
+    raises, `rollback` undoes the step. The host may work ahead: further steps can be prepared, also on the same
+    sequences, before the first is committed. Sequences are named by ints. Every method that raises has changed
+    nothing.
+
+        seq = cache.add()
+        batch = cache.prepare([seq], [len(prompt)])
+        logits = model(prompt, batch)
+        cache.commit(batch)
+
+    Args:
+        num_layers: attention layers.
+        num_kv_heads: key-value heads of each.
+        head_dim: of the keys.
+        value_head_dim: of the values; None: `head_dim`.
+        block_size: tokens a block.
+        num_blocks: blocks, each of which serves all layers. Exactly one of `num_blocks` and `memory` is given.
+        memory: instead, bytes (int) for as many blocks as fit, or a share of the device's free memory (float, 0 to 1).
+        max_seqs: sequences that can live at the same time.
+        max_seq_len: tokens that one sequence can hold.
+        dtype: float32, float16 or bfloat16: of keys and values as the layers get them.
+        cache_dtype: of the stored ones; None: `dtype`, as yet the only choice.
+        device: where the cache lies.
+        buckets: increasing sizes. Sequences and tokens of a batch are padded to the smallest that holds them, and the
+            tensors of these batches never change their addresses, so CUDA graphs can be replayed on them. What no
+            bucket holds is not padded. None: no padding.
+
+    Raises:
+        ValueError, TypeError: an argument is out of its range or of the wrong type.
+        NotImplementedError: `cache_dtype` differs from `dtype`.
+
+    Attributes:
+        layers: nn.ModuleList of PagedKVLayer.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        value_head_dim: int | None = None,
+        block_size: int = 16,
+        num_blocks: int | None = None,
+        memory: int | float | None = None,
+        max_seqs: int,
+        max_seq_len: int,
+        dtype: torch.dtype,
+        cache_dtype: torch.dtype | None = None,
+        device: torch.device | str,
+        buckets: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        if dtype not in _DTYPES:
+            raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+        if cache_dtype not in (None, dtype):
+            raise NotImplementedError(f"cache_dtype = {cache_dtype}: quantised caches are not there yet; got {dtype=}")
+        if (num_blocks is None) == (memory is None):
+            raise ValueError(f"exactly one of num_blocks and memory must be given, got {num_blocks=}, {memory=}")
+        device = torch.device(device)
+        num_layers = as_integer("num_layers", num_layers, at_least=1)
+        num_kv_heads = as_integer("num_kv_heads", num_kv_heads, at_least=1)
+        head_dim = as_integer("head_dim", head_dim, at_least=1)
+        value_head_dim = head_dim if value_head_dim is None else as_integer("value_head_dim", value_head_dim, 1)
+        block_size = as_integer("block_size", block_size, at_least=1)
+        self._bytes_per_token = self.kv_bytes(num_layers, 1, num_kv_heads, head_dim, value_head_dim, dtype=dtype)
+        if memory is not None:
+            num_blocks = _blocks_in(memory, block_size * self._bytes_per_token, device)
+        assert num_blocks is not None
+        self._manager = MemoryManager(num_blocks, block_size, max_seqs, max_seq_len)
+        with torch.inference_mode(False):  # whatever mode this runs under, the buffers can be written in any
+            shapes = [(num_blocks, block_size, num_kv_heads, dim) for dim in (head_dim, value_head_dim)]
+            self.layers = nn.ModuleList(
+                PagedKVLayer(*(_empty_cache(*shape, dtype, device) for shape in shapes)) for _ in range(num_layers)
+            )
+        self._staging = Staging(self._manager, device, _check_buckets(buckets))
+        self._buffers_of_layers = [tensor for pair in self.tensors() for tensor in pair]
+        self._open: dict[int, tuple[PagedBatch, Step]] = {}
+
+    @staticmethod
+    def kv_bytes(
+        num_layers: int,
+        num_tokens: int,
+        num_kv_heads: int,
+        head_dim: int,
+        value_head_dim: int | None = None,
+        *,
+        dtype: torch.dtype,
+    ) -> int:
+        """Bytes of the keys and values of `num_tokens` tokens over all layers."""
+        value_head_dim = head_dim if value_head_dim is None else value_head_dim
+        return num_layers * num_tokens * num_kv_heads * (head_dim + value_head_dim) * dtype.itemsize
+
+    def forward(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, batch: PagedBatch, **options: Any
+    ) -> Tensor:
+        """`self.layers[layer](...)`, for eager use. Compiled, each layer number would be a graph of its own."""
+        result: Tensor = self.layers[layer](query, key, value, batch, **options)
+        return result
+
+    def functional(self) -> FunctionalKV:
+        """A layer that takes `tensors()` as its first argument, for `torch.export`.
+
+        An exported program keeps its example inputs: set `program.example_inputs = None` before it is saved, or the
+        file holds the caches after all.
+        """
+        return FunctionalKV()
+
+    def tensors(self) -> list[tuple[Tensor, Tensor]]:
+        """Every layer's key cache and value cache, the tensors themselves."""
+        return [(layer.key_cache, layer.value_cache) for layer in self.layers]  # type: ignore[misc]
+
+    def add(self, tokens: Any = None, namespace: Any = None) -> int:  # noqa: ARG002
+        """A new, empty sequence.
+
+        Args:
+            tokens: its prompt, in which a prefix cache will look for what it holds already; not used yet.
+            namespace: which sequences' prefixes it may find; not used yet.
+
+        Raises:
+            ValueError: `max_seqs` sequences are live.
+        """
+        return self._manager.add()
+
+    def fork(self, seq: int, n: int) -> list[int]:
+        """`n` new sequences with all tokens of `seq`. Blocks are shared until one of the sharers writes to them.
+
+        Raises:
+            ValueError: `seq` was freed or has an open step; `n < 1`; more than `max_seqs` would be live.
+        """
+        return self._manager.fork(seq, n)
+
+    def truncate(self, seq: int, length: int) -> None:
+        """Forget the tokens of `seq` from position `length` on, and give back the blocks beyond, reserved ones too.
+
+        Raises:
+            ValueError: `seq` was freed or has an open step; `length` is not in 0 to its length.
+        """
+        self._manager.truncate(seq, length)
+
+    def free(self, seqs: int | Sequence[int]) -> None:
+        """End one sequence or several, open steps or not. Blocks are reused when no open step may read them.
+
+        Raises:
+            ValueError: one was freed before, or occurs twice; none is freed.
+        """
+        self._manager.free(seqs)
+
+    def length(self, seq: int) -> int:
+        """Tokens of `seq`, those of open steps included. Raises ValueError if it was freed."""
+        return self._manager.length(seq)
+
+    def prepare(self, seqs: Sequence[int], counts: int | Sequence[int], *, ahead: int = 0) -> PagedBatch:
+        """Open a step in which each of `seqs` gets new tokens, and return its tensors.
+
+        THE TENSORS ARE OVERWRITTEN BY THE NEXT `prepare`: run the model on a batch before preparing another. On a
+        GPU that means launching it, on the same stream: the host does not wait and may prepare further steps while
+        the model runs.
+
+        Args:
+            seqs: distinct live sequences (list or integer array), in the order of the batch.
+            counts: new tokens of each, at least 1: one int for all, or one for each. Equal counts make a uniform
+                batch, without `cu_seqlens_q`.
+            ahead: reserve blocks for so many tokens more, for `PagedBatch.advance`.
+
+        Raises:
+            TypeError: `seqs`, `counts` or `ahead` are not integers.
+            ValueError: one of `seqs` was freed or occurs twice, or would outgrow `max_seq_len`; `counts` does not
+                match `seqs` or is below 1.
+            OutOfBlocks: the free blocks do not suffice.
+        """
+        step = self._manager.prepare(seqs, counts, ahead)
+        try:
+            batch, copies = self._staging.send(step)
+            if copies is not None:
+                copy_blocks(self._buffers_of_layers, copies)
+        except BaseException:
+            self._staging.forget()
+            self._manager.rollback(step)
+            raise
+        self._open[id(batch)] = (batch, step)
+        return batch
+
+    def commit(self, batch: PagedBatch, tokens: Any = None, *, advanced: int = 0) -> None:
+        """End a step: its tokens stand. Sequences freed since are skipped; what was reserved stays reserved.
+
+        Args:
+            batch: from `prepare`. Steps of one sequence are committed in order, other steps in any order.
+            tokens: the token ids in the order of the batch, without padding, then those of each advanced step: a flat
+                sequence, array or tensor, for the prefix cache to come. Only its length is looked at, so that a
+                tensor on a GPU is not waited for.
+            advanced: how many times `batch.advance()` was run on top, at most `ahead`; those tokens stand too.
+
+        Raises:
+            ValueError: the batch is no open step; an earlier step of one of its sequences is open, or, with
+                `advanced`, a later one; `advanced` exceeds `ahead`; the number of tokens does not match.
+        """
+        step = self._step_of(batch)
+        advanced = as_integer("advanced", advanced, at_least=0)
+        expected = len(step.slots) + advanced * len(step.rows)
+        if tokens is not None and len(tokens) != expected:
+            raise ValueError(f"tokens must be the {expected} tokens of the step, got {len(tokens)}")
+        self._manager.commit(step, advanced)
+        del self._open[id(batch)]
+
+    def rollback(self, batch: PagedBatch) -> None:
+        """Undo a step, after the model raised for instance: lengths, tables and free blocks are as before `prepare`.
+
+        Sequences freed since are skipped.
+
+        Raises:
+            ValueError: the batch is no open step, or a later step of one of its sequences is open.
+        """
+        self._manager.rollback(self._step_of(batch))
+        del self._open[id(batch)]
+
+    def stats(self) -> MemoryStats:
+        """How full the cache is, see `MemoryStats`. Costs time in proportion to the blocks."""
+        return self._manager.stats(self._bytes_per_token)
+
+    def check_integrity(self) -> None:
+        """Raise IntegrityError if the host's records contradict each other or the device's block table.
+
+        For tests and debugging: it waits for the device.
+        """
+        self._manager.check_integrity()
+        if len(self._open) != len(self._manager.steps):
+            raise IntegrityError("broken invariant: every open step has a batch")
+        self._staging.check_integrity()
+
+    def _step_of(self, batch: PagedBatch) -> Step:
+        _, step = self._open.get(id(batch), (None, None))
+        if step is None:
+            raise ValueError(
+                "the batch is no open step of this cache: it was committed or rolled back before, or did not come from "
+                "its prepare (batches from advance() are committed with the one that they started from)"
+            )
+        return step
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError("a PagedKVCache cannot be copied or pickled: build another one")
+
+
+def _empty_cache(
+    num_blocks: int, block_size: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """An uninitialised cache of the shape above, stored so that the tokens of one block and head are adjacent.
+
+    The operators take any strides; this layout makes each head's part of a block one stretch of memory.
+    """
+    return torch.empty(num_blocks, num_heads, block_size, head_dim, dtype=dtype, device=device).transpose(1, 2)
+
+
+def _blocks_in(memory: int | float, block_bytes: int, device: torch.device) -> int:
+    """How many blocks fit into so many bytes, or into a share of the device's free memory."""
+    if isinstance(memory, float):
+        if not 0 < memory <= 1:
+            raise ValueError(f"memory as a share of free memory must lie in (0, 1], got {memory}")
+        budget = int(memory * _free_memory(device))
+    else:
+        budget = as_integer("memory", memory, at_least=1)
+    if budget < block_bytes:
+        raise ValueError(f"memory = {memory} is {budget} bytes, less than one block of {block_bytes} bytes")
+    return budget // block_bytes
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _check_buckets(buckets: Sequence[int] | None) -> list[int]:
+    sizes: list[int] = as_integers("buckets", [] if buckets is None else buckets).tolist()
+    if any(size <= before for before, size in zip([0, *sizes], sizes, strict=False)):
+        raise ValueError(f"buckets must increase from at least 1, got {sizes}")
+    return sizes

@@ -1,0 +1,17 @@
+"""Host side of the paged cache: who owns which block. NumPy alone, no torch.
+
+errors.py      what can go wrong: OutOfBlocks, IntegrityError
+arrays.py      checks of a caller's integers, ragged ranges
+pool.py        BlockPool: reference counts, free blocks, blocks that wait for open steps
+sequences.py   Sequences: handles, lengths and block tables, one row a sequence
+step.py        Step: what one prepare took, enough to commit it or to undo it
+manager.py     MemoryManager: prepare, commit, rollback, fork, truncate, free
+inspection.py  MemoryStats and the integrity check
+"""
+
+from torch_paged.memory.errors import IntegrityError, OutOfBlocks
+from torch_paged.memory.inspection import MemoryStats
+from torch_paged.memory.manager import MemoryManager
+from torch_paged.memory.step import Step
+
+__all__ = ["IntegrityError", "MemoryManager", "MemoryStats", "OutOfBlocks", "Step"]

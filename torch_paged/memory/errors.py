@@ -1,0 +1,27 @@
+"""The errors of the host side that are not a caller's bad argument."""
+
+
+class OutOfBlocks(RuntimeError):
+    """A step needs more blocks than are free. Nothing was changed.
+
+    Free or truncate sequences, or wait for open steps, and prepare again.
+
+    Attributes:
+        needed: blocks that the step would have taken.
+        free: blocks that could have been handed out.
+        waiting: blocks without an owner that open steps may still read; they become free when those end.
+    """
+
+    def __init__(self, needed: int, free: int, waiting: int) -> None:
+        super().__init__(needed, free, waiting)
+        self.needed = needed
+        self.free = free
+        self.waiting = waiting
+
+    def __str__(self) -> str:
+        later = f"; {self.waiting} more become free as open steps end" if self.waiting else ""
+        return f"the step needs {self.needed} blocks, {self.free} are free{later}"
+
+
+class IntegrityError(RuntimeError):
+    """`check_integrity()` found a broken invariant: a bug in this library, or memory written from outside."""

@@ -1,0 +1,123 @@
+"""Looking at the memory manager from outside: figures, and whether its records agree with each other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from torch_paged.memory.arrays import Ints, expand
+from torch_paged.memory.errors import IntegrityError
+
+if TYPE_CHECKING:
+    from torch_paged.memory.manager import MemoryManager
+
+
+class MemoryStats(NamedTuple):
+    """How full the cache is. A shared block or slot counts once.
+
+    Attributes:
+        blocks_total: blocks there are: `blocks_used + blocks_free`.
+        blocks_used: blocks that cannot be handed out: referenced, or waiting for open steps.
+        blocks_free: blocks that can.
+        blocks_shared: blocks that stand in the tables of several sequences.
+        tokens: tokens stored, the sum of all lengths; a shared token counts for each of its sequences.
+        slots_filled: share of the used blocks' slots that hold a token of a live sequence, 0 to 1.
+        bytes_used: bytes of the used blocks, over all layers, keys and values.
+        bytes_contiguous: bytes if every live sequence had its own room for the longest one's length.
+    """
+
+    blocks_total: int
+    blocks_used: int
+    blocks_free: int
+    blocks_shared: int
+    tokens: int
+    slots_filled: float
+    bytes_used: int
+    bytes_contiguous: int
+
+
+def stats(manager: MemoryManager, bytes_per_token: int) -> MemoryStats:
+    """Count. Costs time in proportion to the blocks; not for every step."""
+    s, pool, size = manager.sequences, manager.pool, manager.block_size
+    rows, columns, blocks = _table_entries(manager)
+    filled = np.zeros(pool.num_blocks, dtype=np.int64)
+    np.maximum.at(filled, blocks, np.clip(s.length[rows] - columns * size, 0, size))
+    lengths = s.length[s.live_rows]
+    used = pool.num_blocks - pool.num_free
+    return MemoryStats(
+        blocks_total=pool.num_blocks,
+        blocks_used=used,
+        blocks_free=pool.num_free,
+        blocks_shared=int((np.bincount(blocks, minlength=pool.num_blocks) > 1).sum()),
+        tokens=int(lengths.sum()),
+        slots_filled=float(filled.sum() / (used * size)) if used else 0.0,
+        bytes_used=used * size * bytes_per_token,
+        bytes_contiguous=len(lengths) * int(lengths.max(initial=0)) * bytes_per_token,
+    )
+
+
+def check_integrity(manager: MemoryManager) -> None:
+    """Raise IntegrityError if one of the invariants below does not hold."""
+    _check_sequences(manager)
+    _check_blocks(manager)
+    _check_steps(manager)
+
+
+def _check_sequences(manager: MemoryManager) -> None:
+    s, size = manager.sequences, manager.block_size
+    rows = s.live_rows
+    _require(len(rows) + s.num_free_rows == s.max_seqs, "live and free rows add up to max_seqs")
+    _require(len(np.unique(s.stamp[rows])) == len(rows), "the stamps of live sequences differ")
+    _require((s.length[rows] <= s.max_seq_len).all(), "lengths lie within max_seq_len")
+    _require((s.committed[rows] <= s.length[rows]).all(), "committed tokens are part of the length")
+    _require((s.num_blocks[rows] * size >= s.length[rows]).all(), "a sequence holds blocks for its length")
+    held = np.zeros(s.max_seqs, dtype=np.int64)
+    held[rows] = s.num_blocks[rows]
+    in_use = np.arange(s.width) < held[:, None]
+    _require((s.table[~in_use] == -1).all(), "table entries past a sequence's blocks are -1")
+    entries = s.table[in_use]
+    _require(((entries >= 0) & (entries < manager.pool.num_blocks)).all(), "table entries are blocks")
+
+
+def _check_blocks(manager: MemoryManager) -> None:
+    pool, size = manager.pool, manager.block_size
+    rows, columns, in_tables = _table_entries(manager)
+    kept = [step.copies.sources for step in manager.steps.values()]
+    references = np.bincount(np.concatenate([in_tables, *kept]), minlength=pool.num_blocks)
+    _require((references == pool.refcount).all(), "reference counts equal the references from tables and steps")
+    idle = np.concatenate([pool.free_blocks, pool.waiting_blocks])
+    _require(len(np.unique(idle)) == len(idle), "no block is free or waiting twice")
+    _require((pool.refcount[idle] == 0).all(), "free and waiting blocks have no reference")
+    used = int((pool.refcount > 0).sum())
+    _require(used + len(idle) == pool.num_blocks, "used, waiting and free blocks add up to all")
+    _require(pool.num_waiting == len(pool.waiting_blocks), "waiting blocks are counted")
+    _require(not pool.num_waiting or bool(manager.steps), "blocks wait only while steps are open")
+    reserved = in_tables[columns * size >= manager.sequences.length[rows]]
+    _require((pool.refcount[reserved] == 1).all(), "reserved blocks belong to one sequence")
+
+
+def _check_steps(manager: MemoryManager) -> None:
+    s = manager.sequences
+    expected = s.committed.copy()
+    for step in manager.steps.values():
+        alive = s.handle[step.rows] == step.handles
+        rows = step.rows[alive]
+        _require((expected[rows] == step.start[alive]).all(), "open steps follow each other without a gap")
+        expected[rows] = step.end[alive]
+    rows = s.live_rows
+    _require((expected[rows] == s.length[rows]).all(), "committed tokens and open steps add up to the length")
+
+
+def _table_entries(manager: MemoryManager) -> tuple[Ints, Ints, Ints]:
+    """Row, column and block of every table entry in use."""
+    s = manager.sequences
+    live = s.live_rows
+    owners, columns = expand(np.zeros_like(live), s.num_blocks[live])
+    rows = live[owners]
+    return rows, columns, s.table[rows, columns].astype(np.int64)
+
+
+def _require(holds: object, invariant: str) -> None:
+    if not holds:
+        raise IntegrityError(f"broken invariant: {invariant}")

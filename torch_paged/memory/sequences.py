@@ -1,0 +1,140 @@
+"""Sequences: their handles, lengths and block tables, in arrays with one row a sequence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from torch_paged.memory.arrays import Ints, as_integers
+
+
+class Sequences:
+    """Rows of up to `max_seqs` live sequences.
+
+    A handle is an int that names a sequence for ever: the row in its low bits, above them how often the row
+    was used before. So a freed sequence's handle is told from its row's next owner without a look-up table.
+    With `max_seqs = 4`, row 2 serves the handles 2, 6, 10, ...
+
+    Attributes:
+        handle: int64 [rows], the handle that lives in each row, negative where none does.
+        length: int64 [max_seqs], tokens, those of open steps included.
+        committed: int64 [max_seqs], tokens of steps that were committed. Less than `length`: a step is open.
+        num_blocks: int64 [max_seqs], blocks held; those past the length are reserved.
+        stamp: int64 [max_seqs], a number never used twice. A new one is drawn whenever entries already in a
+            table are replaced or taken away, so an equal stamp means that a table has at most grown.
+        table: int32 [max_seqs, width], the blocks of each row; -1 past `num_blocks`, and in rows not in use.
+    """
+
+    def __init__(self, max_seqs: int, max_seq_len: int, block_size: int) -> None:
+        self.max_seqs = max_seqs
+        self.max_seq_len = max_seq_len
+        self.width = -(-max_seq_len // block_size)
+        num_rows = 1 << max((max_seqs - 1).bit_length(), 1)  # any integer names a row; past max_seqs none lives
+        self._row_mask = num_rows - 1
+        self._no_handle = ~np.arange(num_rows)  # as a handle, ~row names another row than this: it never matches
+        self.handle = self._no_handle.copy()
+        self.length = np.zeros(max_seqs, dtype=np.int64)
+        self.committed = np.zeros(max_seqs, dtype=np.int64)
+        self.num_blocks = np.zeros(max_seqs, dtype=np.int64)
+        self.stamp = np.full(max_seqs, -1, dtype=np.int64)
+        self.table = np.full((max_seqs, self.width), -1, dtype=np.int32)
+        self.flat_table = self.table.reshape(-1)
+        self._next_stamp = 0
+        self._next_handle = np.arange(max_seqs, dtype=np.int64)
+        self._free_rows = list(range(max_seqs))[::-1]
+        self._order = np.arange(max_seqs)
+        self._last_list: list[Any] = []
+        self._last_handles = np.empty(0, dtype=np.int64)
+        self._seen = np.zeros(num_rows, dtype=np.int64)
+
+    @property
+    def live_rows(self) -> Ints:
+        """The rows in use, ascending."""
+        return np.flatnonzero(self.handle >= 0)
+
+    @property
+    def num_free_rows(self) -> int:
+        return len(self._free_rows)
+
+    def find(self, seqs: Any) -> tuple[Ints, Ints]:
+        """Handles and rows of distinct live sequences, not to be written to.
+
+        Raises:
+            TypeError: `seqs` are not integers.
+            ValueError: one is unknown, was freed, or occurs twice.
+        """
+        handles = self._handles(seqs)
+        rows = handles & self._row_mask
+        alive = self.handle[rows] == handles
+        if not alive.all():
+            raise ValueError(self._why_not_alive(int(handles[~alive][0])))
+        self._check_distinct(handles, rows)
+        return handles, rows
+
+    def _handles(self, seqs: Any) -> Ints:
+        # A decode loop passes one list again and again, and comparing lists is far cheaper than converting one.
+        if type(seqs) is not list or not seqs or type(seqs[0]) is not int:  # [1.0] equals [1]
+            return as_integers("seqs", seqs)
+        if seqs != self._last_list:
+            self._last_handles = as_integers("seqs", seqs)
+            self._last_list = seqs.copy()
+        return self._last_handles
+
+    def find_one(self, seq: int) -> int:
+        """The row of one live sequence; raises as `find` does."""
+        return int(self.find([seq])[1][0])
+
+    def _why_not_alive(self, handle: int) -> str:
+        row = handle & self._row_mask
+        used = 0 <= handle and row < self.max_seqs and handle < self._next_handle[row]
+        return f"sequence {handle} was freed" if used else f"there is no sequence {handle}"
+
+    def _check_distinct(self, handles: Ints, rows: Ints) -> None:
+        # Each row remembers who came last: a sequence that is not its own last visitor occurs twice.
+        order = self._order[: len(rows)] if len(rows) <= self.max_seqs else np.arange(len(rows))
+        self._seen[rows] = order
+        repeated = self._seen[rows] != order
+        if repeated.any():
+            raise ValueError(f"seqs must be distinct, sequence {handles[repeated][0]} occurs twice")
+
+    def require_rows(self, count: int) -> None:
+        """Raise ValueError unless `count` more sequences fit."""
+        if count > len(self._free_rows):
+            used = self.max_seqs - len(self._free_rows)
+            raise ValueError(f"max_seqs = {self.max_seqs}: {count} more sequences do not fit beside {used} live ones")
+
+    def require_settled(self, row: int, action: str) -> None:
+        """Raise ValueError if a step of this row's sequence is open."""
+        if self.committed[row] != self.length[row]:
+            raise ValueError(
+                f"cannot {action} sequence {self.handle[row]} while one of its steps is open: commit or roll back first"
+            )
+
+    def require_length(self, handles: Ints, length: Ints) -> None:
+        """Raise ValueError if one of these sequences would grow past `max_seq_len`."""
+        if len(length) and length.max() > self.max_seq_len:
+            worst = length.argmax()
+            raise ValueError(
+                f"max_seq_len = {self.max_seq_len}: sequence {handles[worst]} would have {length[worst]} tokens"
+            )
+
+    def open_rows(self, count: int) -> Ints:
+        """Take `count` free rows for new, empty sequences. `require_rows` first."""
+        rows = np.array([self._free_rows.pop() for _ in range(count)], dtype=np.int64)
+        self.handle[rows] = self._next_handle[rows]
+        self._next_handle[rows] += self._row_mask + 1
+        self.length[rows] = self.committed[rows] = self.num_blocks[rows] = 0
+        self.renew_stamps(rows)
+        return rows
+
+    def close_rows(self, rows: Ints) -> None:
+        """End the sequences of these rows; their blocks are the caller's to release."""
+        self.handle[rows] = self._no_handle[rows]
+        self.table[rows] = -1
+        self.num_blocks[rows] = 0
+        self._free_rows.extend(rows[::-1].tolist())
+
+    def renew_stamps(self, rows: Ints) -> None:
+        self.stamp[rows] = np.arange(self._next_stamp, self._next_stamp + len(rows))
+        self._next_stamp += len(rows)

@@ -1,0 +1,285 @@
+"""From a host step to tensors on the device: padding, stable addresses, and one copy a step.
+
+To a GPU a step's numbers travel in one buffer of 64-bit words, each part on a boundary of 64 bytes:
+
+    slot_mapping | positions | last_token | seq_lens | cu_seqlens_q | changed entries | their blocks | copies
+
+The first five parts are the batch. They are spread from there to five tensors whose memory never moves. The rest is
+read once: what has changed in the block table since it was last sent, and the blocks that the step copies before it
+writes to them. On a CPU everything is written where it belongs.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from torch_paged.batch import PagedBatch, unbacked
+from torch_paged.memory import IntegrityError, MemoryManager, Step
+from torch_paged.memory.arrays import Ints, expand
+
+_PART_DTYPES = (torch.int64, torch.int64, torch.int64, torch.int32, torch.int32)
+_ALIGNMENT = 64  # bytes
+_REMEMBERED_SHAPES = 256
+_COPIES_IN_FLIGHT = 8
+_NO_ENTRIES, _NO_BLOCKS = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int32)
+
+
+class _Shape(NamedTuple):
+    """Sequences and tokens of a batch, padding included, and whether it has `cu_seqlens_q`."""
+
+    num_seqs: int
+    num_tokens: int
+    ragged: bool
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Of the batch's parts: slot_mapping, positions, last_token in int64, seq_lens and cu_seqlens_q in int32."""
+        return self.num_tokens, self.num_tokens, self.num_seqs, self.num_seqs, self.num_seqs + 1 if self.ragged else 0
+
+    def split(self, words: Any, int32: Any) -> list[Any]:
+        """Views of the five parts in a buffer: a NumPy array or a tensor of words, with its name for int32."""
+        parts, offset = [], 0
+        for length, dtype in zip(self.lengths, _PART_DTYPES, strict=True):
+            size = _words(length, dtype)
+            part = words[offset : offset + size]
+            parts.append((part.view(int32) if dtype == torch.int32 else part)[:length])
+            offset += size
+        return parts
+
+
+def _words(length: int, dtype: torch.dtype) -> int:
+    """Words that a part takes in the buffer."""
+    return -(-length * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT // 8
+
+
+class _Place(NamedTuple):
+    """Where a batch of one shape lies: its tensors, in the order of `_Shape.lengths` too, and on CPU as arrays."""
+
+    batch: PagedBatch
+    parts: list[Tensor]
+    host_parts: list[Any]
+
+
+class Staging:
+    """The device's side of a MemoryManager: its block table and the tensors of its batches.
+
+    Row i of the block table belongs to the i-th sequence of whatever batch was sent last. What it holds is known
+    here, so that a step sends only the entries that differ.
+
+    Attributes:
+        block_table: int32 [rows, max_blocks_per_seq] on the device; -1 past the blocks of a sequence.
+        num_entries_sent: table entries sent so far.
+    """
+
+    def __init__(
+        self,
+        memory: MemoryManager,
+        device: torch.device,
+        buckets: Sequence[int],
+        *,
+        in_place: bool | None = None,
+    ) -> None:
+        in_place = device.type == "cpu" if in_place is None else in_place
+        sequences = memory.sequences
+        self._sequences = sequences
+        self._buckets = list(buckets)
+        rows = max([sequences.max_seqs, *buckets])
+        self._held = np.zeros(rows, dtype=np.int64)  # entries of each row that are not -1
+        self._stamps = np.full(rows, -1, dtype=np.int64)  # whose they are: `Sequences.stamp`
+        self.num_entries_sent = 0
+        self._device = device
+        self._uploads = _Uploads(device)
+        with torch.inference_mode(False):
+            self.block_table = torch.full((rows, sequences.width), -1, dtype=torch.int32, device=device)
+            self._flat_table = self.block_table.view(-1)
+            self._block_size = torch.tensor(memory.block_size, dtype=torch.int64, device=device)
+            self._parts = self._allocate(rows)
+            self._spare_parts = self._allocate(0)  # for what exceeds them
+        self._host_table = self._flat_table.numpy() if in_place else None
+        self._places: OrderedDict[_Shape, _Place] = OrderedDict()
+
+    def send(self, step: Step) -> tuple[PagedBatch, Tensor | None]:
+        """The batch of a step, on the device, and the block pairs int64 [c, 2] that it must copy first, if any."""
+        shape = self._shape(step)
+        place = self._places.get(shape) or self._lay_out(shape)
+        self._places.move_to_end(shape)
+        entries, blocks = self._changed_entries(step.rows)
+        self.num_entries_sent += len(entries)
+        copies = np.column_stack([step.copies.sources, step.copies.blocks]) if len(step.copies.blocks) else None
+        if self._host_table is not None:
+            _fill(place.host_parts, step)
+            self._host_table[entries] = blocks
+            pairs = None if copies is None else torch.from_numpy(copies)
+        else:
+            pairs = self._upload(shape, place, step, entries, blocks, copies)
+        return PagedBatch(*place.batch), pairs
+
+    def forget(self) -> None:
+        """Send everything again: after a failure nobody knows what the device holds."""
+        self._held[:] = self._sequences.width
+        self._stamps[:] = -1
+
+    def check_integrity(self) -> None:
+        """Raise IntegrityError if the device's block table does not hold what this object believes. Waits for it."""
+        s = self._sequences
+        table = self.block_table.cpu().numpy()
+        held = np.arange(s.width) < self._held[:, None]
+        if (table[~held] != -1).any():
+            raise IntegrityError("broken invariant: the device's block table is -1 past a sequence's blocks")
+        for row in s.live_rows:
+            for place in np.flatnonzero(self._stamps == s.stamp[row]):
+                if (table[place] != s.table[row])[: self._held[place]].any():
+                    raise IntegrityError(f"broken invariant: row {place} of the device's table is sequence {row}'s")
+
+    def _shape(self, step: Step) -> _Shape:
+        """The shape of a step's batch, padded to the smallest buckets that hold it."""
+        num_seqs, num_tokens = len(step.rows), len(step.slots)
+        padded_seqs = self._pad(num_seqs)
+        if not isinstance(step.counts, int):
+            return _Shape(padded_seqs, self._pad(num_tokens), True)
+        padded_tokens = padded_seqs * step.counts
+        if self._buckets and padded_tokens > self._buckets[-1]:
+            return _Shape(num_seqs, num_tokens, False)
+        return _Shape(padded_seqs, padded_tokens, False)
+
+    def _pad(self, size: int) -> int:
+        index = bisect_left(self._buckets, size)
+        return self._buckets[index] if index < len(self._buckets) else size
+
+    @torch.inference_mode(False)
+    def _lay_out(self, shape: _Shape) -> _Place:
+        """Views for one shape. Up to the largest bucket they lie in memory that never moves."""
+        whole = self._parts
+        largest = max(shape.num_seqs, shape.num_tokens)
+        if largest > len(self.block_table):
+            if largest > len(self._spare_parts[0]):
+                self._spare_parts = self._allocate(1 << largest.bit_length())
+            whole = self._spare_parts
+        parts = [unbacked(part[:length]) for part, length in zip(whole, shape.lengths, strict=True)]
+        slot_mapping, positions, last_token, seq_lens, cu_seqlens_q = parts
+        batch = PagedBatch(
+            block_table=unbacked(self.block_table[: shape.num_seqs]),
+            seq_lens=seq_lens,
+            cu_seqlens_q=cu_seqlens_q if shape.ragged else None,
+            slot_mapping=slot_mapping,
+            positions=positions,
+            last_token=last_token,
+            block_size=self._block_size,
+        )
+        host_parts = [part.numpy() for part in parts] if self._host_table is not None else []
+        place = self._places[shape] = _Place(batch, parts, host_parts)
+        if len(self._places) > _REMEMBERED_SHAPES:
+            self._places.popitem(last=False)
+        return place
+
+    def _allocate(self, size: int) -> list[Tensor]:
+        """Memory for batches of up to `size` sequences and tokens.
+
+        A tensor for each part: views into one would differ in their offsets, and a compiled graph tells them apart.
+        """
+        lengths = _Shape(size, size, True).lengths
+        return [
+            torch.zeros(length, dtype=dtype, device=self._device)
+            for length, dtype in zip(lengths, _PART_DTYPES, strict=True)
+        ]
+
+    def _changed_entries(self, rows: Ints) -> tuple[Ints, NDArray[np.int32]]:
+        """Where the device's block table differs from what this batch needs, and what belongs there."""
+        s = self._sequences
+        held, stamps = self._held[: len(rows)], self._stamps[: len(rows)]
+        num_blocks, stamp = s.num_blocks[rows], s.stamp[rows]
+        first = held * (stamps == stamp)  # the same table can only have grown since
+        last = np.maximum(held, num_blocks)
+        held[:], stamps[:] = num_blocks, stamp
+        changed = np.flatnonzero(first != last)
+        if not len(changed):
+            return _NO_ENTRIES, _NO_BLOCKS
+        owners, columns = expand(first[changed], last[changed])
+        owners = changed[owners]
+        return owners * s.width + columns, s.flat_table[rows[owners] * s.width + columns]
+
+    def _upload(
+        self,
+        shape: _Shape,
+        place: _Place,
+        step: Step,
+        entries: Ints,
+        blocks: NDArray[np.int32],
+        copies: Ints | None,
+    ) -> Tensor | None:
+        """Send a step in one copy, then spread it on the device."""
+        num_copies = 0 if copies is None else len(copies)
+        body = sum(map(_words, shape.lengths, _PART_DTYPES))
+        ends = np.cumsum([body, len(entries), (len(blocks) + 1) // 2, 2 * num_copies]).tolist()
+        host = self._uploads.begin(ends[-1])
+        _fill(shape.split(host, np.int32), step)
+        host[ends[0] : ends[1]] = entries
+        host[ends[1] : ends[2]].view(np.int32)[: len(blocks)] = blocks
+        if copies is not None:
+            host[ends[2] :] = copies.reshape(-1)
+        sent = self._uploads.send()
+        sent_parts = shape.split(sent, torch.int32)
+        torch._foreach_copy_(place.parts[:3], sent_parts[:3])
+        torch._foreach_copy_(place.parts[3:], sent_parts[3:])
+        if len(entries):
+            values = sent[ends[1] : ends[2]].view(torch.int32)[: len(blocks)]
+            self._flat_table.index_put_((sent[ends[0] : ends[1]],), values)
+        return sent[ends[2] :].view(-1, 2) if num_copies else None
+
+
+class _Uploads:
+    """Copies to the device that the host does not wait for, from memory that is not reused while in flight."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._on_gpu = device.type == "cuda"
+        self._buffers = [torch.empty(0, dtype=torch.int64)] * _COPIES_IN_FLIGHT
+        self._done: list[torch.cuda.Event | None] = [None] * _COPIES_IN_FLIGHT
+        self._turn = 0
+        self._words = 0
+
+    def begin(self, words: int) -> Any:
+        """The next buffer's first `words`, to be filled; waits if its last copy is still in flight."""
+        self._turn = (self._turn + 1) % _COPIES_IN_FLIGHT
+        self._words = words
+        done = self._done[self._turn]
+        if done is not None:
+            done.synchronize()
+        if len(self._buffers[self._turn]) < words:
+            room = 1 << words.bit_length()
+            with torch.inference_mode(False):
+                self._buffers[self._turn] = torch.empty(room, dtype=torch.int64, pin_memory=self._on_gpu)
+        return self._buffers[self._turn].numpy()[:words]
+
+    def send(self) -> Tensor:
+        """What was filled, on the device once its stream gets there."""
+        sent = self._buffers[self._turn][: self._words].to(self._device, non_blocking=True)
+        if self._on_gpu:
+            done = self._done[self._turn] = torch.cuda.Event()
+            done.record(torch.cuda.current_stream(self._device))
+        return sent
+
+
+def _fill(parts: list[Any], step: Step) -> None:
+    """Write a step into the five host parts of its batch, the padding included."""
+    slot_mapping, positions, last_token, seq_lens, cu_seqlens_q = parts
+    num_seqs, num_tokens = len(step.rows), len(step.slots)
+    slot_mapping[:num_tokens], slot_mapping[num_tokens:] = step.slots, -1
+    positions[:num_tokens], positions[num_tokens:] = step.positions, 0
+    seq_lens[:num_seqs], seq_lens[num_seqs:] = step.end, 0
+    last_token[num_seqs:] = 0
+    if isinstance(step.counts, int):
+        last_token[:num_seqs] = np.arange(step.counts - 1, num_tokens, step.counts)
+        return
+    ends = step.counts.cumsum()
+    last_token[:num_seqs] = ends - 1
+    cu_seqlens_q[0] = 0
+    cu_seqlens_q[1 : num_seqs + 1], cu_seqlens_q[num_seqs + 1 :] = ends, num_tokens
