@@ -1,0 +1,175 @@
+"""Compiles kernels for GPUs that are not there, and reads from the machine code what decides their speed.
+
+`compile_call` runs a launch function with a driver that knows its target but has no device: what would be launched is
+compiled, exactly as specialised for that call, and nothing runs. Importing this module changes nothing; a process that
+has called `compile_call` cannot use a GPU any more, so call it through `Workers`.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime.jit import JITFunction
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+_NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_SASS = {
+    "load128": r"\bLDG\.E[.\w]*\.128",
+    "load_narrow": r"\bLDG\.E(?![.\w]*\.128)",
+    "store128": r"\bSTG\.E[.\w]*\.128",
+    "store_narrow": r"\bSTG\.E(?![.\w]*\.128)",
+    "async128": r"\bLDGSTS[.\w]*\.128",
+    "async_narrow": r"\bLDGSTS(?![.\w]*\.128)",
+    "tensor_core": r"\b(?:HMMA|IMMA|DMMA)\b",
+    "wgmma": r"\b[HQI]GMMA\b",
+    "tcgen05": r"\bUT[CHQ]\w*MMA\b",
+    "spill": r"\b(?:STL|LDL)\b",
+}
+_AMDGCN = {
+    "load128": r"\b(?:global|buffer|flat)_load_dwordx4\b",
+    "load_narrow": r"\b(?:global|buffer|flat)_load_(?:d16|u?byte|u?short|s?byte|s?short|dword|dwordx2)\b",
+    "store128": r"\b(?:global|buffer|flat)_store_dwordx4\b",
+    "store_narrow": r"\b(?:global|buffer|flat)_store_(?:byte|short|dword|dwordx2)\b",
+    "tensor_core": r"\bv_mfma_",
+    "spill": r"\bscratch_(?:load|store)",
+}
+
+
+class Kernel(NamedTuple):
+    """What was compiled for one launch."""
+
+    name: str
+    identity: str  # equal for launches that share one compilation
+    registers: int  # of one thread; on AMD vector registers
+    shared_memory: int  # bytes of one thread block
+    buffers: int  # copies of a pipelined tile in shared memory, of the tile that has fewest; 0 without a pipeline
+    pending: int  # asynchronous copies that may still be under way while a tile is computed
+    instructions: dict[str, int]  # how many of each kind that `_SASS` or `_AMDGCN` names
+
+
+class _AbsentDevice(DriverBase):
+    """A Triton driver for a target without a device: enough to compile, nothing can be launched."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.target]
+
+    def get_current_device(self) -> int:
+        return list(TARGETS).index(self.target)  # each target has compiled kernels of its own
+
+    def get_current_stream(self, device: int | None = None) -> int:  # noqa: ARG002
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, ty: str) -> str:  # noqa: ARG002
+        return "void*"
+
+    def get_benchmarker(self) -> Callable[..., float]:
+        raise NotImplementedError
+
+
+@contextmanager
+def _launches_recorded() -> Iterator[list[Any]]:
+    """Makes every launch a compilation alone, whose result goes into the list."""
+    compiled: list[Any] = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:  # noqa: ARG001
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled.append(kernel)
+        return kernel
+
+    JITFunction.run = compile_only
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+
+
+def compile_call(target: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Kernel]:
+    """The kernels that `call(*args, **kwargs)` would launch on `target`, in order, where its tensors are on the CPU."""
+    triton.runtime.driver.set_active(_AbsentDevice(target))
+    with _launches_recorded() as compiled:
+        call(*args, **kwargs)
+    return [_read(kernel) for kernel in compiled]
+
+
+def _read(compiled: Any) -> Kernel:
+    ttgir = compiled.asm["ttgir"]
+    copies = [int(n) for n in re.findall(r"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x", ttgir)]
+    pending = [int(n) for n in re.findall(r"ttg\.async_wait .*?num = (\d+)", ttgir)]
+    registers, code, patterns = _amd(compiled) if "amdgcn" in compiled.asm else _nvidia(compiled)
+    return Kernel(
+        name=compiled.metadata.name,
+        identity=compiled.hash,
+        registers=registers,
+        shared_memory=compiled.metadata.shared,
+        buffers=min(copies, default=0),
+        pending=max(pending, default=0),
+        instructions={name: len(re.findall(pattern, code)) for name, pattern in patterns.items()},
+    )
+
+
+def _nvidia(compiled: Any) -> tuple[int, str, dict[str, str]]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        code = _tool("nvdisasm", "-c", file.name)
+    found = re.search(r"\bREG:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump named no registers: {usage}")
+    return int(found[1]), code, _SASS
+
+
+def _amd(compiled: Any) -> tuple[int, str, dict[str, str]]:
+    code = compiled.asm["amdgcn"]
+    found = re.search(r"\.vgpr_count:\s+(\d+)", code)
+    if found is None:
+        raise RuntimeError("the assembly names no registers")
+    return int(found[1]), code, _AMDGCN
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run([_NVIDIA_TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+class Workers:
+    """Two processes that compile; results are remembered by their arguments."""
+
+    def __init__(self) -> None:
+        self._pool = ProcessPoolExecutor(2, mp_context=get_context("spawn"))
+        self._results: dict[Any, Future[list[Kernel]]] = {}
+
+    def submit(self, target: str, call: Callable[..., Any], *args: Any) -> Future[list[Kernel]]:
+        """The future of `compile_call(target, call, *args)`: picklable and hashable arguments."""
+        key = (target, call, *args)
+        if key not in self._results:
+            self._results[key] = self._pool.submit(compile_call, target, call, *args)
+        return self._results[key]
+
+    def shutdown(self) -> None:
+        self._pool.shutdown(cancel_futures=True)

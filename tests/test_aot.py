@@ -1,0 +1,178 @@
+"""Machine code of every kernel for GPUs that need not be there: what would make it slow is a failure here.
+
+Compiling all that is shipped takes minutes. Unless `slow` tests are wanted, a selection is compiled in which every pair
+of kind, dtype, head dim and block size occurs. Two processes compile ahead of the tests.
+"""
+
+import os
+
+import pytest
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("needs compiled kernels: run without TRITON_INTERPRET=1", allow_module_level=True)
+
+from dataclasses import replace
+
+import aot
+import aot_calls as calls
+
+pytestmark = pytest.mark.aot
+NVIDIA = ("sm_80", "sm_90", "sm_100")
+REGISTER_FILE = 65536  # registers of one NVIDIA multiprocessor
+MATRIX_UNIT = {"sm_80": "tensor_core", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "tensor_core"}
+
+
+def attention_faults(target, variant, kernel):
+    """What the attention kernel lacks of what its launch was made for."""
+    launch, count = variant.launch, kernel.instructions
+    many_rows = launch.variant.block_m >= 64
+    demands = {"no spilled registers": count["spill"] == 0}
+    if variant.dtype != "fp32":
+        demands["matrix unit"] = count[MATRIX_UNIT[target] if many_rows else "tensor_core"] > 0
+    if target in NVIDIA:
+        resident = max(1, launch.programs // calls.DEVICES[target].multiprocessors)
+        demands["16-byte asynchronous copies"] = count["async128"] > 0 and count["async_narrow"] == 0
+        demands["registers for all programs"] = resident * register_share(kernel, launch.num_warps) <= REGISTER_FILE
+        demands["shared memory for all programs"] = (
+            resident * kernel.shared_memory <= calls.DEVICES[target].shared_memory
+        )
+        if not many_rows and launch.variant.num_stages > 2:
+            demands["more than one tile of keys in flight"] = kernel.buffers >= 2 and kernel.pending >= 2
+    else:
+        demands["16-byte loads"] = 4 * count["load128"] >= count["load_narrow"]
+    return [what for what, met in demands.items() if not met]
+
+
+def register_share(kernel, num_warps):
+    """Registers that a thread block occupies: a thread's come in eights."""
+    return -(-kernel.registers // 8) * 8 * 32 * num_warps
+
+
+def copying_faults(kernel, narrow_stores=0):
+    """What a kernel lacks that does little but move bytes."""
+    count = kernel.instructions
+    demands = {
+        "no spilled registers": count["spill"] == 0,
+        "16-byte loads": count["load128"] > 0,
+        "16-byte stores": count["store128"] > 0 and count["store_narrow"] <= narrow_stores,
+        "registers for eight thread blocks": kernel.registers <= 64,
+        "no shared memory": kernel.shared_memory == 0,
+    }
+    return [what for what, met in demands.items() if not met]
+
+
+def selected(target, name):
+    """Whether a variant belongs to the selection: an orthogonal array over its properties, another for each target."""
+    kind, dtype, dim, block, _ = name.split("-")
+    k = ("decode", "prefill", "mixed").index(kind)
+    d = ("fp16", "bf16", "fp32").index(dtype)
+    h = ("dim64", "dim80", "dim128", "dim256").index(dim)
+    b = ("block1", "block16", "block64").index(block)
+    return (k + d + b + list(aot.TARGETS).index(target)) % 3 == 0 and (k + 2 * b + h) % 3 == 0
+
+
+def shipped_jobs():
+    for target in aot.TARGETS:
+        for name, variant in calls.shipped(target).items():
+            marks = () if selected(target, name) else pytest.mark.slow
+            yield pytest.param((target, calls.attention_launch, variant), id=f"{target}-{name}", marks=marks)
+
+
+def copying_jobs():
+    for target in aot.TARGETS:
+        for call, *arguments in [
+            (calls.append_rows, 5),
+            (calls.append_rows, 5, "fp32", 2, (80, 64)),
+            (calls.append_rows, 5, "fp16", 1, (576, 512)),
+            *((call, 3, layout) for call in (calls.copy, calls.gather) for layout in ("token-major", "head-major")),
+            (calls.copy, 3, "sliced"),
+            (calls.scatter, 3, "head-major"),
+            (calls.merge, 5, "bf16", 128),
+            (calls.merge, 5, "fp32", 80),
+        ]:
+            name = "-".join(map(str, (target, call.__name__, *arguments[1:])))
+            yield pytest.param((target, call, *arguments), id=name)
+
+
+@pytest.fixture(scope="session")
+def workers(request):
+    """Processes that already compile what the tests of this run will ask for."""
+    workers = aot.Workers()
+    for item in request.session.items:
+        job = getattr(item, "callspec", None) and item.callspec.params.get("job")
+        if job:
+            workers.submit(*job)
+    yield workers
+    workers.shutdown()
+
+
+@pytest.mark.parametrize("job", shipped_jobs())
+def test_shipped_attention(job, workers):
+    target, _, variant = job
+    attention, combine = workers.submit(*job).result()
+    assert attention_faults(target, variant, attention) == [], attention
+    assert combine.instructions["spill"] == 0, combine
+
+
+@pytest.mark.parametrize("job", copying_jobs())
+def test_copying_kernels(job, workers):
+    (kernel,) = workers.submit(*job).result()
+    assert copying_faults(kernel, narrow_stores=2 if job[1] is calls.merge else 0) == [], kernel
+
+
+def planted(kind, **changes):
+    """A shipped bf16 variant of head dim 128 for sm_90, spoilt."""
+    name, variant = next(
+        (n, v) for n, v in calls.shipped("sm_90").items() if n.startswith(f"{kind}-bf16-dim128-block16")
+    )
+    launch = variant.launch
+    of_launch = {key: changes.pop(key) for key in list(changes) if hasattr(launch, key)}
+    launch = replace(launch, variant=replace(launch.variant, **changes), **of_launch)
+    return replace(variant, name=f"spoilt-{name}", launch=launch)
+
+
+@pytest.mark.parametrize(
+    ("variant", "misaligned", "fault"),
+    [
+        pytest.param(planted("prefill", num_warps=4), 0, "no spilled registers", id="half-the-warps"),
+        pytest.param(planted("decode", aligned=False), 1, "16-byte asynchronous copies", id="scalar-loads"),
+        pytest.param(planted("decode", num_stages=1), 0, "16-byte asynchronous copies", id="no-pipeline"),
+        pytest.param(planted("decode", num_warps=8), 0, "registers for all programs", id="too-many-warps"),
+        pytest.param(planted("decode", block_m=64), 0, "registers for all programs", id="too-many-rows"),
+    ],
+)
+def test_spoilt_attention_is_found_out(variant, misaligned, fault, workers):
+    attention, _ = workers.submit("sm_90", calls.attention_launch, variant, misaligned).result()
+    assert fault in attention_faults("sm_90", variant, attention), attention
+
+
+def test_spoilt_copies_are_found_out(workers):
+    (scalar,) = workers.submit("sm_90", calls.append_rows, 5, "bf16", 8, (17, 17)).result()
+    assert copying_faults(scalar) == ["16-byte loads", "16-byte stores"]
+    (spilling,) = workers.submit("sm_90", calls.spilling_copy).result()
+    assert copying_faults(spilling) == ["no spilled registers"]
+
+
+LENGTHS = {
+    calls.attention: [
+        [
+            (batch, batch, width, blocks, False)
+            for batch in (1, 2, 7, 64)
+            for width, blocks in ((1, 1), (16, 9), (33, 64))
+        ],
+        [(batch, tokens, 5, 9, True) for batch, tokens in ((1, 64), (16, 100), (3, 1), (2, 4096))],
+    ],
+    calls.append_rows: [[(rows,) for rows in (1, 2, 16, 37, 4096)]],
+    calls.copy: [[(pairs,) for pairs in (1, 2, 16, 37)]],
+    calls.gather: [[(rows,) for rows in (1, 2, 16, 37)]],
+    calls.scatter: [[(rows,) for rows in (1, 2, 16, 37)]],
+    calls.merge: [[(tokens,) for tokens in (1, 2, 16, 37)]],
+}
+
+
+@pytest.mark.parametrize("call", LENGTHS, ids=lambda call: call.__name__)
+def test_lengths_never_recompile(call, workers):
+    for shapes in LENGTHS[call]:
+        jobs = [workers.submit("sm_90", call, *shape) for shape in shapes]
+        compiled = {kernel.identity for job in jobs for kernel in job.result()}
+        assert len(compiled) <= max(len(job.result()) for job in jobs)

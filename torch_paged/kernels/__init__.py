@@ -1,0 +1,9 @@
+"""Triton implementations of the operators: for CUDA tensors, and for CPU tensors under TRITON_INTERPRET=1."""
+
+from torch_paged.kernels.append import append
+from torch_paged.kernels.attention import attention
+from torch_paged.kernels.copy_blocks import copy_blocks
+from torch_paged.kernels.gather_blocks import gather_blocks, scatter_blocks
+from torch_paged.kernels.merge_attention import merge_attention
+
+__all__ = ["append", "attention", "copy_blocks", "gather_blocks", "merge_attention", "scatter_blocks"]

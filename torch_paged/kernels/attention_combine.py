@@ -1,0 +1,89 @@
+"""Combines the partial results of the units that no single program of attention finished."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torch_paged.kernels.attention_tiles import store_rows
+from torch_paged.kernels.launch_config import AttentionLaunch
+from torch_paged.kernels.schedule import query_range, query_tiles
+
+LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit(
+    do_not_specialize=["num_tokens", "num_seqs", "num_kv_heads"],
+    do_not_specialize_on_alignment=["cu_seqlens_q"],
+)
+def _combine(
+    partial, handoff, cu_seqlens_q, output, lse, num_tokens, num_seqs, num_kv_heads,
+    PROGRAMS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    """output = sum_i 2^(m_i - m) acc_i / sum_i 2^(m_i - m) l_i, with m = max_i m_i, over the parts i of a unit.
+
+    Grid: (programs of attention, rows of a unit / ROWS). Program p serves the unit that p began and did not end, if
+    any: its parts are p's second slot and the first slots of the programs after p, up to the one that ended the unit.
+    """
+    DIM: tl.constexpr = V.value_dim
+    WIDTH: tl.constexpr = V.value_width
+    program = tl.program_id(0)
+    sequence = tl.load(handoff + 4 * program + 1)
+    if sequence < 0:
+        return
+    others = tl.arange(0, PROGRAMS)
+    left_before = tl.load(handoff + 4 * others, mask=others < tl.num_programs(0), other=0)
+    end = tl.min(tl.where((left_before == 2) & (others > program), others, PROGRAMS)) + 1
+    unit = tl.load(handoff + 4 * program + 2)
+    start, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
+    tiles = query_tiles(queries, V)
+    first_row = unit % tiles * V.block_m
+    lane = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    valid = lane < queries * V.group - first_row
+    column = tl.arange(0, WIDTH)
+    sums = partial + tl.num_programs(0).to(tl.int64) * (2 * V.block_m * DIM)
+    largest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    result = tl.zeros([ROWS, WIDTH], tl.float32)
+    for first in range(program, end, PARTS):
+        part = first + tl.arange(0, PARTS)
+        wrote = tl.load(handoff + 4 * part, mask=(part > program) & (part < end), other=0) > 0
+        used = (wrote | (part == program))[:, None] & valid[None, :]
+        # [PARTS, ROWS]
+        slot_row = (2 * part + (part == program).to(tl.int32)).to(tl.int64)[:, None] * V.block_m + lane[None, :]
+        part_largest = tl.load(sums + 2 * slot_row, mask=used, other=float("-inf"))
+        part_total = tl.load(sums + 2 * slot_row + 1, mask=used, other=0.0)
+        # [PARTS, ROWS, WIDTH]
+        inside = used[:, :, None] & (column < DIM)[None, None, :]
+        part_result = tl.load(partial + slot_row[:, :, None] * DIM + column[None, None, :], mask=inside, other=0.0)
+        larger = tl.maximum(largest, tl.max(part_largest, 0))
+        shift = tl.where(larger == float("-inf"), 0.0, larger)
+        factor = tl.exp2(part_largest - shift[None, :])
+        decay = tl.exp2(largest - shift)
+        total = total * decay + tl.sum(factor * part_total, 0)
+        result = result * decay[:, None] + tl.sum(factor[:, :, None] * part_result, 0)
+        largest = larger
+    num_heads = num_kv_heads * V.group
+    packed = first_row % V.group + lane
+    output_row = (start + first_row // V.group).to(tl.int64) * num_heads + unit // tiles * V.group
+    output_rows = packed // V.group * num_heads + packed % V.group
+    tl.store(lse + output_row + output_rows, (largest + tl.log2(total)) * LN_2, mask=valid)
+    result = result / tl.where(total > 0, total, 1.0)[:, None]
+    store_rows(output + output_row * DIM, output_rows, result, valid, 0, WIDTH, DIM)
+
+
+def launch_combine(
+    launch: AttentionLaunch,
+    partial: Tensor,
+    handoff: Tensor,
+    cu_seqlens_q: Tensor | None,
+    output: Tensor,
+    lse: Tensor,
+    num_seqs: int,
+    num_kv_heads: int,
+) -> None:
+    """Writes the rows of `output` and `lse` that `launch` left in `partial`, as `handoff` says."""
+    _combine[(launch.programs, launch.combine_programs)](
+        partial, handoff, cu_seqlens_q, output, lse, output.shape[0], num_seqs, num_kv_heads,
+        PROGRAMS=launch.padded_programs, ROWS=launch.combine_rows, PARTS=launch.combine_parts, V=launch.variant,
+        num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,122 @@
+"""What attention does with one tile of keys: find its blocks, load it, and fold it into the running softmax."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _block_ids(table, tile, keys, V: tl.constexpr):
+    """Block ids of one tile of keys: one, one per block, or one per key. Entries of no use are not read."""
+    TILE: tl.constexpr = V.tile
+    if V.paging == "one":
+        entry = tile * TILE // V.block_size
+        used = tile * TILE < keys
+    elif V.paging == "several":
+        entry = tile * (TILE // V.block_size) + tl.arange(0, TILE // V.block_size)
+        used = entry * V.block_size < keys
+    else:
+        position = tile * TILE + tl.arange(0, TILE)
+        entry = position // V.block_size
+        used = position < keys
+    return tl.load(table + entry, mask=used, other=0)
+
+
+@triton.jit
+def _load_rows(
+    cache, strides, ids, tile, keys,
+    COLUMN: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, MASK: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    """[TILE, WIDTH] of a cache from column COLUMN on; zeros past column DIM and, if MASK, past the last key."""
+    TILE: tl.constexpr = V.tile
+    BLOCK: tl.constexpr = V.block_size
+    column = COLUMN + tl.arange(0, WIDTH)
+    blocks = ids.to(tl.int64) * strides[0]
+    if V.paging == "several":
+        slots = tl.arange(0, BLOCK).to(tl.int64) * strides[1]
+        # [blocks of the tile, BLOCK, WIDTH]
+        pointers = cache + blocks[:, None, None] + slots[None, :, None] + column[None, None, :]
+        pointers = tl.reshape(pointers, (TILE, WIDTH))
+    else:
+        slots = (tile * TILE + tl.arange(0, TILE)) % BLOCK
+        pointers = cache + (blocks + slots.to(tl.int64) * strides[1])[:, None] + column[None, :]
+    if V.aligned:
+        pointers = tl.max_contiguous(tl.multiple_of(pointers, (1, 16)), (1, WIDTH))
+    if MASK:
+        present = (tile * TILE + tl.arange(0, TILE) < keys)[:, None]
+        rows = tl.load(pointers, mask=present & (column < DIM)[None, :], other=0.0)
+    elif COLUMN + WIDTH > DIM:
+        rows = tl.load(pointers, mask=(column < DIM)[None, :], other=0.0)
+    else:
+        rows = tl.load(pointers)
+    return rows
+
+
+@triton.jit
+def attend(
+    state, query, key_cache, value_cache, key_strides, value_strides, table,
+    first, last, visible, keys, num_blocks, scale, MASK: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    """Online softmax, in powers of two, over key tiles [first, last).
+
+    `state` is every row's maximum and sum, and the two pieces of its output; `visible` its number of visible keys.
+    """
+    TILE: tl.constexpr = V.tile
+    K0: tl.constexpr = V.key_widths[0]
+    K1: tl.constexpr = V.key_widths[1]
+    V0: tl.constexpr = V.value_widths[0]
+    V1: tl.constexpr = V.value_widths[1]
+    PRECISION: tl.constexpr = V.precision
+    largest, total, output0, output1 = state
+    query0, query1 = query
+    next_ids = _block_ids(table, first, keys, V)
+    for tile in tl.range(first, last, num_stages=V.num_stages):
+        # Ids are loaded one tile ahead, as a load that feeds a load in the same iteration would cost a pipeline stage,
+        # and carried as they come: if anything but the next iteration used them, nothing here would be pipelined.
+        ids = tl.minimum(tl.maximum(next_ids, 0), num_blocks - 1)
+        next_ids = _block_ids(table, tile + 1, keys, V)
+        # [TILE, K0]
+        key0 = _load_rows(key_cache, key_strides, ids, tile, keys, 0, K0, V.head_dim, MASK, V)
+        # [BLOCK_M, TILE]
+        scores = tl.dot(query0, tl.trans(key0), input_precision=PRECISION)
+        if K1 > 0:
+            key1 = _load_rows(key_cache, key_strides, ids, tile, keys, K0, K1, V.head_dim, MASK, V)
+            scores += tl.dot(query1, tl.trans(key1), input_precision=PRECISION)
+        if MASK:
+            position = tile * TILE + tl.arange(0, TILE)
+            scores = tl.where(position[None, :] < visible[:, None], scores, float("-inf"))
+        larger = tl.maximum(largest, tl.max(scores, 1) * scale)
+        # A row that has seen no key yet has no maximum to subtract: -inf - -inf would be NaN.
+        shift = tl.where(larger == float("-inf"), 0.0, larger) if MASK else larger
+        weights = tl.exp2(scores * scale - shift[:, None])
+        decay = tl.exp2(largest - shift)
+        total = total * decay + tl.sum(weights, 1)
+        largest = larger
+        # [TILE, V0]
+        if V.shared_values:
+            value0 = key0
+        else:
+            value0 = _load_rows(value_cache, value_strides, ids, tile, keys, 0, V0, V.value_dim, MASK, V)
+        weights = weights.to(value0.dtype)
+        output0 = tl.dot(weights, value0, output0 * decay[:, None], input_precision=PRECISION)
+        if V1 > 0:
+            value1 = _load_rows(value_cache, value_strides, ids, tile, keys, V0, V1, V.value_dim, MASK, V)
+            output1 = tl.dot(weights, value1, output1 * decay[:, None], input_precision=PRECISION)
+    return largest, total, output0, output1
+
+
+@triton.jit
+def load_query(pointers, valid, COLUMN: tl.constexpr, WIDTH: tl.constexpr, V: tl.constexpr):
+    """[BLOCK_M, WIDTH] of the query rows, as they stand: after arithmetic they could not be read from shared memory."""
+    column = COLUMN + tl.arange(0, WIDTH)
+    pointers = pointers[:, None] + column[None, :]
+    if V.aligned:
+        pointers = tl.max_contiguous(tl.multiple_of(pointers, (1, 16)), (1, WIDTH))
+    return tl.load(pointers, mask=valid[:, None] & (column < V.head_dim)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(base, row, values, valid, COLUMN: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
+    """Writes columns [COLUMN, COLUMN + WIDTH) of rows of DIM elements that stand close behind `base`."""
+    column = COLUMN + tl.arange(0, WIDTH)
+    inside = valid[:, None] & (column < DIM)[None, :]
+    tl.store(base + (row * DIM)[:, None] + column[None, :], values.to(base.dtype.element_ty), mask=inside)

@@ -1,0 +1,288 @@
+"""Launch parameters of the attention kernels: pure functions of shapes, dtypes and device properties.
+
+Everything here can be computed and tested on a machine without a GPU.
+"""
+
+import itertools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+WORKSPACE_LIMIT = 64 * 2**20  # bytes
+
+
+def next_power_of_two(number: int) -> int:
+    """Smallest power of two that is at least `number` (>= 1)."""
+    return 1 << (number - 1).bit_length()
+
+
+def split_dim(dim: int) -> tuple[int, int]:
+    """Widths of the one or two power-of-two pieces that cover `dim` (>= 16) columns; the second may be 0.
+
+    96 is 64 + 32 and 576 is 512 + 64: no tile is padded to 128 or 1024. 112 is 128, as 64 + 64 would save nothing.
+    A second piece of 16 columns would make the compiler repeat a product of 16 rows in every warp: it has 32 or more.
+    """
+    wide = 1 << (dim.bit_length() - 1)
+    if wide == dim:
+        return dim, 0
+    rest = max(next_power_of_two(dim - wide), 32)
+    return (2 * wide, 0) if wide + rest >= 2 * wide else (wide, rest)
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a launch needs to know of a device."""
+
+    multiprocessors: int
+    shared_memory: int  # bytes of one multiprocessor that thread blocks can use
+    capability: int = 90  # 10 * major + minor
+    amd: bool = False
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The shapes and layout of one attention call, without any length."""
+
+    num_tokens: int
+    num_seqs: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    block_size: int
+    itemsize: int
+    causal: bool
+    ragged: bool  # cu_seqlens_q is given
+    aligned: bool = True  # every row of query and caches starts at a multiple of 16 bytes
+    shared_values: bool = False  # value_cache is key_cache[..., :value_dim]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What the kernels are compiled for. Neither lengths nor batch nor table width are among it.
+
+    Everything that a kernel reads is a field, as the compiler's cache on disk goes by the printed fields.
+    """
+
+    group: int  # query heads of one KV head
+    head_dim: int
+    value_dim: int
+    key_widths: tuple[int, int]  # power-of-two pieces of a key row
+    value_widths: tuple[int, int]
+    value_width: int  # a value row in one piece
+    block_size: int
+    paging: str  # see `_paging`
+    causal: bool
+    ragged: bool
+    aligned: bool
+    shared_values: bool  # the first piece of a value row is that of the key row
+    block_m: int  # rows of a query tile: (query token, head of the group), packed
+    tile: int  # keys of a tile
+    num_stages: int
+    unmasked_first: bool  # a loop without masks over the tiles that every row sees, then one with masks
+    rows_above: int  # serves the sequences of more rows than this ...
+    rows_upto: int  # ... and at most as many as this
+    unit_cost: int  # fixed cost of a unit, in keys times group
+    least_work: int  # work below which a program's piece is not divided further, in keys times group
+    precision: str  # of float32 products: "ieee" is true float32
+
+
+@dataclass(frozen=True)
+class AttentionLaunch:
+    """One launch of the attention kernel and of the one that combines its partial results."""
+
+    variant: Variant
+    num_warps: int
+    max_registers: int | None  # of a thread, for as many resident programs as are launched
+    programs: int
+    unit_rows: int  # most rows that a unit holds
+    combine_rows: int  # rows of a unit that one program combines
+    combine_parts: int  # partial results that it reads at a time
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Compiler options of the attention kernel."""
+        options = {"num_warps": self.num_warps}
+        return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
+
+    @property
+    def combine_programs(self) -> int:
+        """Programs that combine the rows of one unit."""
+        return -(-self.unit_rows // self.combine_rows)
+
+    @property
+    def padded_programs(self) -> int:
+        """A power of two, as the width of a vector must be."""
+        return next_power_of_two(self.programs)
+
+    @property
+    def partial_floats(self) -> int:
+        """float32 workspace: per program two unfinished query tiles, each row with its maximum and its sum."""
+        return 2 * self.programs * self.variant.block_m * (self.variant.value_dim + 2)
+
+    @property
+    def handoff_ints(self) -> int:
+        """int32 workspace: what each program left unfinished."""
+        return 4 * self.programs
+
+
+ALL_ROWS = 2**31 - 1
+FEW_ROWS = 64
+MANY_ROWS = 128
+
+
+def attention_launches(problem: Problem, device: Device) -> list[AttentionLaunch]:
+    """Launches that together serve every sequence of the batch, each finding its own on the device.
+
+    Uniform batches tell by their shape how many rows a sequence has. Ragged ones may hold any mixture: one launch
+    serves the sequences of few rows (decode), one the others (prefill), unless there are not enough rows for both.
+    """
+    group = problem.num_heads // problem.num_kv_heads
+    few = 16 if group <= 16 else FEW_ROWS
+    if not problem.ragged:
+        rows = problem.num_tokens // max(problem.num_seqs, 1) * group
+        return [_launch(problem, device, rows, -1, ALL_ROWS)]
+    if problem.num_tokens * group <= FEW_ROWS:
+        return [_launch(problem, device, problem.num_tokens * group, -1, ALL_ROWS)]
+    return [
+        _launch(problem, device, MANY_ROWS, few, ALL_ROWS),
+        _launch(problem, device, few, -1, few),
+    ]
+
+
+def _launch(problem: Problem, device: Device, rows: int, above: int, upto: int) -> AttentionLaunch:
+    """Launch for sequences of more than `above` and at most `upto` rows, made for `rows` of them."""
+    tiles = _fit(problem, device, _tiles(problem, device, rows))
+    group = problem.num_heads // problem.num_kv_heads
+    variant = Variant(
+        group=group,
+        head_dim=problem.head_dim,
+        value_dim=problem.value_dim,
+        key_widths=split_dim(problem.head_dim),
+        value_widths=split_dim(problem.value_dim),
+        value_width=next_power_of_two(problem.value_dim),
+        block_size=problem.block_size,
+        paging=_paging(problem.block_size, tiles.keys),
+        causal=problem.causal,
+        ragged=problem.ragged,
+        aligned=problem.aligned,
+        shared_values=_shares_tiles(problem),
+        block_m=tiles.rows,
+        tile=tiles.keys,
+        num_stages=tiles.num_stages,
+        unmasked_first=rows > FEW_ROWS,
+        rows_above=above,
+        rows_upto=upto,
+        unit_cost=tiles.keys * group,
+        least_work=2 * tiles.keys * group,
+        precision="ieee",
+    )
+    slots = WORKSPACE_LIMIT // (2 * tiles.rows * (problem.value_dim + 2) * 4)
+    return AttentionLaunch(
+        variant=variant,
+        num_warps=tiles.num_warps,
+        max_registers=None if device.amd else min(65536 // (32 * tiles.num_warps * tiles.resident) // 8 * 8, 255),
+        programs=max(1, min(device.multiprocessors * tiles.resident, slots)),
+        unit_rows=tiles.rows if problem.ragged else min(rows, tiles.rows),
+        combine_rows=8 if variant.unmasked_first else 1,
+        combine_parts=2 if variant.unmasked_first else 16,
+    )
+
+
+def _shares_tiles(problem: Problem) -> bool:
+    """Whether a tile of keys, as it was loaded, holds the values too."""
+    return problem.shared_values and split_dim(problem.head_dim)[0] == split_dim(problem.value_dim)[0]
+
+
+def _paging(block_size: int, tile: int) -> str:
+    """How the keys of a tile are found: in "one" block, in "several" whole ones, or key by key ("any")."""
+    if block_size & (block_size - 1) or block_size == 1:
+        return "any"
+    return "one" if block_size >= tile else "several"
+
+
+class Tiles(NamedTuple):
+    """Shape of a program's work."""
+
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+    resident: int  # programs that the registers of one multiprocessor hold
+
+
+def _tiles(problem: Problem, device: Device, rows: int) -> Tiles:
+    """The largest tiles that were seen to compile without spilling registers."""
+    width = max(problem.head_dim, problem.value_dim)
+    many = rows > FEW_ROWS
+    if problem.itemsize == 4:
+        keys, warps = (32, 4) if width <= 128 else (16, 8)
+        return Tiles(32, keys, 8, 2, 1) if many and width <= 256 else Tiles(16, keys, warps, 3, 8 // warps)
+    keys = 128 if width <= 64 else 64 if width <= 128 else 32
+    if rows <= 16:
+        return Tiles(16, keys if width <= 256 else 16, 4, 4, 2)
+    if width > 256:
+        return Tiles(32, 16, 8, 3, 1)
+    if many:
+        # Only Hopper keeps the operands of its products out of registers and the results in as few as it can.
+        fewer = device.capability != 90 or (width > 128 and _paging(problem.block_size, keys) == "any")
+        rows = FEW_ROWS if device.capability != 90 and width > 128 else MANY_ROWS
+        return Tiles(rows, min(keys, 64) if fewer else keys, 8, 2 if fewer else 3, 1)
+    return Tiles(FEW_ROWS, keys, 4, 2, 2) if width <= 128 else Tiles(FEW_ROWS, keys, 8, 3, 1)
+
+
+def _fit(problem: Problem, device: Device, tiles: Tiles) -> Tiles:
+    """`tiles` with fewer stages, then fewer keys, until shared memory holds as many of them as the registers do."""
+    limit = device.shared_memory if device.amd else device.shared_memory // tiles.resident
+    while _shared_memory(problem, device, tiles) > limit and (tiles.num_stages > 1 or tiles.keys > 16):
+        if tiles.num_stages > 1:
+            tiles = tiles._replace(num_stages=tiles.num_stages - 1)
+        else:
+            tiles = tiles._replace(keys=tiles.keys // 2)
+    return tiles
+
+
+def _shared_memory(problem: Problem, device: Device, tiles: Tiles) -> int:
+    """Bytes of shared memory that the compiler was seen to use, or a little more."""
+    keys, values = sum(split_dim(problem.head_dim)), sum(split_dim(problem.value_dim))
+    row = (keys if _shares_tiles(problem) else keys + values) * problem.itemsize
+    # From Hopper on, products of many rows read their operands from shared memory while the next tile is loaded.
+    from_shared = tiles.rows >= 64 and device.capability >= 90 and not device.amd
+    buffers = max(tiles.num_stages - 1 + from_shared, 1)
+    return buffers * tiles.keys * row + tiles.rows * (keys + tiles.keys) * problem.itemsize + 1024
+
+
+@dataclass(frozen=True)
+class ShippedVariant:
+    """A launch that is compiled ahead of time, by name."""
+
+    name: str
+    dtype: str  # of query and caches, as the compiler spells it
+    launch: AttentionLaunch
+
+
+SHIPPED_HEAD_DIMS = (64, 80, 128, 256)
+SHIPPED_BLOCK_SIZES = (1, 16, 64)
+SHIPPED_DTYPES = {"fp16": 2, "bf16": 2, "fp32": 4}
+
+
+def shipped_variants(device: Device) -> list[ShippedVariant]:
+    """Everything that is compiled ahead of time for `device`: 32 query heads over 8 KV heads, causal."""
+    shipped = []
+    for dtype, head_dim, block_size in itertools.product(SHIPPED_DTYPES, SHIPPED_HEAD_DIMS, SHIPPED_BLOCK_SIZES):
+        for kind, num_tokens, ragged in (("decode", 8, False), ("prefill", 4096, False), ("mixed", 4096, True)):
+            problem = Problem(
+                num_tokens=num_tokens,
+                num_seqs=8,
+                num_heads=32,
+                num_kv_heads=8,
+                head_dim=head_dim,
+                value_dim=head_dim,
+                block_size=block_size,
+                itemsize=SHIPPED_DTYPES[dtype],
+                causal=True,
+                ragged=ragged,
+            )
+            for launch in attention_launches(problem, device):
+                name = f"{kind}-{dtype}-dim{head_dim}-block{block_size}-rows{launch.variant.block_m}"
+                shipped.append(ShippedVariant(name, dtype, launch))
+    return shipped

@@ -1,0 +1,112 @@
+"""Joins two attentions over disjoint keys into the attention over all of them."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torch_paged.kernels.vectors import effective_strides, vector_width
+
+_VECTORS = 256  # computed by one program: two per thread
+
+
+@triton.jit
+def _load_part(output, lse, output_strides, lse_strides, token, head, dim, mask, VECTOR: tl.constexpr):
+    lse = tl.load(lse + token * lse_strides[0] + head * lse_strides[1], mask=mask, other=float("-inf"))
+    start = token * output_strides[0] + head * output_strides[1]
+    # [VECTORS, VECTOR]
+    offsets = start[:, None] + (dim[:, None] + tl.arange(0, VECTOR)[None, :]) * output_strides[2]
+    offsets = tl.max_contiguous(tl.multiple_of(offsets, (1, VECTOR)), (1, VECTOR))
+    # A part that saw no key has no say, whatever its rows hold.
+    seen = mask & (lse != float("-inf"))
+    return tl.load(output + offsets, mask=seen[:, None], other=0.0).to(tl.float32), lse
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _merge_attention(
+    output_a,
+    lse_a,
+    output_b,
+    lse_b,
+    output,
+    lse,
+    output_a_strides,
+    lse_a_strides,
+    output_b_strides,
+    lse_b_strides,
+    num_rows,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VECTOR: tl.constexpr,
+    VECTORS: tl.constexpr,
+):
+    """
+    lse = log(exp(lse_a) + exp(lse_b))      output = exp(lse_a - lse) * output_a + exp(lse_b - lse) * output_b
+
+    grid: tiles of VECTORS vectors over [num_rows = num_tokens * NUM_HEADS, HEAD_DIM]
+    """
+    ROW_VECTORS: tl.constexpr = HEAD_DIM // VECTOR
+    first = tl.program_id(0).to(tl.int64) * VECTORS
+    vector = (first % ROW_VECTORS).to(tl.int32) + tl.arange(0, VECTORS)
+    row = first // ROW_VECTORS + vector // ROW_VECTORS
+    token, head, dim = row // NUM_HEADS, row % NUM_HEADS, (vector % ROW_VECTORS * VECTOR).to(tl.int64)
+    mask = row < num_rows
+    tile_a, part_a = _load_part(output_a, lse_a, output_a_strides, lse_a_strides, token, head, dim, mask, VECTOR)
+    tile_b, part_b = _load_part(output_b, lse_b, output_b_strides, lse_b_strides, token, head, dim, mask, VECTOR)
+    largest = tl.maximum(part_a, part_b)
+    shift = tl.where(largest == float("-inf"), 0.0, largest)
+    weight_a, weight_b = tl.exp(part_a - shift), tl.exp(part_b - shift)
+    total = weight_a + weight_b
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    # [VECTORS, VECTOR]
+    tile = tile_a * (weight_a / total)[:, None] + tile_b * (weight_b / total)[:, None]
+    offsets = tl.multiple_of((row * HEAD_DIM + dim)[:, None] + tl.arange(0, VECTOR)[None, :], (1, VECTOR))
+    tl.store(output + offsets, tile.to(output.dtype.element_ty), mask=mask[:, None])
+    merged = tl.where(empty, float("-inf"), shift + tl.log(total))
+    tl.store(lse + row, merged, mask=mask & (dim == 0))
+
+
+def merge_attention(output_a: Tensor, lse_a: Tensor, output_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax-weighted mean of two attention outputs, computed in float32; any strides.
+
+    Args:
+        output_a, output_b: `[num_tokens, num_heads, value_head_dim]`, any floating dtypes.
+        lse_a, lse_b: float32 `[num_tokens, num_heads]`.
+
+    Returns:
+        output, contiguous, of output_a's dtype, and lse float32 `[num_tokens, num_heads]`; zeros and -inf where
+        both parts saw no key.
+    """
+    num_tokens, num_heads, head_dim = output_a.shape
+    output = torch.empty(output_a.shape, dtype=output_a.dtype, device=output_a.device)
+    lse = torch.empty((num_tokens, num_heads), dtype=torch.float32, device=output_a.device)
+    if output.numel() == 0:
+        return output, torch.logaddexp(lse_a, lse_b)  # rows without elements still have an lse
+    parts = (output_a, lse_a, output_b, lse_b)
+    strides = [effective_strides(part) for part in parts]
+    vector = _vector(parts, strides)
+    num_rows = num_tokens * num_heads
+    _merge_attention[(triton.cdiv(num_rows * head_dim // vector, _VECTORS),)](
+        *parts,
+        output,
+        lse,
+        *strides,
+        num_rows,
+        NUM_HEADS=num_heads,
+        HEAD_DIM=head_dim,
+        VECTOR=vector,
+        VECTORS=_VECTORS,
+        num_warps=4,
+    )
+    return output, lse
+
+
+def _vector(parts: tuple[Tensor, ...], strides: list[tuple[int, ...]]) -> int:
+    """Elements that are contiguous and aligned alike in both outputs."""
+    *rest_a, last_a = strides[0]
+    *rest_b, last_b = strides[2]
+    if last_a != 1 or last_b != 1:
+        return 1
+    itemsize = min(parts[0].element_size(), parts[2].element_size())
+    return vector_width(itemsize, [parts[0].shape[2], *rest_a, *rest_b])

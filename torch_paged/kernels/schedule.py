@@ -1,0 +1,164 @@
+"""Deals attention's work out to programs, on the device: no length is ever needed on the host.
+
+A unit is one tile of query rows of one KV head of one sequence, and costs about what it has keys to read. Units stand
+in a row, sequence by sequence, head by head, tile by tile; each program takes an equal, contiguous piece of that row,
+so that a program's piece may begin and end inside a unit.
+
+Worked example: 2 KV heads, one query each for sequences of 128 and 64 keys, tiles of 64 keys, 4 programs:
+
+    unit      sequence 0, head 0    sequence 0, head 1    sequence 1, head 0    sequence 1, head 1
+    keys      0......64......128    0......64......128    0......64             0......64
+    program   |----- 0 -----|------- 1 --------|------------- 2 -----------|-------- 3 ----------|
+
+A position is (sequence, unit of the sequence, key tile of the unit). Sequence number `num_seqs` stands for the rows
+past `cu_seqlens_q[-1]`: queries without keys.
+"""
+
+import triton
+import triton.language as tl
+
+SEQUENCES: tl.constexpr = tl.constexpr(256)  # read at a time by every program
+LAST_TILE: tl.constexpr = tl.constexpr(2**31 - 1)  # of any unit
+
+
+@triton.jit
+def query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V: tl.constexpr):
+    """First query token and number of queries of `sequence` (a scalar or a vector)."""
+    if V.ragged:
+        start = tl.load(cu_seqlens_q + sequence, mask=sequence <= num_seqs, other=num_tokens)
+        stop = tl.load(cu_seqlens_q + sequence + 1, mask=sequence < num_seqs, other=num_tokens)
+        start = tl.minimum(tl.maximum(start, 0), num_tokens)
+        queries = tl.maximum(tl.minimum(stop, num_tokens) - start, 0)
+    else:
+        count = num_tokens // num_seqs
+        start = sequence * count
+        queries = tl.where(sequence < num_seqs, count, 0)
+    return start, queries
+
+
+@triton.jit
+def key_count(sequence, seq_lens, num_seqs, max_keys):
+    """Number of keys of `sequence`, never more than its row of the block table can name."""
+    keys = tl.load(seq_lens + sequence, mask=sequence < num_seqs, other=0)
+    return tl.minimum(tl.maximum(keys, 0), max_keys)
+
+
+@triton.jit
+def query_tiles(queries, V: tl.constexpr):
+    """Number of query tiles of a sequence; 0 for the sequences that another variant serves."""
+    rows = queries * V.group
+    mine = (rows > V.rows_above) & (rows <= V.rows_upto)
+    return tl.where(mine, tl.cdiv(rows, V.block_m), 0)
+
+
+@triton.jit
+def _work(tile, queries, keys, V: tl.constexpr):
+    """Cost of the query tiles before `tile`: the keys that each of them sees, times the group, plus a fixed part."""
+    tile = tile.to(tl.int64)
+    if V.causal:
+        seen = tl.maximum(keys - queries, 0).to(tl.int64) * V.group
+        work = tile * (seen + V.unit_cost) + tile * (tile + 1) // 2 * V.block_m
+    else:
+        work = tile * (keys.to(tl.int64) * V.group + V.unit_cost)
+    return work
+
+
+@triton.jit
+def _sequence_work(sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V: tl.constexpr):
+    """Work and number of the units of `sequence`."""
+    _, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
+    keys = key_count(sequence, seq_lens, num_seqs, max_keys)
+    tiles = query_tiles(queries, V)
+    return _work(tiles, queries, keys, V) * num_kv_heads, tiles * num_kv_heads
+
+
+@triton.jit
+def _position(offset, sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys, V: tl.constexpr):
+    """Unit and key tile that stand `offset` into the work of `sequence`."""
+    _, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
+    keys = key_count(sequence, seq_lens, num_seqs, max_keys)
+    tiles = query_tiles(queries, V)
+    head_work = _work(tiles, queries, keys, V)
+    # Dividing 64-bit numbers is a slow call, so estimate and correct: at most one off, as there are few heads.
+    head = (offset.to(tl.float32) / tl.maximum(head_work, 1).to(tl.float32)).to(tl.int32)
+    head -= (head * head_work > offset).to(tl.int32)
+    head += ((head + 1) * head_work <= offset).to(tl.int32)
+    head = tl.where(head_work > 0, head, 0)
+    offset -= head * head_work
+    low = tl.zeros_like(tiles)
+    high = tl.maximum(tiles, 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        inside = _work(middle, queries, keys, V) <= offset
+        low = tl.where(inside, middle, low)
+        high = tl.where(inside, high, middle)
+    offset -= _work(low, queries, keys, V)
+    return head * tiles + low, tl.cdiv(offset, V.group * V.tile).to(tl.int32)
+
+
+@triton.jit
+def next_sequence(sequence, cu_seqlens_q, num_tokens, num_seqs, V: tl.constexpr):
+    """The sequence after `sequence` that has units in this variant, or a number past the last one."""
+    following = sequence + 1
+    if V.ragged:
+        found = following
+        searching = following <= num_seqs
+        while searching:
+            candidate = following + tl.arange(0, SEQUENCES)
+            _, queries = query_range(candidate, cu_seqlens_q, num_tokens, num_seqs, V)
+            found = tl.min(tl.where(query_tiles(queries, V) > 0, candidate, following + SEQUENCES))
+            following += SEQUENCES
+            searching = (found == following) & (following <= num_seqs)
+        following = found
+    return following
+
+
+@triton.jit
+def deal(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V: tl.constexpr):
+    """Where this program's piece begins, how many units it touches, and the key tile at which the last of them ends."""
+    lane = tl.arange(0, SEQUENCES)
+    work = tl.zeros([SEQUENCES], tl.int64)
+    for first in range(0, num_seqs + 1, SEQUENCES):
+        more, _ = _sequence_work(first + lane, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
+        work += more
+    total = tl.sum(work)
+    needed = tl.minimum(tl.maximum(tl.cdiv(total, V.least_work), 1), tl.num_programs(0))
+    # A little more than an equal share will do, and needs no 64-bit division; the last program has a little less.
+    share = (total.to(tl.float32) / needed.to(tl.float32) * 1.000001).to(tl.int64) + 1
+    begin = tl.minimum(share * tl.program_id(0), total)
+    end = tl.minimum(begin + share, total)
+
+    before = total * 0
+    begin_before = before
+    end_before = before
+    begin_sequence = tl.program_id(0) * 0
+    end_sequence = begin_sequence
+    units = begin_sequence
+    for first in range(0, num_seqs + 1, SEQUENCES):
+        work, count = _sequence_work(
+            first + lane, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V
+        )
+        after = before + tl.cumsum(work)
+        begin_sequence += tl.sum((after <= begin).to(tl.int32))
+        end_sequence += tl.sum((after <= end).to(tl.int32))
+        begin_before = tl.maximum(begin_before, tl.max(tl.where(after <= begin, after, 0)))
+        end_before = tl.maximum(end_before, tl.max(tl.where(after <= end, after, 0)))
+        units += tl.sum(tl.where((after > begin) & (after <= end), count, 0))
+        before += tl.sum(work)
+    # Work is 0 past the last sequence, which counts those rows as ended too.
+    if V.ragged:
+        num_rows = num_seqs + 1
+    else:
+        num_rows = num_seqs
+    begin_sequence = tl.minimum(begin_sequence, num_rows)
+    end_sequence = tl.minimum(end_sequence, num_rows)
+    begin_unit, begin_tile = _position(
+        begin - begin_before, begin_sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys, V
+    )
+    end_unit, end_tile = _position(
+        end - end_before, end_sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys, V
+    )
+    units += end_unit - begin_unit
+    # A piece that ends between two units ends with the whole of the first.
+    whole = end_tile == 0
+    return begin_sequence, begin_unit, begin_tile, units + 1 - whole.to(tl.int32), tl.where(whole, LAST_TILE, end_tile)
