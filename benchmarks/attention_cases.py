@@ -1,0 +1,115 @@
+"""The batches that attention is measured and checked on, and their random inputs."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch: per sequence its keys and its queries."""
+
+    keys: tuple[int, ...]
+    queries: tuple[int, ...]
+    heads: int = 32
+    kv_heads: int = 8
+    dim: int = 128
+    value_dim: int = 128
+    block: int = 16
+    dtype: str = "bf16"
+    ragged: bool = False
+    shuffled: bool = True
+    causal: bool = True
+
+    @property
+    def bytes(self) -> int:
+        size = DTYPES[self.dtype].itemsize
+        return sum(self.keys) * self.kv_heads * (self.dim + self.value_dim) * size
+
+    @property
+    def flops(self) -> int:
+        lens = zip(self.keys, self.queries, strict=True)
+        pairs = sum(q * k - (q * (q - 1) // 2 if self.causal else 0) for k, q in lens)
+        return 2 * pairs * self.heads * (self.dim + self.value_dim)
+
+
+def decode(count: int, keys: int, queries: int = 1, **options: Any) -> Case:
+    return Case((keys,) * count, (queries,) * count, **options)
+
+
+def log_uniform(count: int, low: int, high: int) -> tuple[int, ...]:
+    """A fixed list, in a fixed shuffled order."""
+    steps = torch.linspace(math.log(low), math.log(high), count, dtype=torch.float64).exp().round().int()
+    return tuple(steps[torch.randperm(count, generator=torch.Generator().manual_seed(0))].tolist())
+
+
+CASES = {
+    "decode 64 x 8k": decode(64, 8192),
+    "decode 64 x 8k, consecutive": decode(64, 8192, shuffled=False),
+    "decode 1 x 4k": decode(1, 4096),
+    "decode 1 x 128k": decode(1, 131072),
+    "decode 256 x 128": decode(256, 128),
+    "decode ragged": Case(log_uniform(256, 64, 32768), (1,) * 256),
+    "decode 64 x 8k, cu_seqlens_q": decode(64, 8192, ragged=True),
+    "mha 16 x 128, block 8": decode(16, 128, heads=32, kv_heads=32, block=8),
+    "mha 16 x 2000, block 8": decode(16, 2000, heads=32, kv_heads=32, block=8),
+    "mha 16 x 4000, block 8": decode(16, 4000, heads=32, kv_heads=32, block=8),
+    "q 1, 32 x 8k": decode(32, 8192),
+    "q 4, 32 x 8k": decode(32, 8192, 4),
+    "q 16, 32 x 8k": decode(32, 8192, 16),
+    **{f"decode 64 x 8k, dim {dim}": decode(64, 8192, dim=dim, value_dim=dim) for dim in (64, 80, 96, 256)},
+    **{f"decode 64 x 8k, block {block}": decode(64, 8192, block=block) for block in (1, 8, 32, 64, 256)},
+    "prefill 8k": Case((8192,), (8192,)),
+    "prefill 8k, block 64": Case((8192,), (8192,), block=64),
+    "prefill 4 x 4k, cu_seqlens_q": Case((4096,) * 4, (4096,) * 4, ragged=True),
+    "prefill 128 on 128k": Case((131072,), (128,)),
+    "mixed": Case((8192,) * 60 + (10240,), (1,) * 60 + (2048,), ragged=True),
+    "mixed, decodes alone": Case((8192,) * 60, (1,) * 60, ragged=True),
+    "mixed, chunk alone": Case((10240,), (2048,), ragged=True),
+}
+
+# Odd shapes, small enough to be verified whole: dims, groups, blocks, dtypes, empty and padded batches.
+ODD = {
+    f"{name} {dtype}": replace(case, dtype=dtype)
+    for dtype in DTYPES
+    for name, case in {
+        "decode": Case((1, 0, 45, 700), (1,) * 4, heads=4, kv_heads=2),
+        "several": Case((3, 20, 200), (3,) * 3, heads=12, kv_heads=2, dim=80, value_dim=80, block=1),
+        "q16": Case((300, 16, 900), (16,) * 3, heads=8, kv_heads=2, dim=64, value_dim=64, block=32),
+        "ragged": Case((50, 190, 12, 1, 400), (1, 190, 0, 1, 37), heads=14, kv_heads=2, block=7, ragged=True),
+        "dims": Case((50, 190, 400), (1, 190, 7), heads=3, kv_heads=1, dim=41, value_dim=23, ragged=True),
+        "dim 96/160": Case((50, 190), (2, 2), heads=40, kv_heads=2, dim=96, value_dim=160, block=64),
+        "dim 256": Case((500, 190), (200, 190), heads=4, kv_heads=2, dim=256, value_dim=256, ragged=True),
+        "dim 512": Case((100, 30), (9, 2), heads=16, kv_heads=1, dim=512, value_dim=512, ragged=True),
+        "dim 576/512": Case((100, 300), (1, 1), heads=64, kv_heads=1, dim=576, value_dim=512, block=64),
+        "not causal": Case((50, 190, 0), (70, 190, 3), heads=4, kv_heads=4, causal=False, ragged=True),
+    }.items()
+}
+
+
+def make(case: Case, device: torch.device, seed: int = 0) -> Arguments:
+    """Random inputs; unused slots, blocks and table entries hold what must not be read."""
+    torch.manual_seed(seed)
+    dtype, blocks = DTYPES[case.dtype], [-(-keys // case.block) for keys in case.keys]
+    total = sum(blocks)
+    order = torch.randperm(total, device=device) if case.shuffled else torch.arange(total, device=device)
+    table = torch.full((len(blocks), max(blocks) + 1), 1 << 30, dtype=torch.int32, device=device)
+    key_cache = torch.randn(total + 1, case.block, case.kv_heads, case.dim, device=device, dtype=dtype)
+    value_cache = torch.randn(total + 1, case.block, case.kv_heads, case.value_dim, device=device, dtype=dtype)
+    key_cache[total], value_cache[total] = math.nan, math.nan
+    first = 0
+    for row, (count, keys) in enumerate(zip(blocks, case.keys, strict=True)):
+        table[row, :count] = order[first : first + count]
+        first += count
+        if keys % case.block:
+            key_cache[order[first - 1], keys % case.block :] = math.nan
+            value_cache[order[first - 1], keys % case.block :] = math.nan
+    query = torch.randn(sum(case.queries) + 3 * case.ragged, case.heads, case.dim, device=device, dtype=dtype)
+    bounds = torch.tensor((0, *case.queries), dtype=torch.int32, device=device).cumsum(0).int() if case.ragged else None
+    return query, key_cache, value_cache, table, torch.tensor(case.keys, dtype=torch.int32, device=device), bounds
