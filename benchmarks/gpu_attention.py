@@ -40,12 +40,12 @@ from torch_paged.kernels.launch_config import AttentionLaunch, _paging, attentio
 ROTATED_BYTES = 600 * 2**20  # of keys and values: ten times an H200's L2 cache
 
 
-def run(launches: list[AttentionLaunch], inputs: Arguments, output: Tensor, lse: Tensor) -> None:
+def run(launches: tuple[AttentionLaunch, ...], inputs: Arguments, output: Tensor, lse: Tensor) -> None:
     for launch in launches:
         launch_attention(launch, *inputs, output, lse, inputs[0].shape[2] ** -0.5)
 
 
-def shipped(case: Case, inputs: Arguments) -> list[AttentionLaunch]:
+def shipped(case: Case, inputs: Arguments) -> tuple[AttentionLaunch, ...]:
     query, key_cache, value_cache, table, _, bounds = inputs
     problem = _problem(query, key_cache, value_cache, table, bounds, case.causal)
     return attention_launches(problem, device_of(query.device))
@@ -117,14 +117,17 @@ def timed(calls: list[Callable[[], None]], repeats: int) -> list[float]:
     return times
 
 
-def measure(case: Case, sets: list[Arguments], launches: list[AttentionLaunch], repeats: int = 20) -> dict[str, Any]:
+def measure(
+    case: Case, sets: list[Arguments], launches: tuple[AttentionLaunch, ...], repeats: int = 20
+) -> dict[str, Any]:
     """Verifies, then times `launches` over the rotated input sets."""
     results = [outputs(case, inputs) for inputs in sets]
     run(launches, sets[0], *results[0])
     error = verify(case, sets[0], *results[0])
     calls = [lambda i=i, r=r: run(launches, i, *r) for i, r in zip(sets, results, strict=True)]
-    floor = max(case.bytes / 4e12, case.flops / 6e14, 3e-6)
-    calls = calls * max(1, math.ceil(min(50, 5e-3 / floor) / len(calls)))
+    if torch.cuda.is_available():
+        floor = max(case.bytes / 4e12, case.flops / 6e14, 3e-6)
+        calls = calls * max(1, math.ceil(min(50, 5e-3 / floor) / len(calls)))
     times = timed(calls, repeats)
     median = statistics.median(times)
     return {
@@ -187,7 +190,7 @@ def compile_one(case: Case, launch: AttentionLaunch, device: torch.device) -> No
     tiny = replace(case, keys=(1,), queries=(1,))
     inputs = make(tiny, device)
     try:
-        run([launch], inputs, *outputs(tiny, inputs))
+        run((launch,), inputs, *outputs(tiny, inputs))
     except Exception as problem:
         print(f"does not compile or launch: {launch}: {problem}", flush=True)
 
@@ -267,7 +270,7 @@ def main() -> None:
 
 
 def sweep(
-    case: Case, sets: list[Arguments], launches: list[AttentionLaunch], multiprocessors: int
+    case: Case, sets: list[Arguments], launches: tuple[AttentionLaunch, ...], multiprocessors: int
 ) -> list[dict[str, Any]]:
     """Every candidate for the last launch (which serves the few rows, or all), best first; prints the best."""
     tried = []
@@ -276,7 +279,7 @@ def sweep(
         label = f"tile {v.tile} warps {other.num_warps} stages {v.num_stages} programs {other.programs}"
         label += f" least {v.least_work}"
         try:
-            tried.append({"launch": label, **measure(case, sets, [*launches[:-1], other], repeats=8)})
+            tried.append({"launch": label, **measure(case, sets, (*launches[:-1], other), repeats=8)})
         except Exception as problem:
             tried.append({"launch": label, "us": math.inf, "failed": str(problem)[:200]})
     tried.sort(key=lambda entry: entry["us"])

@@ -225,6 +225,8 @@ def attention(
         return output.zero_(), lse.fill_(float("-inf"))
     if scale < 0:  # the kernel multiplies the largest score of a row, so its factor must not turn the order around
         query, scale = -query, -scale
+    block_table, seq_lens = _dense(block_table), _dense(seq_lens)
+    cu_seqlens_q = None if cu_seqlens_q is None else _dense(cu_seqlens_q)
     if problem.num_tokens > 0:
         for launch in attention_launches(problem, device_of(query.device)):
             launch_attention(
@@ -255,6 +257,11 @@ def _problem(
         aligned=all(_aligned(tensor) for tensor in (query, key_cache, value_cache)),
         shared_values=key_cache.data_ptr() == value_cache.data_ptr() and key_cache.stride() == value_cache.stride(),
     )
+
+
+def _dense(numbers: Tensor) -> Tensor:
+    """`numbers` as the kernels read them, with a unit last stride: itself, unless it is some unusual view."""
+    return numbers if numbers.shape[-1] <= 1 or numbers.stride(-1) == 1 else numbers.contiguous()
 
 
 def _aligned(tensor: Tensor) -> bool:

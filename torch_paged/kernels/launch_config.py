@@ -3,6 +3,7 @@
 Everything here can be computed and tested on a machine without a GPU.
 """
 
+import functools
 import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -92,7 +93,7 @@ class AttentionLaunch:
 
     variant: Variant
     num_warps: int
-    max_registers: int | None  # of a thread, for as many resident programs as are launched
+    max_registers: int | None  # of a thread; None leaves it to the compiler
     programs: int
     unit_rows: int  # most rows that a unit holds
     combine_rows: int  # rows of a unit that one program combines
@@ -130,7 +131,8 @@ FEW_ROWS = 64
 MANY_ROWS = 128
 
 
-def attention_launches(problem: Problem, device: Device) -> list[AttentionLaunch]:
+@functools.lru_cache(maxsize=4096)
+def attention_launches(problem: Problem, device: Device) -> tuple[AttentionLaunch, ...]:
     """Launches that together serve every sequence of the batch, each finding its own on the device.
 
     Uniform batches tell by their shape how many rows a sequence has. Ragged ones may hold any mixture: one launch
@@ -140,13 +142,13 @@ def attention_launches(problem: Problem, device: Device) -> list[AttentionLaunch
     few = 16 if group <= 16 else FEW_ROWS
     if not problem.ragged:
         rows = problem.num_tokens // max(problem.num_seqs, 1) * group
-        return [_launch(problem, device, rows, -1, ALL_ROWS)]
+        return (_launch(problem, device, rows, -1, ALL_ROWS),)
     if problem.num_tokens * group <= FEW_ROWS:
-        return [_launch(problem, device, problem.num_tokens * group, -1, ALL_ROWS)]
-    return [
+        return (_launch(problem, device, problem.num_tokens * group, -1, ALL_ROWS),)
+    return (
         _launch(problem, device, MANY_ROWS, few, ALL_ROWS),
         _launch(problem, device, few, -1, few),
-    ]
+    )
 
 
 def _launch(problem: Problem, device: Device, rows: int, above: int, upto: int) -> AttentionLaunch:
@@ -180,12 +182,19 @@ def _launch(problem: Problem, device: Device, rows: int, above: int, upto: int) 
     return AttentionLaunch(
         variant=variant,
         num_warps=tiles.num_warps,
-        max_registers=None if device.amd else min(65536 // (32 * tiles.num_warps * tiles.resident) // 8 * 8, 255),
+        max_registers=_max_registers(problem, device, tiles),
         programs=max(1, min(device.multiprocessors * tiles.resident, slots)),
         unit_rows=tiles.rows if problem.ragged else min(rows, tiles.rows),
         combine_rows=8 if variant.unmasked_first else 1,
         combine_parts=2 if variant.unmasked_first else 16,
     )
+
+
+def _max_registers(problem: Problem, device: Device, tiles: Tiles) -> int | None:
+    """Registers of a thread, where telling the assembler was seen to spare it a spill; elsewhere it caused some."""
+    if device.amd or problem.itemsize == 4 or tiles.num_warps > 4:
+        return None
+    return min(65536 // (32 * tiles.num_warps * tiles.resident) // 8 * 8, 255)
 
 
 def _shares_tiles(problem: Problem) -> bool:

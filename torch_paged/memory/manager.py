@@ -191,12 +191,13 @@ class MemoryManager:
         advanced = as_integer("advanced", advanced, at_least=0)
         if advanced > step.ahead:
             raise ValueError(f"advanced = {advanced}, but the step was prepared with ahead = {step.ahead}")
+        rows, start, end = step.rows, step.start, step.end
         alive = self._alive(step)
-        rows = step.rows[alive]
-        _require_all(s.committed[rows] == step.start[alive], step.handles[alive], "an earlier", "commit")
-        end = step.end[alive]
+        if not alive.all():
+            rows, start, end = rows[alive], start[alive], end[alive]
+        self._require_all(s.committed[rows] == start, rows, "an earlier", "commit")
         if advanced:
-            _require_all(s.length[rows] == end, step.handles[alive], "a later", "commit advanced tokens of")
+            self._require_all(s.length[rows] == end, rows, "a later", "commit advanced tokens of")
             end = end + advanced
             s.length[rows] = end
         s.committed[rows] = end
@@ -214,7 +215,7 @@ class MemoryManager:
         self._require_open(step)
         alive = self._alive(step)
         rows = step.rows[alive]
-        _require_all(s.length[rows] == step.end[alive], step.handles[alive], "a later", "roll back")
+        self._require_all(s.length[rows] == step.end[alive], rows, "a later", "roll back")
         copied, grown = alive[copies.owners], alive[growth.owners]
         copy_rows = step.rows[copies.owners[copied]]
         grown_rows = step.rows[growth.owners[grown]]
@@ -235,6 +236,11 @@ class MemoryManager:
         """[n], which of the step's sequences have not been freed since."""
         alive: Flags = self.sequences.handle[step.rows] == step.handles
         return alive
+
+    def _require_all(self, fine: Flags, rows: Ints, which: str, action: str) -> None:
+        if not fine.all():
+            seq = self.sequences.handle[rows[~fine][0]]
+            raise ValueError(f"cannot {action} this step: {which} step of sequence {seq} is open")
 
     def _close(self, step: Step, unneeded: Ints) -> None:
         del self.steps[step.number]
@@ -264,8 +270,3 @@ def _check_counts(counts: Any, num_seqs: int) -> int | Ints:
     if lowest < 1:
         raise ValueError(f"counts must be at least 1, got {lowest}")
     return lowest if lowest == each.max() else each
-
-
-def _require_all(fine: Flags, handles: Ints, which: str, action: str) -> None:
-    if not fine.all():
-        raise ValueError(f"cannot {action} this step: {which} step of sequence {handles[~fine][0]} is open")
