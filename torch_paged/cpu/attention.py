@@ -106,12 +106,22 @@ class _Caches:
         """Causal attention of the queries over their own keys, the last ones of their sequences."""
         count = queries.shape[2]
         for batch in _batches(torch.arange(len(lens)), self._batch_size(count)):
-            positions = lens[batch, None] + torch.arange(-count, 0)
-            blocks = block_table[batch].gather(1, positions // self.block_size).long()
-            place = blocks, positions % self.block_size
-            key = self.key_cache[place].transpose(1, 2)
-            value = key if self.shared else self.value_cache[place].transpose(1, 2)
+            key, value = self._last_keys(block_table[batch], lens[batch], count)
             yield self._attend(batch, queries[batch], key, value, None, packed=False)
+
+    def _last_keys(self, block_table: Tensor, lens: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The last `count` keys and values of each sequence, [n, num_kv_heads, count, head_dim]."""
+        first, offset = (lens - count) // self.block_size, (lens - count) % self.block_size
+        skipped = int(offset[0])
+        if (offset == skipped).all():  # whole blocks are gathered much faster
+            columns = first[:, None] + torch.arange(-(-(skipped + count) // self.block_size))
+            blocks, inside = block_table.gather(1, columns).long(), slice(skipped, skipped + count)
+            key = _gather(self.key_cache, blocks, self.key_buffer)[:, :, inside]
+            return key, key if self.shared else _gather(self.value_cache, blocks, self.value_buffer)[:, :, inside]
+        positions = lens[:, None] + torch.arange(-count, 0)
+        place = block_table.gather(1, positions // self.block_size).long(), positions % self.block_size
+        key = self.key_cache[place].transpose(1, 2)
+        return key, key if self.shared else self.value_cache[place].transpose(1, 2)
 
     def _batch_size(self, keys: int) -> int:
         return max(1, _BATCH_BYTES // max(keys * self.key_bytes, 1))
