@@ -25,24 +25,22 @@ from torch_paged import PagedKVCache
 
 WEIGHTS = Path(__file__).with_name("weights.safetensors")
 
-# Files that the model has not seen, how many bytes to start from, and whether to fork into samples.
+# Files that the model has not seen, the function to go on from, the bytes to read, and whether to fork into samples.
 PROMPTS = (
-    ("heapq.py", 370, False),
-    ("textwrap.py", 120, False),
-    ("queue.py", 250, False),
-    ("configparser.py", 60, False),
-    ("statistics.py", 310, False),
-    ("shelve.py", 180, False),
-    ("http/cookies.py", 330, True),
-    ("contextlib.py", 200, True),
+    ("heapq.py", "merge", 350, False),
+    ("queue.py", "get", 60, False),
+    ("statistics.py", "median", 310, False),
+    ("shelve.py", "__getitem__", 180, False),
+    ("json/decoder.py", "decode", 330, True),
+    ("contextlib.py", "__exit__", 200, True),
 )
 
 
-def read_prompt(name: str, size: int) -> bytes:
-    """Whole lines of the file, `size` bytes at most, the last of which begins a function."""
+def read_prompt(name: str, function: str, size: int) -> bytes:
+    """Whole lines of the file, `size` bytes at most, the last of which begins the function."""
     text = (corpus.STDLIB / name).read_bytes()
-    end = re.compile(rb"def .*:\n").search(text, size).end()
-    return text[text.index(b"\n", end - size - 1) + 1 : end]
+    end = re.compile(rb"def %s\(.*:\n" % function.encode()).search(text).end()
+    return text[text.index(b"\n", max(end - size - 1, 0)) + 1 : end]
 
 
 def complete(requests: list[Request], generation: Generation, limit: int, terminal: Terminal) -> list[Request]:
@@ -108,7 +106,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     config, weights = load(WEIGHTS)
-    max_seqs = sum(args.samples if forked else 1 for _, _, forked in PROMPTS)
+    max_seqs = sum(args.samples if forked else 1 for *_, forked in PROMPTS)
     cache = PagedKVCache(
         config.num_layers,
         config.num_kv_heads,
@@ -123,8 +121,8 @@ def main() -> None:
     model.load_state_dict(weights)
 
     requests = []
-    for name, size, forked in PROMPTS:
-        prompt = read_prompt(name, min(size, config.context - args.new_tokens))
+    for name, function, size, forked in PROMPTS:
+        prompt = read_prompt(name, function, min(size, config.context - args.new_tokens))
         samples, temperature = (args.samples, args.temperature) if forked else (1, 0.0)
         requests.append(Request(name, prompt, cache.add(), samples, temperature))
     eager_steps = math.inf if args.no_compile else args.new_tokens // 4

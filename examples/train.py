@@ -2,6 +2,9 @@
 
 Attention needs no cache here (`CausalAttention`); `generate.py` runs the same weights over a paged one. Muon
 (Jordan et al., 2024) trains the matrices, AdamW the embedding and the norms, on one cosine schedule.
+
+The weights that are shipped come from two CPU cores: `--minutes 60`, then `--start weights.safetensors --steps 2400
+--rate 3e-3 --seed 1`, some 90 minutes in all. On a GPU, `--batch-size 128` keeps it busy.
 """
 
 import argparse

@@ -17,7 +17,7 @@ DEVICES = {
     "sm_80": Device(multiprocessors=108, shared_memory=163 * 1024, capability=80),
     "sm_90": Device(multiprocessors=132, shared_memory=227 * 1024, capability=90),
     "sm_100": Device(multiprocessors=148, shared_memory=227 * 1024, capability=100),
-    "gfx942": Device(multiprocessors=304, shared_memory=64 * 1024, capability=94),
+    "gfx942": Device(multiprocessors=304, shared_memory=64 * 1024, capability=94, amd=True),
 }
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -1,8 +1,8 @@
 """Machine code of every kernel for GPUs that need not be there: what would make it slow is a failure here.
 
 Compiling all that is shipped takes a quarter of an hour of two cores: TORCH_PAGED_TEST_ALL_VARIANTS=1 does that. By
-default a selection is compiled in which every pair of kind, dtype, head dim and block size occurs. Two processes compile
-ahead of the tests.
+default a selection is compiled in which every pair of kind, dtype, head dim and block size occurs. Two processes
+compile ahead of the tests.
 """
 
 import os
@@ -142,7 +142,7 @@ def planted(kind, **changes):
         pytest.param(planted("decode", aligned=False), 1, "16-byte asynchronous copies", id="scalar-loads"),
         pytest.param(planted("decode", num_stages=1), 0, "16-byte asynchronous copies", id="no-pipeline"),
         pytest.param(planted("decode", num_warps=8), 0, "registers for all programs", id="too-many-warps"),
-        pytest.param(planted("decode", block_m=64), 0, "registers for all programs", id="too-many-rows"),
+        pytest.param(planted("decode", block_m=64), 0, "shared memory for all programs", id="too-many-rows"),
     ],
 )
 def test_spoilt_attention_is_found_out(variant, misaligned, fault, workers):

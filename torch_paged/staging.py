@@ -105,6 +105,7 @@ class Staging:
             self._spare_parts = self._allocate(0)  # for what exceeds them
         self._host_table = self._flat_table.numpy() if in_place else None
         self._places: OrderedDict[_Shape, _Place] = OrderedDict()
+        self._lay_out(_Shape(rows, rows, False))  # the first mark imports the tracer: not in somebody's first step
 
     def send(self, step: Step) -> tuple[PagedBatch, Tensor | None]:
         """The batch of a step, on the device, and the block pairs int64 [c, 2] that it must copy first, if any."""

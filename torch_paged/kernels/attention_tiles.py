@@ -34,13 +34,19 @@ def _load_rows(
     if V.paging == "several":
         slots = tl.arange(0, BLOCK).to(tl.int64) * strides[1]
         # [blocks of the tile, BLOCK, WIDTH]
-        pointers = cache + blocks[:, None, None] + slots[None, :, None] + column[None, None, :]
-        pointers = tl.reshape(pointers, (TILE, WIDTH))
+        offsets = blocks[:, None, None] + slots[None, :, None] + column[None, None, :]
+        # Not the pointers: AMD's compiler takes no reshaped ones.
+        offsets = tl.reshape(offsets, (TILE, WIDTH))
     else:
         slots = (tile * TILE + tl.arange(0, TILE)) % BLOCK
-        pointers = cache + (blocks + slots.to(tl.int64) * strides[1])[:, None] + column[None, :]
+        offsets = (blocks + slots.to(tl.int64) * strides[1])[:, None] + column[None, :]
     if V.aligned:
-        pointers = tl.max_contiguous(tl.multiple_of(pointers, (1, 16)), (1, WIDTH))
+        # Reshaped offsets do not show the compiler what the launch knows: rows are contiguous and start at 16 bytes.
+        VECTOR: tl.constexpr = 128 // cache.dtype.element_ty.primitive_bitwidth
+        offsets = tl.max_contiguous(tl.multiple_of(offsets, (1, VECTOR)), (1, WIDTH))
+        pointers = tl.max_contiguous(tl.multiple_of(cache + offsets, (1, 16)), (1, WIDTH))
+    else:
+        pointers = cache + offsets
     if MASK:
         present = (tile * TILE + tl.arange(0, TILE) < keys)[:, None]
         rows = tl.load(pointers, mask=present & (column < DIM)[None, :], other=0.0)

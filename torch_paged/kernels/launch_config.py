@@ -126,6 +126,16 @@ class AttentionLaunch:
         return 4 * self.programs
 
 
+class Tiles(NamedTuple):
+    """Shape of a program's work."""
+
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+    resident: int  # programs that the registers of one multiprocessor hold
+
+
 ALL_ROWS = 2**31 - 1
 FEW_ROWS = 64
 MANY_ROWS = 128
@@ -207,16 +217,6 @@ def _paging(block_size: int, tile: int) -> str:
     if block_size & (block_size - 1) or block_size == 1:
         return "any"
     return "one" if block_size >= tile else "several"
-
-
-class Tiles(NamedTuple):
-    """Shape of a program's work."""
-
-    rows: int
-    keys: int
-    num_warps: int
-    num_stages: int
-    resident: int  # programs that the registers of one multiprocessor hold
 
 
 def _tiles(problem: Problem, device: Device, rows: int) -> Tiles:
