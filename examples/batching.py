@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from model import END_OF_TEXT
 from torch import Tensor, nn
 
+from model import END_OF_TEXT
 from torch_paged import PagedKVCache, unbacked
 
 TOKEN_BUDGET = 256  # tokens a step at most, over all requests
@@ -71,18 +71,19 @@ def choose(logits: Tensor, temperatures: Tensor, generator: torch.Generator) -> 
 class Generation:
     """Runs requests to their ends, and keeps the figures.
 
-    Steps are eager until `eager_steps` of them were steps in which requests only wrote; later such steps are compiled.
+    Steps in which requests only write are compiled, but for every fourth, which is eager for comparison; steps that
+    read prompts are eager.
 
     Attributes:
         rates: tokens a second of each step in which requests only wrote, by "eager" and "compiled".
         fullest: the cache's statistics of the step with the most blocks in use.
     """
 
-    def __init__(self, cache: PagedKVCache, model: nn.Module, eager_steps: float, seed: int) -> None:
+    def __init__(self, cache: PagedKVCache, model: nn.Module, seed: int, compiled: bool = True) -> None:
         self.cache = cache
         self.models = {"eager": model, "compiled": torch.compile(model, fullgraph=True)}
         self.rates: dict[str, list[float]] = {how: [] for how in self.models}
-        self.eager_steps = eager_steps
+        self.compiled = compiled
         self.generator = torch.Generator().manual_seed(seed)
         self.fullest = cache.stats()
 
@@ -92,7 +93,8 @@ class Generation:
             requests = fork_where_read(self.cache, requests)
             chunks = plan(requests)
             only_writing = max(map(len, chunks.values())) == 1
-            how = "compiled" if only_writing and len(self.rates["eager"]) >= self.eager_steps else "eager"
+            compared = len(self.rates["eager"]) * 3 > len(self.rates["compiled"])
+            how = "compiled" if self.compiled and only_writing and compared else "eager"
             yield how, requests
             start = time.monotonic()
             self.step(self.models[how], chunks)

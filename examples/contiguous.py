@@ -3,9 +3,10 @@
 from typing import NamedTuple
 
 import torch
-from model import END_OF_TEXT, Config, Decoder
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from model import END_OF_TEXT, Config, Decoder
 
 
 class ContiguousBatch(NamedTuple):

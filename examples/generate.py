@@ -7,32 +7,33 @@ contiguous cache in float32 and fails at the first byte that differs.
 
 import argparse
 import itertools
-import math
 import re
 import statistics
 import sys
 from pathlib import Path
 
-import corpus
 import torch
+from torch import Tensor
+
+import corpus
 from batching import Generation, Request
 from contiguous import greedy
 from model import Config, Decoder, load
 from terminal import Terminal
-from torch import Tensor
-
 from torch_paged import PagedKVCache
 
 WEIGHTS = Path(__file__).with_name("weights.safetensors")
 
 # Files that the model has not seen, the function to go on from, the bytes to read, and whether to fork into samples.
 PROMPTS = (
-    ("heapq.py", "merge", 350, False),
-    ("queue.py", "get", 60, False),
-    ("statistics.py", "median", 310, False),
-    ("shelve.py", "__getitem__", 180, False),
-    ("json/decoder.py", "decode", 330, True),
-    ("contextlib.py", "__exit__", 200, True),
+    ("heapq.py", "heappop", 290, False),
+    ("mailbox.py", "close", 200, False),
+    ("shelve.py", "__getitem__", 60, False),
+    ("configparser.py", "sections", 340, False),
+    ("contextlib.py", "__exit__", 120, False),
+    ("calendar.py", "weekday", 320, True),
+    ("queue.py", "get", 90, True),
+    ("configparser.py", "has_section", 230, True),
 )
 
 
@@ -50,7 +51,7 @@ def complete(requests: list[Request], generation: Generation, limit: int, termin
     seen: dict[int, Request] = {}
     for how, active in generation.run(requests, limit):
         seen |= {request.seq: request for request in active}
-        stage = how if generation.rates[how] or how == "eager" else "compiling the decode step"
+        stage = "compiling the decode step" if how == "compiled" and not generation.rates[how] else "running"
         share = sum(len(request.written) for request in seen.values()) / expected
         terminal.progress(share, stage, f"{len(active)} under way, {len(seen) - len(active)} done")
     return sorted(seen.values(), key=lambda request: order.index(request.name))
@@ -93,7 +94,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--new-tokens", default=160, type=int, help="bytes to write, at most, for each prompt")
     parser.add_argument("--samples", default=4, type=int, help="samples of each forked prompt")
-    parser.add_argument("--temperature", default=0.7, type=float, help="of the samples; the rest is greedy")
+    parser.add_argument("--temperature", default=0.5, type=float, help="of the samples; the rest is greedy")
     parser.add_argument("--seed", default=0, type=int)
     parser.add_argument("--check", action="store_true", help="compare with a contiguous float32 cache")
     parser.add_argument("--no-compile", action="store_true", help="run every step eagerly")
@@ -124,9 +125,8 @@ def main() -> None:
     for name, function, size, forked in PROMPTS:
         prompt = read_prompt(name, function, min(size, config.context - args.new_tokens))
         samples, temperature = (args.samples, args.temperature) if forked else (1, 0.0)
-        requests.append(Request(name, prompt, cache.add(), samples, temperature))
-    eager_steps = math.inf if args.no_compile else args.new_tokens // 4
-    generation, terminal = Generation(cache, model, eager_steps, args.seed), Terminal()
+        requests.append(Request(f"{name}: {function}", prompt, cache.add(), samples, temperature))
+    generation, terminal = Generation(cache, model, args.seed, compiled=not args.no_compile), Terminal()
     done = complete(requests, generation, args.new_tokens, terminal)
     report(done, generation, terminal)
     if args.check:

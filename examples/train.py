@@ -3,8 +3,8 @@
 Attention needs no cache here (`CausalAttention`); `generate.py` runs the same weights over a paged one. Muon
 (Jordan et al., 2024) trains the matrices, AdamW the embedding and the norms, on one cosine schedule.
 
-The weights that are shipped come from two CPU cores: `--minutes 60`, then `--start weights.safetensors --steps 2400
---rate 3e-3 --seed 1`, some 90 minutes in all. On a GPU, `--batch-size 128` keeps it busy.
+The weights that are shipped come from an hour on two busy CPU cores, `--minutes 60`; `--start` takes them further.
+On a GPU, `--batch-size 128` keeps it busy.
 """
 
 import argparse
@@ -14,12 +14,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import corpus
 import torch
-from contiguous import CausalAttention, ContiguousBatch
-from model import Config, Decoder, load, save
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+import corpus
+from contiguous import CausalAttention, ContiguousBatch
+from model import Config, Decoder, load, save
 
 WARMUP = 0.02  # of the run
 SIZES = ("dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_dim", "context")

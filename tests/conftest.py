@@ -22,7 +22,7 @@ def pytest_configure(config):  # noqa: ARG001
 
 
 def pytest_collection_modifyitems(config, items):
-    """Deselect what this process cannot run; `-m gpu` without a GPU is left with nothing, which pytest calls a failure."""
+    """Deselect what cannot run here; `-m gpu` without a GPU is left with nothing, which pytest calls a failure."""
     here = [item for item in items if _can_run(item)]
     config.hook.pytest_deselected(items=[item for item in items if not _can_run(item)])
     items[:] = here
