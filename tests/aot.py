@@ -42,7 +42,8 @@ _SASS = {
 }
 _AMDGCN = {
     "load128": r"\b(?:global|buffer|flat)_load_dwordx4\b",
-    "load_narrow": r"\b(?:global|buffer|flat)_load_(?:d16|u?byte|u?short|s?byte|s?short|dword|dwordx2)\b",
+    "load_narrow": r"\b(?:global|buffer|flat)_load_dword(?:x2)?\b",
+    "load_element": r"\b(?:global|buffer|flat)_load_(?:[us]?byte|[us]?short)",
     "store128": r"\b(?:global|buffer|flat)_store_dwordx4\b",
     "store_narrow": r"\b(?:global|buffer|flat)_store_(?:byte|short|dword|dwordx2)\b",
     "tensor_core": r"\bv_mfma_",

@@ -34,6 +34,12 @@ def _can_run(item):
     return ("interpreter" in item.keywords) == INTERPRETED
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test draws the same numbers, whatever ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=DEVICES)
 def device(request):
     """Where an operator runs: its CPU implementation, its Triton kernel interpreted, its Triton kernel on a GPU."""

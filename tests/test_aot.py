@@ -41,7 +41,7 @@ def attention_faults(target, variant, kernel):
         if not many_rows and launch.variant.num_stages > 2:
             demands["more than one tile of keys in flight"] = kernel.buffers >= 2 and kernel.pending >= 2
     else:
-        demands["16-byte loads"] = 4 * count["load128"] >= count["load_narrow"]
+        demands["16-byte loads"] = count["load128"] > 0 and count["load_element"] == 0
     return [what for what, met in demands.items() if not met]
 
 
@@ -124,10 +124,10 @@ def test_copying_kernels(job, workers):
     assert copying_faults(kernel, narrow_stores=2 if job[1] is calls.merge else 0) == [], kernel
 
 
-def planted(kind, **changes):
-    """A shipped bf16 variant of head dim 128 for sm_90, spoilt."""
+def planted(kind, target="sm_90", **changes):
+    """A shipped bf16 variant of head dim 128, spoilt."""
     name, variant = next(
-        (n, v) for n, v in calls.shipped("sm_90").items() if n.startswith(f"{kind}-bf16-dim128-block16")
+        (n, v) for n, v in calls.shipped(target).items() if n.startswith(f"{kind}-bf16-dim128-block16")
     )
     launch = variant.launch
     of_launch = {key: changes.pop(key) for key in list(changes) if hasattr(launch, key)}
@@ -148,6 +148,12 @@ def planted(kind, **changes):
 def test_spoilt_attention_is_found_out(variant, misaligned, fault, workers):
     attention, _ = workers.submit("sm_90", calls.attention_launch, variant, misaligned).result()
     assert fault in attention_faults("sm_90", variant, attention), attention
+
+
+def test_scalar_loads_are_found_out_on_amd(workers):
+    variant = planted("decode", "gfx942", aligned=False)
+    attention, _ = workers.submit("gfx942", calls.attention_launch, variant, 1).result()
+    assert attention_faults("gfx942", variant, attention) == ["16-byte loads"], attention
 
 
 def test_spoilt_copies_are_found_out(workers):

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "torch_paged"
 # Who may import whom within the package; a name stands for a file or a folder. Everything else is forbidden.
 ALLOWED = {
     "__init__": {"batch", "cache", "functional", "memory", "ops"},
-    "functional": set(),
+    "functional": {"ops"},
     "ops": {"bounds", "checks"},  # and, by name, cpu and kernels on first use
     "checks": set(),
     "bounds": set(),

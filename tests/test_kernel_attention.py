@@ -10,10 +10,10 @@ from torch_paged import reference
 from torch_paged.testing import assert_within_budget, attention_inputs, low_precision_attention
 
 pytest.importorskip("triton")
+from torch_paged import warmup
 from torch_paged.kernels.attention import _problem, attention, launch_attention
 from torch_paged.kernels.device import device_of
 from torch_paged.kernels.launch_config import attention_launches
-from torch_paged.kernels.warmup import warmup_attention
 
 pytestmark = [pytest.mark.interpreter if os.environ.get("TRITON_INTERPRET") == "1" else pytest.mark.gpu]
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -147,7 +147,7 @@ def test_tables_and_lengths_may_be_strided_views():
 
 def test_warmup_reports_every_batch():
     seen = []
-    count = warmup_attention(
+    count = warmup(
         6, 2, 32, value_head_dim=48, dtype=torch.float16, device=DEVICE, progress=lambda *done: seen.append(done)
     )
     assert seen == [(number, count) for number in range(1, count + 1)]

@@ -1,6 +1,5 @@
 """Paged attention as ordinary PyTorch operators, `torch.ops.paged.*`, and the cache that feeds them."""
 
-import torch_paged.ops  # noqa: F401 - registers the operators
 from torch_paged.batch import PagedBatch, unbacked
 from torch_paged.cache import PagedKVCache
 from torch_paged.functional import (
@@ -11,6 +10,7 @@ from torch_paged.functional import (
     gather_blocks,
     merge_attention,
     scatter_blocks,
+    warmup,
 )
 from torch_paged.memory import IntegrityError, MemoryStats, OutOfBlocks
 
@@ -29,4 +29,5 @@ __all__ = [
     "merge_attention",
     "scatter_blocks",
     "unbacked",
+    "warmup",
 ]

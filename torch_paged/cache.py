@@ -101,6 +101,8 @@ class PagedKVCache(nn.Module):
         self._staging = Staging(self._manager, device, _check_buckets(buckets))
         self._buffers_of_layers = [tensor for pair in self.tensors() for tensor in pair]
         self._open: dict[int, tuple[PagedBatch, Step]] = {}
+        # Copying nothing tells a GPU where the caches lie: later copies can be captured in a graph.
+        copy_blocks(self._buffers_of_layers, torch.empty(0, 2, dtype=torch.int64, device=device))
 
     @staticmethod
     def kv_bytes(

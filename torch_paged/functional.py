@@ -7,11 +7,13 @@ before anything is written, and NotImplementedError for an argument that require
 lengths out of range are an IndexError on CPU, and on a GPU with `TORCH_PAGED_DEBUG=1`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from torch_paged import ops
 
 _ops = torch.ops.paged
 
@@ -169,3 +171,36 @@ def scatter_blocks(source: Tensor, blocks: Tensor, caches: Sequence[Tensor]) -> 
         ValueError: a block occurs twice (on CPU, and on a GPU in debug mode).
     """
     _ops.scatter_blocks(source, blocks, caches)
+
+
+def warmup(
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    *,
+    value_head_dim: int | None = None,
+    block_size: int = 16,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    causal: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Compile every Triton kernel that a model needs, so that no request waits for the compiler.
+
+    The kernels depend on neither lengths nor batch nor table width: after this nothing compiles while serving.
+
+    Args:
+        num_heads, num_kv_heads, head_dim, value_head_dim, block_size: of the model and its cache.
+        dtype: of query and caches.
+        device: a GPU; on CPU there is nothing to compile.
+        causal: as attention will be called.
+        progress: called with (done, total) after each kind of batch.
+
+    Returns:
+        How many kinds of batches were run; 0 on CPU.
+    """
+    device = torch.device(device)
+    value_head_dim = head_dim if value_head_dim is None else value_head_dim
+    return ops.warmup(
+        device, num_heads, num_kv_heads, head_dim, value_head_dim, block_size, dtype, device, causal, progress
+    )

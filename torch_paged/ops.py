@@ -187,6 +187,14 @@ def _package(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
+def warmup(device: torch.device, *model: Any) -> int:
+    """Compile the kernels for a model; on a device without Triton there is nothing to compile."""
+    if device.type == "cpu" and _cpu_package() == "torch_paged.cpu":
+        return 0
+    done: int = _package("torch_paged.kernels").warmup(*model)
+    return done
+
+
 def _debugging() -> bool:
     if os.environ.get("TORCH_PAGED_DEBUG") != "1":
         return False
