@@ -38,7 +38,7 @@ def attention_faults(target, variant, kernel):
         demands["shared memory for all programs"] = (
             resident * kernel.shared_memory <= calls.DEVICES[target].shared_memory
         )
-        if not many_rows and launch.variant.num_stages > 2:
+        if launch.variant.block_m == 16:
             demands["more than one tile of keys in flight"] = kernel.buffers >= 2 and kernel.pending >= 2
     else:
         demands["16-byte loads"] = count["load128"] > 0 and count["load_element"] == 0
@@ -141,6 +141,7 @@ def planted(kind, target="sm_90", **changes):
         pytest.param(planted("prefill", num_warps=4), 0, "no spilled registers", id="half-the-warps"),
         pytest.param(planted("decode", aligned=False), 1, "16-byte asynchronous copies", id="scalar-loads"),
         pytest.param(planted("decode", num_stages=1), 0, "16-byte asynchronous copies", id="no-pipeline"),
+        pytest.param(planted("decode", num_stages=2), 0, "more than one tile of keys in flight", id="two-stages"),
         pytest.param(planted("decode", num_warps=8), 0, "registers for all programs", id="too-many-warps"),
         pytest.param(planted("decode", block_m=64), 0, "shared memory for all programs", id="too-many-rows"),
     ],
