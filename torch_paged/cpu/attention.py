@@ -7,8 +7,8 @@ its prefix, and causally those of the queries themselves, the square:
     chunks    |--------|--------|-tail|
     queries                          q0 q1 q2 q3
 
-Prefixes are cut into chunks of whole blocks, so that gathered keys are used while they are in cache, and so that one
-long sequence and many short ones keep all cores busy alike.
+Prefixes are cut into chunks of whole blocks, so that gathered keys take little memory, and so that one long sequence and
+many short ones keep all cores busy alike.
 """
 
 import math
@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_CHUNK_KEYS = 512
-_BATCH_BYTES = 4 << 20  # of gathered keys and values: about what stays in the second-level cache
+_CHUNK_KEYS = 1024
+_BATCH_BYTES = 16 << 20  # of gathered keys and values: smaller batches pay more calls than they save in cache misses
 _flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 

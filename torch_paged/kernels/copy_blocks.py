@@ -49,12 +49,10 @@ def copy_blocks(caches: Sequence[Tensor], block_pairs: Tensor) -> None:
 
     Raises:
         RuntimeError: at the first call on these caches if that is during CUDA graph capture. A call with n = 0
-            copies nothing and makes every later one capturable.
+            copies nothing, compiles what is needed and makes every later one capturable.
     """
     for group in block_groups(caches, packed=False):
         tiles = word_tiles(group, group.alignment)
-        if block_pairs.shape[0] == 0:
-            continue
         _copy_blocks[(block_pairs.shape[0], group.table.shape[0], tiles.tiles)](
             block_pairs,
             block_pairs.stride(0),

@@ -80,13 +80,10 @@ def scatter_blocks(source: Tensor, blocks: Tensor, caches: Sequence[Tensor]) -> 
 
 
 def _launch(caches: Sequence[Tensor], blocks: Tensor, packed: Tensor, gather: bool) -> None:
-    num_rows = blocks.shape[0]
     for group in block_groups(caches, packed=True):
-        if num_rows == 0:
-            continue
         row_bytes = math.prod(packed.shape[1:]) * packed.element_size()
         tiles = word_tiles(group, math.gcd(group.alignment, row_bytes, packed.data_ptr()))
-        _move_blocks[(num_rows, group.table.shape[0], tiles.tiles)](
+        _move_blocks[(blocks.shape[0], group.table.shape[0], tiles.tiles)](
             packed.view(-1).view(torch.uint8),
             blocks,
             blocks.stride(0),
