@@ -87,6 +87,12 @@ def test_value_as_view_of_key_cache(device):
     check(inputs._replace(value_cache=inputs.key_cache[..., :32]))
 
 
+def test_value_as_wider_view_of_the_same_memory(device):
+    """The key is the narrower of two views: its tile must not stand in for the value's."""
+    inputs = attention_inputs(**DECODE, head_dim=64, value_head_dim=64, num_kv_heads=1, device=device)
+    check(inputs._replace(query=inputs.query[..., :60], key_cache=inputs.value_cache[..., :60]))
+
+
 def test_permuted_blocks_give_the_same_result(device):
     inputs = attention_inputs(**MIXED, device=device)
     order = torch.randperm(inputs.key_cache.shape[0]).to(device)

@@ -181,3 +181,23 @@ def test_first_call_under_capture_raises(monkeypatch):
     assert torch.equal(caches[0][0], caches[0][1])
     assert len(groups._captured) == 1
     groups._captured.clear()
+
+
+@pytest.mark.parametrize(
+    ("rows", "width"),
+    [
+        (torch.zeros(5, 4, 80), 4),
+        (torch.zeros(5, 4, 80).half(), 8),
+        (torch.zeros(5, 4, 88)[..., :83].half(), 1),
+        (torch.zeros(5, 4, 84)[..., :80].half(), 4),
+        (torch.zeros(5, 80, 4).half().transpose(1, 2), 1),
+        (torch.zeros(1, 320 + 3)[:, :320].half().view(1, 4, 80), 8),
+    ],
+    ids=["float32", "half", "odd-dim", "odd-rows", "strided-elements", "one-row"],
+)
+def test_vectors_are_as_wide_as_strides_allow(rows, width):
+    """The interpreter takes any width; on a GPU, too wide a vector would be a misaligned access."""
+    module = importlib.import_module("torch_paged.kernels.append")
+    cache = torch.zeros(3, 2, *rows.shape[1:], dtype=rows.dtype)
+    tensors = (rows, rows, cache, cache)
+    assert module._vector(tensors, [module.effective_strides(tensor) for tensor in tensors]) == width

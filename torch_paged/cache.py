@@ -82,7 +82,7 @@ class PagedKVCache(nn.Module):
             raise NotImplementedError(f"cache_dtype = {cache_dtype}: quantised caches are not there yet; got {dtype=}")
         if (num_blocks is None) == (memory is None):
             raise ValueError(f"exactly one of num_blocks and memory must be given, got {num_blocks=}, {memory=}")
-        device = torch.device(device)
+        device = torch.empty(0, device=device).device  # with its index, where that was left to the current device
         num_layers = as_integer("num_layers", num_layers, at_least=1)
         num_kv_heads = as_integer("num_kv_heads", num_kv_heads, at_least=1)
         head_dim = as_integer("head_dim", head_dim, at_least=1)

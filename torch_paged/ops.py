@@ -92,9 +92,11 @@ def _define(schema: str, fake: Callable[..., Any] | None = None, run: Callable[.
 
     def on_cuda(*args: Any, **kwargs: Any) -> Any:
         checked(*args, **kwargs)
-        if _debugging():
-            getattr(bounds, meaning)(*args, **kwargs)
-        return run(_package("torch_paged.kernels"), *args, **kwargs)
+        # Triton launches on the current device, whatever the tensors' is.
+        with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, Tensor))):
+            if _debugging():
+                getattr(bounds, meaning)(*args, **kwargs)
+            return run(_package("torch_paged.kernels"), *args, **kwargs)
 
     _library.define(schema)
     torch.library.register_fake(f"paged::{name}", fake or check, lib=_library)
@@ -191,7 +193,8 @@ def warmup(device: torch.device, *model: Any) -> int:
     """Compile the kernels for a model; on a device without Triton there is nothing to compile."""
     if device.type == "cpu" and _cpu_package() == "torch_paged.cpu":
         return 0
-    done: int = _package("torch_paged.kernels").warmup(*model)
+    with torch.cuda.device(device if device.type == "cuda" else -1):
+        done: int = _package("torch_paged.kernels").warmup(*model)
     return done
 
 

@@ -7,8 +7,8 @@ its prefix, and causally those of the queries themselves, the square:
     chunks    |--------|--------|-tail|
     queries                          q0 q1 q2 q3
 
-Prefixes are cut into chunks of whole blocks, so that gathered keys take little memory, and so that one long sequence and
-many short ones keep all cores busy alike.
+Prefixes are cut into chunks of whole blocks, so that gathered keys take little memory, and so that one long sequence
+and many short ones keep all cores busy alike.
 """
 
 import math

@@ -179,7 +179,7 @@ def launch_attention(
     variant = launch.variant
     num_tokens, num_seqs = query.shape[0], block_table.shape[0]
     num_blocks, block_size, num_kv_heads, _ = key_cache.shape
-    max_keys = min(block_table.shape[1] * block_size, 2**31 - 1) if num_blocks else 0
+    max_keys = min(block_table.shape[1] * block_size, 2**31 - 1024) if num_blocks else 0
     partial = query.new_empty(launch.partial_floats, dtype=torch.float32)
     handoff = query.new_empty(launch.handoff_ints, dtype=torch.int32)
     # For exp2. Not 0, as 0 * -inf is NaN: small enough to leave all visible keys equal.
@@ -255,7 +255,9 @@ def _problem(
         causal=causal,
         ragged=cu_seqlens_q is not None,
         aligned=all(_aligned(tensor) for tensor in (query, key_cache, value_cache)),
-        shared_values=key_cache.data_ptr() == value_cache.data_ptr() and key_cache.stride() == value_cache.stride(),
+        shared_values=key_cache.data_ptr() == value_cache.data_ptr()
+        and key_cache.stride() == value_cache.stride()
+        and key_cache.shape[3] >= value_cache.shape[3],
     )
 
 

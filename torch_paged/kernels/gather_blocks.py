@@ -56,8 +56,7 @@ def gather_blocks(caches: Sequence[Tensor], blocks: Tensor, out: Tensor) -> None
     Args:
         caches: tensors with the same first dimension, any dtypes and strides.
         blocks: int64 `[n]`; one outside `[0, num_blocks)` leaves its row untouched.
-        out: contiguous, first dimension n, a row as large as one block of every cache. MUTATED. May be pinned host
-            memory, which a GPU writes across the bus.
+        out: contiguous, first dimension n, a row as large as one block of every cache. MUTATED.
 
     Raises:
         RuntimeError: at the first call on these caches if that is during CUDA graph capture.
@@ -69,7 +68,7 @@ def scatter_blocks(source: Tensor, blocks: Tensor, caches: Sequence[Tensor]) -> 
     """Copies row i of `source` back to block `blocks[i]` of every cache: the inverse of `gather_blocks`.
 
     Args:
-        source: contiguous, first dimension n, as `gather_blocks` writes it; may be pinned host memory.
+        source: contiguous, first dimension n, as `gather_blocks` writes it.
         blocks: int64 `[n]`, no block twice; one outside `[0, num_blocks)` is skipped.
         caches: tensors with the same first dimension, any dtypes and strides. MUTATED.
 

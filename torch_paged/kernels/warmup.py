@@ -25,15 +25,17 @@ def warmup(
     group = num_heads // num_kv_heads
     rows = sorted({1, FEW_ROWS // group, FEW_ROWS // group + 1} - {0})
     batches = [(queries, ragged) for ragged in (False, True) for queries in rows]
-    keys = torch.zeros(1, block_size, num_kv_heads, head_dim, dtype=dtype, device=device)
-    values = keys.new_zeros(1, block_size, num_kv_heads, value_head_dim)
+    # Head-major storage and two tokens: the strides of a PagedKVCache in use.
+    sizes = [(2, num_kv_heads, block_size, dim) for dim in (head_dim, value_head_dim)]
+    keys, values = (torch.zeros(size, dtype=dtype, device=device).transpose(1, 2) for size in sizes)
+    new_keys, new_values = (cache.new_zeros(2, num_kv_heads, cache.shape[3]) for cache in (keys, values))
+    append(new_keys, new_values, keys, values, torch.full((2,), -1, device=device))
     table = torch.zeros(1, 1, dtype=torch.int32, device=device)
-    append(keys[0], values[0], keys, values, torch.full((1,), -1, device=device))
     for done, (queries, ragged) in enumerate(batches, 1):
         query = keys.new_zeros(queries, num_heads, head_dim)
         bounds = torch.tensor([0, queries], dtype=torch.int32, device=device) if ragged else None
         output, lse = attention(query, keys, values, table, table[0], bounds, 1.0, causal)
-        if done == 1:
+        if queries > 1:
             merge_attention(output, lse, output, lse)
         if progress is not None:
             progress(done, len(batches))
