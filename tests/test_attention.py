@@ -59,7 +59,9 @@ def test_matches_reference(name, dtype, device):
     check(attention_inputs(**SHAPES[name], dtype=dtype, device=device))
 
 
-@pytest.mark.parametrize("options", [dict(causal=False), dict(scale=-0.4), dict(scale=0.0)], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(causal=False), dict(scale=-0.4), dict(scale=0.0), dict(scale=-1e-60)], ids=str
+)
 @pytest.mark.parametrize("name", ["decode", "several", "mixed"])
 def test_options_match_reference(name, options, device):
     check(attention_inputs(**SHAPES[name], device=device), **options)
@@ -130,7 +132,8 @@ def plain_merge(output_a, lse_a, output_b, lse_b):
     """The error budget: the formula in float32, rounded to the first output's dtype."""
     lse = torch.logaddexp(lse_a, lse_b)
     weights = [(part - lse).nan_to_num(-torch.inf, neginf=-torch.inf).exp()[..., None] for part in (lse_a, lse_b)]
-    return (weights[0] * output_a.float() + weights[1] * output_b.float()).to(output_a.dtype), lse
+    parts = (part.float().nan_to_num() for part in (output_a, output_b))
+    return sum(weight * part for weight, part in zip(weights, parts, strict=True)).to(output_a.dtype), lse
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -138,7 +141,7 @@ def test_merge_attention(dtype, device):
     outputs = torch.randn(2, 5, 3, 24, device=device).to(dtype)
     lses = torch.randn(2, 5, 3, device=device) * 4
     lses[0, 0] = lses[1, :2] = -torch.inf
-    outputs[0, 0] = outputs[1, :2] = 0
+    outputs[0, 0] = outputs[1, :2] = torch.nan  # rows that saw nothing, as other libraries leave them
     arguments = (outputs[0], lses[0], outputs[1], lses[1])
     output, lse = torch.ops.paged.merge_attention(*arguments)
     assert output.dtype == dtype

@@ -188,10 +188,10 @@ def test_first_call_under_capture_raises(monkeypatch):
     [
         (torch.zeros(5, 4, 80), 4),
         (torch.zeros(5, 4, 80).half(), 8),
-        (torch.zeros(5, 4, 88)[..., :83].half(), 1),
-        (torch.zeros(5, 4, 84)[..., :80].half(), 4),
-        (torch.zeros(5, 80, 4).half().transpose(1, 2), 1),
-        (torch.zeros(1, 320 + 3)[:, :320].half().view(1, 4, 80), 8),
+        (torch.zeros(5, 4, 88, dtype=torch.float16)[..., :83], 1),
+        (torch.zeros(5, 4, 84, dtype=torch.float16)[..., :80], 4),
+        (torch.zeros(5, 80, 4, dtype=torch.float16).transpose(1, 2), 1),
+        (torch.zeros(1, 320 + 3, dtype=torch.float16)[:, :320].view(1, 4, 80), 8),
     ],
     ids=["float32", "half", "odd-dim", "odd-rows", "strided-elements", "one-row"],
 )

@@ -301,3 +301,13 @@ def test_check_integrity_names_what_is_broken(manager, breakage, invariant_named
 def test_expand():
     owner, value = expand(np.array([3, 9, 7]), np.array([5, 9, 8]))
     assert (owner.tolist(), value.tolist()) == ([0, 0, 2], [3, 4, 7])
+
+
+@pytest.mark.parametrize(("counts", "ahead"), [(2**63 - 1, 0), ([2**63 - 1], 0), (1, 2**64)])
+def test_counts_beyond_any_sequence_change_nothing(counts, ahead):
+    manager = MemoryManager(num_blocks=4, block_size=4, max_seqs=2, max_seq_len=16)
+    seq = manager.add()
+    with pytest.raises(ValueError, match="max_seq_len = 16: no sequence can get"):
+        manager.prepare([seq], counts, ahead)
+    manager.check_integrity()
+    assert manager.length(seq) == 0

@@ -94,6 +94,7 @@ def mixed_caches(device):
         cache_of((7, 4, 2, 24), torch.bfloat16, device, "head-major"),
         cache_of((7, 3, 2, 17), torch.float16, device, "strided"),
         torch.randint(0, 100, (7, 5), device=device, dtype=torch.int8),
+        torch.randint(0, 100, (7, 6), device=device, dtype=torch.int8).view(torch.float8_e4m3fn)[:, ::2],
         torch.randint(0, 100, (14,), device=device)[::2],
     ]
 

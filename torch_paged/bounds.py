@@ -28,8 +28,9 @@ def attention(
     num_seqs, width = block_table.shape
     num_blocks, block_size = key_cache.shape[:2]
     limit = width * block_size
-    _all_inside(seq_lens, (seq_lens < 0) | (seq_lens > limit), "seq_lens", f"0 to {limit}")
-    used = (seq_lens + block_size - 1) // block_size
+    lens = seq_lens.long()  # sums and limits may exceed 32 bits
+    _all_inside(lens, (lens < 0) | (lens > limit), "seq_lens", f"0 to {limit}")
+    used = (lens + block_size - 1) // block_size
     if cu_seqlens_q is not None:
         used *= _query_counts(cu_seqlens_q, query.shape[0]) > 0
     if num_seqs == 0 or query.shape[0] == 0:
@@ -84,7 +85,7 @@ def scatter_blocks(source: Tensor, blocks: Tensor, caches: Sequence[Tensor]) -> 
 
 
 def _query_counts(cu_seqlens_q: Tensor, num_tokens: int) -> Tensor:
-    counts = cu_seqlens_q.diff()
+    counts = cu_seqlens_q.long().diff()
     first, last = int(cu_seqlens_q[0]), int(cu_seqlens_q[-1])
     if first != 0:
         raise IndexError(f"cu_seqlens_q must start at 0, got {first}")

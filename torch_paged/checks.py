@@ -47,6 +47,7 @@ def attention(
         num_heads % num_kv_heads == 0,
         lambda: f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}",
     )
+    _require(num_heads >= 1, lambda: f"num_heads must be at least 1, got {num_heads}")
     num_tokens, num_seqs = size["num_tokens"], size["num_seqs"]
     if cu_seqlens_q is None:
         _require(

@@ -67,6 +67,8 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """Run the attention; an option still in `_off` has its default, or `checks` would have raised."""
     scale = query.shape[2] ** -0.5 if scale is None else scale
+    if abs(scale) < torch.finfo(torch.float32).tiny:  # what float32 would flush to 0
+        scale = 0.0
     result: tuple[Tensor, Tensor] = package.attention(
         query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, scale, causal
     )

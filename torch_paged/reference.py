@@ -76,7 +76,10 @@ def merge_attention(output_a: Tensor, lse_a: Tensor, output_b: Tensor, lse_b: Te
     lse = torch.logaddexp(lse_a.double(), lse_b.double())
     finite = lse.masked_fill(lse == -math.inf, 0)
     weight_a, weight_b = (lse_a - finite).exp()[..., None], (lse_b - finite).exp()[..., None]
-    output = weight_a * output_a.double() + weight_b * output_b.double()
+    # A part that saw no key has no say, whatever its rows hold.
+    part_a = output_a.double().masked_fill(lse_a.isneginf()[..., None], 0)
+    part_b = output_b.double().masked_fill(lse_b.isneginf()[..., None], 0)
+    output = weight_a * part_a + weight_b * part_b
     return output.to(output_a.dtype), lse.to(_lse_dtype(output_a))
 
 

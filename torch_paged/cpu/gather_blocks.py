@@ -18,9 +18,14 @@ def gather_blocks(caches: Sequence[Tensor], blocks: Tensor, out: Tensor) -> None
 def scatter_blocks(source: Tensor, blocks: Tensor, caches: Sequence[Tensor]) -> None:
     """WRITES row i of `source` to block `blocks[i]` of each cache: the inverse of `gather_blocks`."""
     rows = (blocks >= 0).nonzero()[:, 0]
-    for cache, part in _parts(caches, source):
+    for cache, part in _parts([indexable(cache) for cache in caches], source):
         stored = part[rows].view(cache.dtype).view(-1, *cache.shape[1:])
         cache.index_copy_(0, blocks[rows], stored)
+
+
+def indexable(cache: Tensor) -> Tensor:
+    """`cache`, as bytes where its elements are bytes: PyTorch cannot write to rows of every float8 type."""
+    return cache.view(torch.uint8) if cache.element_size() == 1 else cache
 
 
 def _parts(caches: Sequence[Tensor], staging: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -116,6 +116,9 @@ class MemoryManager:
         handles, rows = s.find(seqs)
         counts = _check_counts(counts, len(rows))
         ahead = as_integer("ahead", ahead, at_least=0)
+        most = max(ahead, counts if isinstance(counts, int) else int(counts.max()))
+        if most > s.max_seq_len:  # before a sum could overflow
+            raise ValueError(f"max_seq_len = {s.max_seq_len}: no sequence can get {most} tokens")
         start = s.length[rows]
         end = start + counts
         s.require_length(handles, end + ahead)
