@@ -83,11 +83,11 @@ def verify(case: Case, inputs: Arguments, output: Tensor, lse: Tensor, sample: i
         error_lse = (got_lse - exact_lse)[seen].abs().max().item() if seen.any() else 0.0
         limit = {"fp32": 2e-6, "fp16": 2e-3, "bf16": 1e-2}[case.dtype]
         if not (error < limit and error_lse < 10 * limit and bool((got_lse.isfinite() == seen).all())):
-            raise SystemExit(f"WRONG RESULT: {case}, sequence {seq}: error {error:.2e}, lse {error_lse:.2e}")
+            raise AssertionError(f"WRONG RESULT: {case}, sequence {seq}: error {error:.2e}, lse {error_lse:.2e}")
         worst = max(worst, error)
     spare = output[starts[-1] :]
     if not (bool((spare == 0).all()) and bool((lse[starts[-1] :] == -math.inf).all())):
-        raise SystemExit(f"WRONG RESULT: {case}: rows past the last query")
+        raise AssertionError(f"WRONG RESULT: {case}: rows past the last query")
     return worst
 
 

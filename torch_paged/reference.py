@@ -60,9 +60,9 @@ def attention_with_lse(
         key = _read(key_cache, block_table[seq], num_keys).repeat_interleave(group, dim=1)
         value = _read(value_cache, block_table[seq], num_keys).repeat_interleave(group, dim=1)
         logits = scale * torch.einsum("qhd,khd->hqk", query[start:end].double(), key)
-        query_positions = num_keys - (end - start) + torch.arange(end - start)
+        query_positions = num_keys - (end - start) + torch.arange(end - start, device=query.device)
         if causal:
-            logits.masked_fill_(torch.arange(num_keys) > query_positions[:, None], -math.inf)
+            logits.masked_fill_(torch.arange(num_keys, device=query.device) > query_positions[:, None], -math.inf)
         seq_lse = logits.logsumexp(-1)
         # A row that sees nothing has lse = -inf; its weights are exp(-inf) of anything finite: zeros.
         weights = (logits - seq_lse.masked_fill(seq_lse == -math.inf, 0)[..., None]).exp()
