@@ -6,7 +6,7 @@ OMP_NUM_THREADS=1 pytest benchmarks/test_bench_prefix.py
 import numpy as np
 import pytest
 
-from torch_paged.memory import MemoryManager
+from torch_paged.memory import MemoryManager, history
 
 BLOCK_SIZE, LENGTH = 16, 32768
 
@@ -23,7 +23,7 @@ def manager_with(num_blocks, *prompts):
         seq = manager.add()
         step = manager.prepare([seq], len(tokens))
         manager.commit(step)
-        manager.remember(step, tokens)
+        history.remember(manager, step, tokens)
         manager.free(seq)
     return manager
 
@@ -54,7 +54,7 @@ def test_enter(benchmark, prompt):
         return (step,), {}
 
     def remember(step):
-        manager.remember(step, prompt)
+        history.remember(manager, step, prompt)
 
     def tidy(step):
         assert len(manager.trie) == 2048

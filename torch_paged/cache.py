@@ -12,7 +12,7 @@ from torch_paged.batch import PagedBatch
 from torch_paged.capacity import blocks_in, empty_cache
 from torch_paged.functional import copy_blocks
 from torch_paged.layers import FunctionalKV, PagedKVLayer
-from torch_paged.memory import IntegrityError, MemoryManager, MemoryStats, OutOfSwapSpace, Step
+from torch_paged.memory import IntegrityError, MemoryManager, MemoryStats, OutOfSwapSpace, Step, swap
 from torch_paged.memory.arrays import as_integer, as_integers
 from torch_paged.staging import Staging
 from torch_paged.token_feed import TokenFeed
@@ -205,12 +205,12 @@ class PagedKVCache(nn.Module):
             OutOfSwapSpace: `swap_space` does not suffice.
         """
         self._feed.deliver()
-        parcel = self._manager.pack(seqs)
+        parcel = swap.pack(self._manager, seqs)
         needed, used = (count * self._transfer.block_bytes for count in (len(parcel.blocks), self._manager.num_outside))
         if self._swap_space is not None and used + needed > self._swap_space:
             raise OutOfSwapSpace(needed, self._swap_space - used)
         parcel.content = self._transfer.fetch(parcel.blocks)
-        self._manager.swap_out(parcel)
+        swap.swap_out(self._manager, parcel)
 
     def swap_in(self, seqs: int | Sequence[int]) -> None:
         """Move sequences back that were swapped out. Those that left together share again what they shared.
@@ -222,14 +222,14 @@ class PagedKVCache(nn.Module):
             OutOfBlocks: the free blocks do not suffice.
         """
         self._feed.deliver()
-        arrival = self._manager.unpack(seqs)
+        arrival = swap.unpack(self._manager, seqs)
         try:
             for parcel, rows, blocks in arrival.moves:
                 self._transfer.store(parcel.content, rows, blocks)
         except BaseException:
-            self._manager.cancel(arrival)
+            swap.cancel(self._manager, arrival)
             raise
-        self._manager.swap_in(arrival)
+        swap.swap_in(self._manager, arrival)
 
     def length(self, seq: int) -> int:
         """Tokens of `seq`, those of open steps included. Raises ValueError if it was freed."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch_paged.memory.manager import MemoryManager
 
 
-def remember(manager: MemoryManager, step: Step, tokens: Ints, advanced: int) -> None:
+def remember(manager: MemoryManager, step: Step, tokens: Ints, advanced: int = 0) -> None:
     """Note the tokens of a committed step, and enter the blocks that they fill into the prefix cache.
 
     The steps of a sequence come in order, but it may have been changed since the commit. A sequence is skipped that
