@@ -99,6 +99,7 @@ def timed(calls: list[Callable[[], None]], repeats: int) -> list[float]:
             call()
         return [(time.perf_counter() - start) / len(calls)]
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         calls[0]()
     torch.cuda.synchronize()
