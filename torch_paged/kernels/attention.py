@@ -195,7 +195,7 @@ def launch_attention(
     variant = launch.variant
     num_tokens, num_seqs = query.shape[0], block_table.shape[0]
     num_blocks, block_size, num_kv_heads, _ = key_cache.shape
-    max_keys = min(block_table.shape[1] * block_size, 2**31 - 1024) if num_blocks else 0
+    max_keys = min(block_table.shape[1] * block_size, 2**31 - 1024)
     partial = query.new_empty(launch.partial_floats, dtype=torch.float32)
     handoff = query.new_empty(launch.handoff_ints, dtype=torch.int32)
     # For exp2. Not 0, as 0 * -inf is NaN: small enough to leave all visible keys equal.
@@ -237,7 +237,8 @@ def attention(
     problem = _problem(query, key_cache, value_cache, block_table, cu_seqlens_q, causal)
     output = query.new_empty(problem.num_tokens, problem.num_heads, problem.value_dim)
     lse = query.new_empty(problem.num_tokens, problem.num_heads, dtype=torch.float32)
-    if problem.num_seqs == 0 and cu_seqlens_q is None:
+    nothing_to_see = 0 in (key_cache.shape[0], block_table.shape[1])
+    if nothing_to_see or (problem.num_seqs == 0 and cu_seqlens_q is None):
         return output.zero_(), lse.fill_(float("-inf"))
     if scale < 0:  # the kernel multiplies the largest score of a row, so its factor must not turn the order around
         query, scale = -query, -scale
