@@ -97,7 +97,7 @@ def device_times() -> dict[str, dict[str, Any]]:
         count = min(rotations(bytes_moved), 16)
         floor = bytes_moved / 4e12
         measured = summary(timed([make()[1] for _ in range(count)], floor=floor))
-        pairs = [torch.randn(2, bytes_moved // 16, device="cuda") for _ in range(count)]
+        pairs = [torch.randn(2, bytes_moved // 8, device="cuda") for _ in range(count)]
         copied = summary(timed([lambda pair=pair: pair[0].copy_(pair[1]) for pair in pairs], floor=floor))
         figures[name] = measured | {
             "gb_s": bytes_moved / measured["us"] * 1e-3,
