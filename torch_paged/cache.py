@@ -154,8 +154,8 @@ class PagedKVCache(nn.Module):
 
         Args:
             tokens: the prompt, on the host: a list, an integer array or a CPU tensor. None: nothing is looked up.
-            namespace: any hashable value. Sequences find prefixes of their own namespace alone. What is not in the
-                tokens but changes keys and values, such as an adapter's name, belongs here.
+            namespace: any hashable value, of which None is one. Sequences find prefixes of their own namespace alone.
+                What is not in the tokens but changes keys and values, such as an adapter's name, belongs here.
 
         Raises:
             TypeError: `tokens` are not integers; `namespace` is not hashable.
@@ -168,7 +168,7 @@ class PagedKVCache(nn.Module):
         """`n` new sequences with all tokens of `seq`. Blocks are shared until one of the sharers writes to them.
 
         Raises:
-            ValueError: `seq` was freed or has an open step; `n < 1`; more than `max_seqs` would be live.
+            ValueError: `seq` was freed, is swapped out or has an open step; `n < 1`; more than `max_seqs` would live.
         """
         self._feed.deliver()
         return self._manager.fork(seq, n)
@@ -180,7 +180,7 @@ class PagedKVCache(nn.Module):
         written to a copy if others hold it as well.
 
         Raises:
-            ValueError: `seq` was freed or has an open step; `length` is not in 0 to its length.
+            ValueError: `seq` was freed, is swapped out or has an open step; `length` is not in 0 to its length.
         """
         self._feed.deliver()
         self._manager.truncate(seq, length)
@@ -198,7 +198,7 @@ class PagedKVCache(nn.Module):
 
         The sequences stay live and keep their lengths; until `swap_in`, all they can is wait or be freed. A block that
         several of them share is moved once. On a GPU nothing is waited for: the caches are read on the current stream,
-        which steps to come must use too, and the rest happens beside them.
+        which steps to come must use too, and the rest happens beside them, through 128 MiB of GPU memory at most.
 
         Raises:
             ValueError: one was freed, is swapped out already, or has an open step.
@@ -250,8 +250,8 @@ class PagedKVCache(nn.Module):
 
         Raises:
             TypeError: `seqs`, `counts` or `ahead` are not integers.
-            ValueError: one of `seqs` was freed or occurs twice, or would outgrow `max_seq_len`; `counts` does not
-                match `seqs` or is below 1.
+            ValueError: one of `seqs` was freed, is swapped out or occurs twice, or would outgrow `max_seq_len`;
+                `counts` does not match `seqs` or is below 1.
             OutOfBlocks: the free blocks do not suffice.
         """
         step = self._manager.prepare(seqs, counts, ahead)
