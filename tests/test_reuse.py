@@ -4,6 +4,7 @@ import math
 import pickle
 from itertools import chain
 
+import numpy as np
 import pytest
 import torch
 from test_cache_compile import VOCABULARY, Model, make_cache
@@ -235,3 +236,11 @@ def test_free_blocks_are_counted():
     assert (cache.num_free_blocks, cache.stats().blocks_evictable) == (8, 2)
     cache.clear_prefixes()
     assert (cache.num_free_blocks, cache.stats().blocks_evictable) == (8, 0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "runs"),
+    [([3, 4, 8], [(3, 5, 0), (8, 9, 2)]), ([0, 1], [(0, 2, 0)]), ([0, 2, 3], [(0, 1, 0), (2, 4, 1)])],
+)
+def test_consecutive_rows_are_copied_at_once(rows, runs):
+    assert list(transfer._runs(np.array(rows))) == runs
