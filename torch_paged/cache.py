@@ -276,7 +276,8 @@ class PagedKVCache(nn.Module):
                 sequence, array or tensor of integers. Blocks that they fill enter the prefix cache. A sequence some of
                 whose tokens were never given is not followed any more: its later blocks stay out. A tensor on a GPU
                 is not waited for: it is copied, behind the work queued on the current stream, and looked at by a later
-                call of this class; a sequence freed, forked, truncated or swapped out before is not followed any more.
+                `commit` or change of sequences; one freed, forked, truncated or swapped out before that is not
+                followed any more.
             advanced: how many times `batch.advance()` was run on top, at most `ahead`; those tokens stand too.
 
         Raises:
