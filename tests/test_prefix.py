@@ -239,7 +239,8 @@ def test_figures(manager):
         (([1.5],), TypeError, "tokens must be integers, got float64"),
         (([[1]],), ValueError, r"tokens must be flat: \[n\] integers, got shape \[1, 1\]"),
         (([1] * 33,), ValueError, "max_seq_len = 32: the prompt has 33 tokens"),
-        (([1], ["a"]), TypeError, "unhashable type: 'list'"),
+        (([1], ["a"]), TypeError, r"namespace must be hashable, got \['a'\]"),
+        (([1], ("a", [])), TypeError, "namespace must be hashable"),
     ],
 )
 def test_bad_prompts_are_refused(manager, arguments, error, match):
