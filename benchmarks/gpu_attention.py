@@ -33,7 +33,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from attention_cases import CASES, ODD, Arguments, Case, make
 
-from torch_paged.kernels.attention import _problem, launch_attention
+from torch_paged.kernels.attention import problem_of, launch_attention
 from torch_paged.kernels.device import device_of
 from torch_paged.kernels.launch_config import AttentionLaunch, _paging, attention_launches
 
@@ -47,7 +47,7 @@ def run(launches: tuple[AttentionLaunch, ...], inputs: Arguments, output: Tensor
 
 def shipped(case: Case, inputs: Arguments) -> tuple[AttentionLaunch, ...]:
     query, key_cache, value_cache, table, _, bounds = inputs
-    problem = _problem(query, key_cache, value_cache, table, bounds, case.causal)
+    problem = problem_of(query, key_cache, value_cache, table, bounds, case.causal)
     return attention_launches(problem, device_of(query.device))
 
 

@@ -1,10 +1,12 @@
 """Writes new keys and values into their cache slots."""
 
+import itertools
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_paged.kernels.vectors import effective_strides, vector_width
+from torch_paged.kernels.vectors import dense, effective_strides, tile_vectors, vector_offsets, vector_width
 
 _VECTORS = 512  # moved by one program: 8 KiB in 16-byte vectors, four per thread
 
@@ -16,7 +18,6 @@ def _append_tile(
     cache,
     cache_strides,
     slot_mapping,
-    slot_stride,
     num_rows,
     num_slots,
     NUM_HEADS: tl.constexpr,
@@ -25,65 +26,50 @@ def _append_tile(
     VECTOR: tl.constexpr,
     VECTORS: tl.constexpr,
 ):
-    HEAD_VECTORS: tl.constexpr = HEAD_DIM // VECTOR
-    ROW_VECTORS: tl.constexpr = NUM_HEADS * HEAD_VECTORS
-    # One 64-bit division for the whole tile: the lanes then divide 32-bit numbers.
-    first = tl.program_id(0).to(tl.int64) * VECTORS
-    vector = (first % ROW_VECTORS).to(tl.int32) + tl.arange(0, VECTORS)
-    row = first // ROW_VECTORS + vector // ROW_VECTORS
-    head = (vector % ROW_VECTORS // HEAD_VECTORS).to(tl.int64)
-    dim = (vector % HEAD_VECTORS * VECTOR).to(tl.int64)
-    slot = tl.load(slot_mapping + row * slot_stride, mask=row < num_rows, other=-1)
+    row, head, dim = tile_vectors(NUM_HEADS, HEAD_DIM, VECTOR, VECTORS)
+    slot = tl.load(slot_mapping + row, mask=row < num_rows, other=-1)
     inside = (slot >= 0) & (slot < num_slots)
     slot = tl.where(inside, slot, 0)
-    # [VECTORS, VECTOR]
-    lane = tl.arange(0, VECTOR)[None, :]
-    source = (row * row_strides[0] + head * row_strides[1])[:, None] + (dim[:, None] + lane) * row_strides[2]
+    source = row * row_strides[0] + head * row_strides[1]
     target = slot // BLOCK_SIZE * cache_strides[0] + slot % BLOCK_SIZE * cache_strides[1] + head * cache_strides[2]
-    target = (target + dim)[:, None] + lane
-    # Unspecialised strides hide from the compiler what the launch knows: vectors are contiguous and aligned.
-    source = tl.max_contiguous(tl.multiple_of(source, (1, VECTOR)), (1, VECTOR))
-    target = tl.max_contiguous(tl.multiple_of(target, (1, VECTOR)), (1, VECTOR))
-    tile = tl.load(rows + source, mask=inside[:, None])
+    # [VECTORS, VECTOR]
+    tile = tl.load(rows + vector_offsets(source, dim, row_strides[2], VECTOR), mask=inside[:, None])
+    target = vector_offsets(target, dim, 1, VECTOR)
     tl.store(cache + target, tile.to(cache.dtype.element_ty), mask=inside[:, None])
 
 
-@triton.jit(do_not_specialize=["slot_stride", "num_rows", "num_slots"])
+_STRIDES = [f"{of}_stride{i}" for of in ("key", "value", "key_cache", "value_cache") for i in range(3)]
+
+
+@triton.jit(do_not_specialize=[*_STRIDES, "num_rows", "num_slots"], do_not_specialize_on_alignment=["slot_mapping"])
 def _append(
-    key,
-    value,
-    key_cache,
-    value_cache,
-    slot_mapping,
-    key_strides,
-    value_strides,
-    key_cache_strides,
-    value_cache_strides,
-    slot_stride,
-    num_rows,
-    num_slots,
-    NUM_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    VALUE_HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    VECTOR: tl.constexpr,
-    VECTORS: tl.constexpr,
-):
+    key, value, key_cache, value_cache, slot_mapping,
+    key_stride0, key_stride1, key_stride2, value_stride0, value_stride1, value_stride2,
+    key_cache_stride0, key_cache_stride1, key_cache_stride2,
+    value_cache_stride0, value_cache_stride1, value_cache_stride2,
+    num_rows, num_slots,
+    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    VECTOR: tl.constexpr, VECTORS: tl.constexpr,
+):  # fmt: skip
     """
     cache[slot // BLOCK_SIZE, slot % BLOCK_SIZE] = rows[i]   where 0 <= slot = slot_mapping[i] < num_slots
 
                               row 0            row 1
     grid axis 0, tiles:   |vectors of rows, VECTORS to a tile| next tile |     axis 1: key, value
+
+    Triton would compile a tuple anew for every kind of stride in it.
     """
     if tl.program_id(1) == 0:
         _append_tile(
-            key, key_strides, key_cache, key_cache_strides, slot_mapping, slot_stride, num_rows, num_slots,
-            NUM_HEADS, HEAD_DIM, BLOCK_SIZE, VECTOR, VECTORS,
+            key, (key_stride0, key_stride1, key_stride2),
+            key_cache, (key_cache_stride0, key_cache_stride1, key_cache_stride2),
+            slot_mapping, num_rows, num_slots, NUM_HEADS, HEAD_DIM, BLOCK_SIZE, VECTOR, VECTORS,
         )  # fmt: skip
     else:
         _append_tile(
-            value, value_strides, value_cache, value_cache_strides, slot_mapping, slot_stride, num_rows, num_slots,
-            NUM_HEADS, VALUE_HEAD_DIM, BLOCK_SIZE, VECTOR, VECTORS,
+            value, (value_stride0, value_stride1, value_stride2),
+            value_cache, (value_cache_stride0, value_cache_stride1, value_cache_stride2),
+            slot_mapping, num_rows, num_slots, NUM_HEADS, VALUE_HEAD_DIM, BLOCK_SIZE, VECTOR, VECTORS,
         )  # fmt: skip
 
 
@@ -113,9 +99,8 @@ def append(
     row_vectors = num_heads * max(head_dim, value_head_dim) // vector
     _append[(triton.cdiv(num_rows * row_vectors, _VECTORS), sides)](
         *tensors,
-        slot_mapping,
-        *strides,
-        slot_mapping.stride(0),
+        dense(slot_mapping),
+        *itertools.chain.from_iterable(of[:3] for of in strides),
         num_rows,
         num_slots,
         NUM_HEADS=num_heads,

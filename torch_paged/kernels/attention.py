@@ -17,7 +17,7 @@ from torch_paged.kernels.attention_tiles import attend, load_query, store_rows
 from torch_paged.kernels.device import device_of
 from torch_paged.kernels.launch_config import AttentionLaunch, Problem, attention_launches
 from torch_paged.kernels.schedule import deal, key_count, next_sequence, query_range, query_tiles
-from torch_paged.kernels.vectors import effective_strides
+from torch_paged.kernels.vectors import dense, effective_strides
 
 
 @triton.jit
@@ -234,7 +234,7 @@ def attention(
     Returns:
         Output `[num_tokens, num_heads, value_dim]` in query's dtype, and float32 lse `[num_tokens, num_heads]`.
     """
-    problem = _problem(query, key_cache, value_cache, block_table, cu_seqlens_q, causal)
+    problem = problem_of(query, key_cache, value_cache, block_table, cu_seqlens_q, causal)
     output = query.new_empty(problem.num_tokens, problem.num_heads, problem.value_dim)
     lse = query.new_empty(problem.num_tokens, problem.num_heads, dtype=torch.float32)
     nothing_to_see = 0 in (key_cache.shape[0], block_table.shape[1])
@@ -242,8 +242,8 @@ def attention(
         return output.zero_(), lse.fill_(float("-inf"))
     if scale < 0:  # the kernel multiplies the largest score of a row, so its factor must not turn the order around
         query, scale = -query, -scale
-    block_table, seq_lens = _dense(block_table), _dense(seq_lens)
-    cu_seqlens_q = None if cu_seqlens_q is None else _dense(cu_seqlens_q)
+    block_table, seq_lens = dense(block_table), dense(seq_lens)
+    cu_seqlens_q = None if cu_seqlens_q is None else dense(cu_seqlens_q)
     if problem.num_tokens > 0:
         for launch in attention_launches(problem, device_of(query.device)):
             launch_attention(
@@ -252,7 +252,7 @@ def attention(
     return output, lse
 
 
-def _problem(
+def problem_of(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
@@ -276,11 +276,6 @@ def _problem(
         and key_cache.stride() == value_cache.stride()
         and key_cache.shape[3] >= value_cache.shape[3],
     )
-
-
-def _dense(numbers: Tensor) -> Tensor:
-    """`numbers` as the kernels read them, with a unit last stride: itself, unless it is some unusual view."""
-    return numbers if numbers.shape[-1] <= 1 or numbers.stride(-1) == 1 else numbers.contiguous()
 
 
 def _aligned(tensor: Tensor) -> bool:
