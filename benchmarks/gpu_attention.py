@@ -33,7 +33,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from attention_cases import CASES, ODD, Arguments, Case, make
 
-from torch_paged.kernels.attention import problem_of, launch_attention
+from torch_paged.kernels.attention import launch_attention
+from torch_paged.kernels.attention_plan import problem_of
 from torch_paged.kernels.device import device_of
 from torch_paged.kernels.launch_config import AttentionLaunch, _paging, attention_launches
 

@@ -11,7 +11,8 @@ from torch_paged.testing import assert_within_budget, attention_inputs, low_prec
 
 pytest.importorskip("triton")
 from torch_paged import warmup
-from torch_paged.kernels.attention import problem_of, attention, launch_attention
+from torch_paged.kernels.attention import attention, launch_attention
+from torch_paged.kernels.attention_plan import problem_of
 from torch_paged.kernels.device import device_of
 from torch_paged.kernels.launch_config import attention_launches
 

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torch_paged.kernels.launch import launch
 from torch_paged.kernels.vectors import dense, effective_strides, tile_vectors, vector_offsets, vector_width
 
 _VECTORS = 512  # moved by one program: 8 KiB in 16-byte vectors, four per thread
@@ -97,7 +98,9 @@ def append(
     strides = [effective_strides(tensor) for tensor in tensors]
     vector = _vector(tensors, strides)
     row_vectors = num_heads * max(head_dim, value_head_dim) // vector
-    _append[(triton.cdiv(num_rows * row_vectors, _VECTORS), sides)](
+    launch(
+        _append,
+        (triton.cdiv(num_rows * row_vectors, _VECTORS), sides, 1),
         *tensors,
         dense(slot_mapping),
         *itertools.chain.from_iterable(of[:3] for of in strides),

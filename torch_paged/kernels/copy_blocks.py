@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torch_paged.kernels.block_groups import block_groups, cache_base, run_words, word_tiles
+from torch_paged.kernels.launch import launch
 
 
 @triton.jit(
@@ -55,7 +56,9 @@ def copy_blocks(caches: Sequence[Tensor], block_pairs: Tensor) -> None:
     """
     for group in block_groups(caches, packed=False):
         tiles = word_tiles(group, group.alignment)
-        copy_blocks_kernel[(block_pairs.shape[0], group.table.shape[0], tiles.tiles)](
+        launch(
+            copy_blocks_kernel,
+            (block_pairs.shape[0], group.table.shape[0], tiles.tiles),
             block_pairs,
             block_pairs.stride(0),
             block_pairs.stride(1),

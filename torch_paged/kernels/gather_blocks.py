@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torch_paged.kernels.block_groups import block_groups, cache_base, run_words, word_tiles
+from torch_paged.kernels.launch import launch
 
 
 @triton.jit(
@@ -85,7 +86,9 @@ def _launch(caches: Sequence[Tensor], blocks: Tensor, packed: Tensor, gather: bo
     for group in block_groups(caches, packed=True):
         row_bytes = math.prod(packed.shape[1:]) * packed.element_size()
         tiles = word_tiles(group, math.gcd(group.alignment, row_bytes, packed.data_ptr()))
-        _move_blocks[(blocks.shape[0], group.table.shape[0], tiles.tiles)](
+        launch(
+            _move_blocks,
+            (blocks.shape[0], group.table.shape[0], tiles.tiles),
             packed.view(-1).view(torch.uint8),
             blocks,
             blocks.stride(0),

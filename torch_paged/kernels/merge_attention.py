@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torch_paged.kernels.launch import launch
 from torch_paged.kernels.vectors import effective_strides, tile_vectors, vector_offsets, vector_width
 
 _VECTORS = 256  # computed by one program: two per thread
@@ -82,7 +83,9 @@ def merge_attention(output_a: Tensor, lse_a: Tensor, output_b: Tensor, lse_b: Te
     parts = (output_a, lse_a, output_b, lse_b)
     strides = [effective_strides(part) for part in parts]
     vector = _vector(parts, strides)
-    _merge_attention[(triton.cdiv(output.numel() // vector, _VECTORS),)](
+    launch(
+        _merge_attention,
+        (triton.cdiv(output.numel() // vector, _VECTORS), 1, 1),
         *parts,
         output,
         lse,
