@@ -197,7 +197,7 @@ def _launch(problem: Problem, device: Device, rows: int, above: int, upto: int) 
         precision="ieee",
         overlap=device.capability >= 90 and not device.amd,
     )
-    combine_rows = 1 if tiles.rows <= 16 else 8
+    combine_rows = 1 if tiles.rows <= 16 else 4
     slots = WORKSPACE_LIMIT // (2 * tiles.rows * (problem.value_dim + 2) * 4)
     return AttentionLaunch(
         variant=variant,
@@ -206,7 +206,7 @@ def _launch(problem: Problem, device: Device, rows: int, above: int, upto: int) 
         programs=max(1, min(device.multiprocessors * tiles.resident, slots)),
         unit_rows=tiles.rows if problem.ragged else min(rows, tiles.rows),
         combine_rows=combine_rows,
-        combine_parts=max(2, min(32, 4096 // (combine_rows * variant.value_width))),
+        combine_parts=max(2, min(32, 4096 // variant.value_width)) if combine_rows == 1 else 1,
     )
 
 
