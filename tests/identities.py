@@ -20,7 +20,8 @@ from torch_paged import PagedKVCache, kernels, ops
 from torch_paged.kernels import attention_plan
 from torch_paged.kernels.launch_config import Device
 
-warmup = import_module("torch_paged.kernels.warmup")  # the function of that name hides the module
+# Functions of these names hide the modules.
+append, warmup = (import_module(f"torch_paged.kernels.{name}") for name in ("append", "warmup"))
 DTYPE = torch.bfloat16
 H200 = Device(multiprocessors=132, shared_memory=227 * 1024, capability=90)
 MODELS = {
@@ -65,6 +66,7 @@ def record_compilations(device):
 
     triton.runtime.driver.set_active(FreshDevice(device))
     attention_plan._plans.clear()
+    append._plans.clear()
     JITFunction._do_compile = compile_nothing
     for module in (attention_plan, warmup):
         module.device_of = lambda _: H200

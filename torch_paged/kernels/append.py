@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_paged.kernels.launch import launch
+from torch_paged.kernels.launch import Launcher, Plans, layout
 from torch_paged.kernels.vectors import dense, effective_strides, tile_vectors, vector_offsets, vector_width
 
 _VECTORS = 512  # moved by one program: 8 KiB in 16-byte vectors, four per thread
@@ -86,34 +86,39 @@ def append(
         value_cache: `[num_blocks, block_size, num_kv_heads, value_head_dim]`, unit last stride. MUTATED.
         slot_mapping: int64 `[n]` with n <= n'.
     """
-    num_blocks, block_size, num_heads, head_dim = key_cache.shape
-    num_rows, num_slots = slot_mapping.shape[0], num_blocks * block_size
-    if num_rows == 0 or num_slots == 0:
+    if slot_mapping.shape[0] == 0 or key_cache.shape[0] == 0:
         return
     sides = 2
     if value is None or value_cache is None:  # the second half of the grid stays away, its arguments are unused
         sides, value, value_cache = 1, key, key_cache
-    value_head_dim = value_cache.shape[3]
     tensors = (key, value, key_cache, value_cache)
+    metadata = (key.device, sides, slot_mapping.shape[0], *map(layout, tensors))
+    launcher, numbers = _plans.get(metadata) or _plans.remember(metadata, _plan(tensors, slot_mapping.shape[0], sides))
+    launcher(*tensors, dense(slot_mapping), *numbers)
+
+
+_plans: Plans[tuple[Launcher, list[int]]] = Plans()
+
+
+def _plan(tensors: tuple[Tensor, ...], num_rows: int, sides: int) -> tuple[Launcher, list[int]]:
+    """The launch for key, value and their caches, and the numbers among its arguments."""
+    *_, key_cache, value_cache = tensors
+    num_blocks, block_size, num_heads, head_dim = key_cache.shape
+    value_head_dim = value_cache.shape[3]
     strides = [effective_strides(tensor) for tensor in tensors]
     vector = _vector(tensors, strides)
     row_vectors = num_heads * max(head_dim, value_head_dim) // vector
-    launch(
-        _append,
-        (triton.cdiv(num_rows * row_vectors, _VECTORS), sides, 1),
-        *tensors,
-        dense(slot_mapping),
-        *itertools.chain.from_iterable(of[:3] for of in strides),
-        num_rows,
-        num_slots,
+    constants = dict(
         NUM_HEADS=num_heads,
         HEAD_DIM=head_dim,
         VALUE_HEAD_DIM=value_head_dim,
         BLOCK_SIZE=block_size,
         VECTOR=vector,
         VECTORS=_VECTORS,
-        num_warps=4,
     )
+    grid = (triton.cdiv(num_rows * row_vectors, _VECTORS), sides, 1)
+    numbers = [*itertools.chain.from_iterable(of[:3] for of in strides), num_rows, num_blocks * block_size]
+    return Launcher(_append, grid, constants, dict(num_warps=4)), numbers
 
 
 def _vector(tensors: tuple[Tensor, ...], strides: list[tuple[int, ...]]) -> int:

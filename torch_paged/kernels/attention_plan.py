@@ -6,7 +6,7 @@ from torch import Tensor
 
 from torch_paged.kernels.attention_combine import combine_launcher
 from torch_paged.kernels.device import device_of
-from torch_paged.kernels.launch import Launcher
+from torch_paged.kernels.launch import Launcher, Plans, layout
 from torch_paged.kernels.launch_config import AttentionLaunch, Problem, attention_launches
 from torch_paged.kernels.vectors import effective_strides
 
@@ -22,8 +22,7 @@ class Step(NamedTuple):
     layout: tuple[Any, ...]  # the arguments behind these
 
 
-_MAX_PLANS = 4096
-_plans: dict[tuple[Any, ...], tuple[Step, ...]] = {}
+_plans: Plans[tuple[Step, ...]] = Plans()
 
 
 def plan(
@@ -36,11 +35,9 @@ def plan(
     causal: bool,
 ) -> tuple[Step, ...]:
     """The launches of `kernel` for a call, none if no row sees a key; made once for calls that differ in contents."""
-    key_address, value_address = key_cache.data_ptr(), value_cache.data_ptr()
+    shared = key_cache.data_ptr() == value_cache.data_ptr()
     metadata = (
-        query.device, query.dtype, query.shape, query.stride(), query.data_ptr() % 16,
-        key_cache.shape, key_cache.stride(), key_address % 16,
-        value_cache.shape, value_cache.stride(), value_address % 16, value_address == key_address,
+        query.device, layout(query), layout(key_cache), layout(value_cache), shared,
         block_table.shape, block_table.stride(), cu_seqlens_q is None, causal,
     )  # fmt: skip
     steps = _plans.get(metadata)
@@ -49,11 +46,8 @@ def plan(
         served = problem.ragged or problem.num_seqs > 0
         some = problem.num_tokens > 0 and served and 0 not in (key_cache.shape[0], block_table.shape[1])
         launches = attention_launches(problem, device_of(query.device)) if some else ()
-        if len(_plans) >= _MAX_PLANS:
-            _plans.clear()
-        steps = _plans[metadata] = tuple(
-            step_of(kernel, it, query, key_cache, value_cache, block_table) for it in launches
-        )
+        planned = tuple(step_of(kernel, it, query, key_cache, value_cache, block_table) for it in launches)
+        steps = _plans.remember(metadata, planned)
     return steps
 
 

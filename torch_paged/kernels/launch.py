@@ -1,10 +1,13 @@
 """Launches of Triton kernels: refused where a CUDA graph could not be captured, and cheap where they repeat."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
+_MAX_PLANS = 4096
+Plan = TypeVar("Plan")
 Grid = tuple[int, int, int]
 
 
@@ -22,6 +25,22 @@ def launch(kernel: Any, grid: Grid, *args: Any, **constants: Any) -> Any:
                 "with tensors of these dtypes and shapes once before, or torch_paged.warmup"
             )
     return kernel[grid](*args, **constants)
+
+
+class Plans(dict[tuple[Any, ...], Plan]):
+    """What calls launch, by all that their tensors' metadata decide; everything is forgotten once there is too much."""
+
+    def remember(self, metadata: tuple[Any, ...], plan: Plan) -> Plan:
+        """Keeps `plan` and returns it."""
+        if len(self) >= _MAX_PLANS:
+            self.clear()
+        self[metadata] = plan
+        return plan
+
+
+def layout(tensor: Tensor) -> tuple[Any, ...]:
+    """What of a tensor decides how a kernel reads it."""
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() % 16
 
 
 class Launcher:
