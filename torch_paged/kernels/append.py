@@ -7,7 +7,14 @@ import triton.language as tl
 from torch import Tensor
 
 from torch_paged.kernels.launch import Launcher, Plans, layout
-from torch_paged.kernels.vectors import dense, effective_strides, tile_vectors, vector_offsets, vector_width
+from torch_paged.kernels.vectors import (
+    dense,
+    effective_strides,
+    strides_in_vectors,
+    tile_vectors,
+    vector_offsets,
+    vector_width,
+)
 
 _VECTORS = 512  # moved by one program: 8 KiB in 16-byte vectors, four per thread
 
@@ -117,7 +124,11 @@ def _plan(tensors: tuple[Tensor, ...], num_rows: int, sides: int) -> tuple[Launc
         VECTORS=_VECTORS,
     )
     grid = (triton.cdiv(num_rows * row_vectors, _VECTORS), sides, 1)
-    numbers = [*itertools.chain.from_iterable(of[:3] for of in strides), num_rows, num_blocks * block_size]
+    numbers = [
+        *itertools.chain.from_iterable(strides_in_vectors(tensor, vector)[:3] for tensor in tensors),
+        num_rows,
+        num_blocks * block_size,
+    ]
     return Launcher(_append, grid, constants, dict(num_warps=4)), numbers
 
 

@@ -1,14 +1,18 @@
 """Joins two attentions over disjoint keys into the attention over all of them."""
 
-import itertools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from torch_paged.kernels.launch import launch
-from torch_paged.kernels.vectors import effective_strides, tile_vectors, vector_offsets, vector_width
+from torch_paged.kernels.vectors import (
+    effective_strides,
+    strides_in_vectors,
+    tile_vectors,
+    vector_offsets,
+    vector_width,
+)
 
 _VECTORS = 256  # computed by one program: two per thread
 
@@ -58,7 +62,7 @@ def _merge_attention(
     total = tl.where(empty, 1.0, total)
     # [VECTORS, VECTOR]
     tile = tile_a * (weight_a / total)[:, None] + tile_b * (weight_b / total)[:, None]
-    offsets = vector_offsets(row * HEAD_DIM, dim, 1, VECTOR)
+    offsets = vector_offsets(row * (HEAD_DIM // VECTOR), dim, 1, VECTOR)
     tl.store(output + offsets, tile.to(output.dtype.element_ty), mask=mask[:, None])
     merged = tl.where(empty, float("-inf"), shift + tl.log(total))
     tl.store(lse + row, merged, mask=mask & (dim == 0))
@@ -89,7 +93,10 @@ def merge_attention(output_a: Tensor, lse_a: Tensor, output_b: Tensor, lse_b: Te
         *parts,
         output,
         lse,
-        *itertools.chain.from_iterable(strides),
+        *strides_in_vectors(output_a, vector),
+        *strides[1],
+        *strides_in_vectors(output_b, vector),
+        *strides[3],
         num_tokens,
         NUM_HEADS=num_heads,
         HEAD_DIM=head_dim,

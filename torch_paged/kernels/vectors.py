@@ -39,12 +39,16 @@ def tile_vectors(HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, VECTOR: tl.constex
     return row, head, dim
 
 
+def strides_in_vectors(tensor: Tensor, vector: int) -> list[int]:
+    """Strides of `tensor` in vectors, but for the last one: a kernel that multiplies them knows what they divide by."""
+    *rest, last = effective_strides(tensor)
+    return [*(stride // vector for stride in rest), last]
+
+
 @triton.jit
 def vector_offsets(start, dim, stride, VECTOR: tl.constexpr):
-    """[VECTORS, VECTOR] offsets of the columns from `dim` on, which lie `stride` apart, in rows that begin at `start`.
-
-    Strides are no constants of a kernel, or the batch size would compile it anew: so this tells the compiler what the
-    launch knows, that vectors of more than one element are contiguous and aligned.
-    """
-    offsets = start[:, None] + (dim[:, None] + tl.arange(0, VECTOR)[None, :]) * stride
-    return tl.max_contiguous(tl.multiple_of(offsets, (1, VECTOR)), (1, VECTOR))
+    """[VECTORS, VECTOR] offsets of columns from `dim` on, `stride` apart (1 if VECTOR > 1); `start` is in vectors."""
+    column = dim[:, None] + tl.arange(0, VECTOR)[None, :]
+    if VECTOR == 1:
+        column *= stride
+    return (start * VECTOR)[:, None] + column
