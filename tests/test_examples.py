@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -147,6 +148,13 @@ def test_demo_eager():
     output = run("generate.py", "--check", "--no-compile", "--new-tokens", "12")
     assert "check passed" in output
     assert "blocks shared" in output
+
+
+def test_shared_prefix():
+    output = run("shared_prefix.py")
+    assert "check passed" in output
+    found, looked_up = map(int, re.search(r"found +(\d+) of (\d+)", output).groups())
+    assert found / looked_up > 0.7
 
 
 @pytest.mark.slow

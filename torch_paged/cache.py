@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from torch_paged.batch import PagedBatch
+from torch_paged.capacity import blocks_in, empty_cache
 from torch_paged.functional import copy_blocks
 from torch_paged.layers import FunctionalKV, PagedKVLayer
-from torch_paged.memory import IntegrityError, MemoryManager, MemoryStats, Step
+from torch_paged.memory import IntegrityError, MemoryManager, MemoryStats, OutOfSwapSpace, Step, swap
 from torch_paged.memory.arrays import as_integer, as_integers
 from torch_paged.staging import Staging
+from torch_paged.token_feed import TokenFeed
+from torch_paged.transfer import Transfer
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -49,6 +51,7 @@ class PagedKVCache(nn.Module):
         buckets: increasing sizes. Sequences and tokens of a batch are padded to the smallest that holds them, and the
             tensors of these batches never change their addresses, so CUDA graphs can be replayed on them. What no
             bucket holds is not padded. None: no padding.
+        swap_space: bytes of host memory for sequences that are swapped out. None: as much as there is.
 
     Raises:
         ValueError, TypeError: an argument is out of its range or of the wrong type.
@@ -74,6 +77,7 @@ class PagedKVCache(nn.Module):
         cache_dtype: torch.dtype | None = None,
         device: torch.device | str,
         buckets: Sequence[int] | None = None,
+        swap_space: int | None = None,
     ) -> None:
         super().__init__()
         if dtype not in _DTYPES:
@@ -90,17 +94,20 @@ class PagedKVCache(nn.Module):
         block_size = as_integer("block_size", block_size, at_least=1)
         self._bytes_per_token = self.kv_bytes(num_layers, 1, num_kv_heads, head_dim, value_head_dim, dtype=dtype)
         if memory is not None:
-            num_blocks = _blocks_in(memory, block_size * self._bytes_per_token, device)
+            num_blocks = blocks_in(memory, block_size * self._bytes_per_token, device)
         assert num_blocks is not None
         self._manager = MemoryManager(num_blocks, block_size, max_seqs, max_seq_len)
         with torch.inference_mode(False):  # whatever mode this runs under, the buffers can be written in any
             shapes = [(num_blocks, block_size, num_kv_heads, dim) for dim in (head_dim, value_head_dim)]
             self.layers = nn.ModuleList(
-                PagedKVLayer(*(_empty_cache(*shape, dtype, device) for shape in shapes)) for _ in range(num_layers)
+                PagedKVLayer(*(empty_cache(*shape, dtype, device) for shape in shapes)) for _ in range(num_layers)
             )
         self._staging = Staging(self._manager, device, _check_buckets(buckets))
         self._buffers_of_layers = [tensor for pair in self.tensors() for tensor in pair]
         self._open: dict[int, tuple[PagedBatch, Step]] = {}
+        self._feed = TokenFeed(self._manager)
+        self._transfer = Transfer(self._buffers_of_layers, block_size * self._bytes_per_token, device)
+        self._swap_space = None if swap_space is None else as_integer("swap_space", swap_space, at_least=0)
         # Copying nothing tells a GPU where the caches lie: later copies can be captured in a graph.
         copy_blocks(self._buffers_of_layers, torch.empty(0, 2, dtype=torch.int64, device=device))
 
@@ -137,32 +144,45 @@ class PagedKVCache(nn.Module):
         """Every layer's key cache and value cache, the tensors themselves."""
         return [(layer.key_cache, layer.value_cache) for layer in self.layers]  # type: ignore[misc]
 
-    def add(self, tokens: Any = None, namespace: Any = None) -> int:  # noqa: ARG002
-        """A new, empty sequence.
+    def add(self, tokens: Any = None, namespace: Hashable = None) -> int:
+        """A new sequence. It begins with as many tokens of its prompt as are found in the prefix cache.
+
+        `length(seq)` tells how many: a whole number of blocks, and never the last token, which must be run through the
+        model to learn what follows. The rest of the prompt is for `prepare`. What is found are full blocks that
+        `commit` was told the tokens of, of sequences live or freed. Nothing but the same tokens from the first on
+        finds them.
 
         Args:
-            tokens: its prompt, in which a prefix cache will look for what it holds already; not used yet.
-            namespace: which sequences' prefixes it may find; not used yet.
+            tokens: the prompt, on the host: a list, an integer array or a CPU tensor. None: nothing is looked up.
+            namespace: any hashable value, of which None is one. Sequences find prefixes of their own namespace alone.
+                What is not in the tokens but changes keys and values, such as an adapter's name, belongs here.
 
         Raises:
-            ValueError: `max_seqs` sequences are live.
+            TypeError: `tokens` are not integers; `namespace` is not hashable.
+            ValueError: `max_seqs` sequences are live; the prompt is longer than `max_seq_len`.
         """
-        return self._manager.add()
+        self._feed.deliver()
+        return self._manager.add(() if tokens is None else tokens, namespace)
 
     def fork(self, seq: int, n: int) -> list[int]:
         """`n` new sequences with all tokens of `seq`. Blocks are shared until one of the sharers writes to them.
 
         Raises:
-            ValueError: `seq` was freed or has an open step; `n < 1`; more than `max_seqs` would be live.
+            ValueError: `seq` was freed, is swapped out or has an open step; `n < 1`; more than `max_seqs` would live.
         """
+        self._feed.deliver()
         return self._manager.fork(seq, n)
 
     def truncate(self, seq: int, length: int) -> None:
         """Forget the tokens of `seq` from position `length` on, and give back the blocks beyond, reserved ones too.
 
+        If it ends within a block of the prefix cache then, the next token takes that block out of the cache, or is
+        written to a copy if others hold it as well.
+
         Raises:
-            ValueError: `seq` was freed or has an open step; `length` is not in 0 to its length.
+            ValueError: `seq` was freed, is swapped out or has an open step; `length` is not in 0 to its length.
         """
+        self._feed.deliver()
         self._manager.truncate(seq, length)
 
     def free(self, seqs: int | Sequence[int]) -> None:
@@ -171,7 +191,46 @@ class PagedKVCache(nn.Module):
         Raises:
             ValueError: one was freed before, or occurs twice; none is freed.
         """
+        self._feed.deliver()
         self._manager.free(seqs)
+
+    def swap_out(self, seqs: int | Sequence[int]) -> None:
+        """Move the tokens of one sequence or several to host memory, and release their blocks.
+
+        The sequences stay live and keep their lengths; until `swap_in`, all they can is wait or be freed. A block that
+        several of them share is moved once. On a GPU nothing is waited for: the caches are read on the current stream,
+        which steps to come must use too, and the rest happens beside them, through 128 MiB of GPU memory at most.
+
+        Raises:
+            ValueError: one was freed, is swapped out already, or has an open step.
+            OutOfSwapSpace: `swap_space` does not suffice.
+        """
+        self._feed.deliver()
+        parcel = swap.pack(self._manager, seqs)
+        needed, used = (count * self._transfer.block_bytes for count in (len(parcel.blocks), self._manager.num_outside))
+        if self._swap_space is not None and used + needed > self._swap_space:
+            raise OutOfSwapSpace(needed, self._swap_space - used)
+        parcel.content = self._transfer.fetch(parcel.blocks)
+        swap.swap_out(self._manager, parcel)
+
+    def swap_in(self, seqs: int | Sequence[int]) -> None:
+        """Move sequences back that were swapped out. Those that left together share again what they shared.
+
+        What the prefix cache still holds is not moved. Host memory is given up when all that left together are back.
+
+        Raises:
+            ValueError: one was freed or is not swapped out.
+            OutOfBlocks: the free blocks do not suffice.
+        """
+        self._feed.deliver()
+        arrival = swap.unpack(self._manager, seqs)
+        try:
+            for parcel, rows, blocks in arrival.moves:
+                self._transfer.store(parcel.content, rows, blocks)
+        except BaseException:
+            swap.cancel(self._manager, arrival)
+            raise
+        swap.swap_in(self._manager, arrival)
 
     def length(self, seq: int) -> int:
         """Tokens of `seq`, those of open steps included. Raises ValueError if it was freed."""
@@ -192,8 +251,8 @@ class PagedKVCache(nn.Module):
 
         Raises:
             TypeError: `seqs`, `counts` or `ahead` are not integers.
-            ValueError: one of `seqs` was freed or occurs twice, or would outgrow `max_seq_len`; `counts` does not
-                match `seqs` or is below 1.
+            ValueError: one of `seqs` was freed, is swapped out or occurs twice, or would outgrow `max_seq_len`;
+                `counts` does not match `seqs` or is below 1.
             OutOfBlocks: the free blocks do not suffice.
         """
         step = self._manager.prepare(seqs, counts, ahead)
@@ -214,11 +273,15 @@ class PagedKVCache(nn.Module):
         Args:
             batch: from `prepare`. Steps of one sequence are committed in order, other steps in any order.
             tokens: the token ids in the order of the batch, without padding, then those of each advanced step: a flat
-                sequence, array or tensor, for the prefix cache to come. Only its length is looked at, so that a
-                tensor on a GPU is not waited for.
+                sequence, array or tensor of integers. Blocks that they fill enter the prefix cache. A sequence some of
+                whose tokens were never given is not followed any more: its later blocks stay out. A tensor on a GPU
+                is not waited for: it is copied, behind the work queued on the current stream, and looked at by a later
+                `commit` or change of sequences; one freed, forked, truncated or swapped out before that is not
+                followed any more.
             advanced: how many times `batch.advance()` was run on top, at most `ahead`; those tokens stand too.
 
         Raises:
+            TypeError: the tokens are not integers.
             ValueError: the batch is no open step; an earlier step of one of its sequences is open, or, with
                 `advanced`, a later one; `advanced` exceeds `ahead`; the number of tokens does not match.
         """
@@ -227,19 +290,35 @@ class PagedKVCache(nn.Module):
         expected = len(step.slots) + advanced * len(step.rows)
         if tokens is not None and len(tokens) != expected:
             raise ValueError(f"tokens must be the {expected} tokens of the step, got {len(tokens)}")
+        fetched = None if tokens is None else self._feed.fetch(tokens)
         self._manager.commit(step, advanced)
         del self._open[id(batch)]
+        if fetched is not None:
+            self._feed.put(step, advanced, *fetched)
 
     def rollback(self, batch: PagedBatch) -> None:
         """Undo a step, after the model raised for instance: lengths, tables and free blocks are as before `prepare`.
 
-        Sequences freed since are skipped.
+        Sequences freed since are skipped. What the step evicted from the prefix cache does not come back.
 
         Raises:
             ValueError: the batch is no open step, or a later step of one of its sequences is open.
         """
         self._manager.rollback(self._step_of(batch))
         del self._open[id(batch)]
+
+    def clear_prefixes(self, *namespaces: Hashable) -> None:
+        """Empty the prefix cache of these namespaces, or of all if none is given.
+
+        Live sequences of theirs keep their tokens and are not followed any more: none of their blocks, old or new,
+        can be found. So this is also the call to make when what the tokens mean has changed, such as the weights.
+        """
+        self._manager.clear_prefixes(*namespaces)
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that a step can get now, those included that only the prefix cache holds. Costs next to nothing."""
+        return self._manager.pool.num_available
 
     def stats(self) -> MemoryStats:
         """How full the cache is, see `MemoryStats`. Costs time in proportion to the blocks."""
@@ -266,35 +345,6 @@ class PagedKVCache(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError("a PagedKVCache cannot be copied or pickled: build another one")
-
-
-def _empty_cache(
-    num_blocks: int, block_size: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """An uninitialised cache of the shape above, stored so that the tokens of one block and head are adjacent.
-
-    The operators take any strides; this layout makes each head's part of a block one stretch of memory.
-    """
-    return torch.empty(num_blocks, num_heads, block_size, head_dim, dtype=dtype, device=device).transpose(1, 2)
-
-
-def _blocks_in(memory: int | float, block_bytes: int, device: torch.device) -> int:
-    """How many blocks fit into so many bytes, or into a share of the device's free memory."""
-    if isinstance(memory, float):
-        if not 0 < memory <= 1:
-            raise ValueError(f"memory as a share of free memory must lie in (0, 1], got {memory}")
-        budget = int(memory * _free_memory(device))
-    else:
-        budget = as_integer("memory", memory, at_least=1)
-    if budget < block_bytes:
-        raise ValueError(f"memory = {memory} is {budget} bytes, less than one block of {block_bytes} bytes")
-    return budget // block_bytes
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _check_buckets(buckets: Sequence[int] | None) -> list[int]:
