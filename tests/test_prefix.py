@@ -83,6 +83,19 @@ def test_no_prefix_is_shared_between_namespaces(manager):
     assert found(manager, PROMPT, "two") == 0
 
 
+class Tenant:
+    """Unequal ones whose hashes collide."""
+
+    def __hash__(self):
+        return hash((None,))
+
+
+def test_namespaces_are_told_apart_by_more_than_their_hash(manager):
+    tenants = Tenant(), Tenant()
+    run(manager, PROMPT, tenants[0])
+    assert [found(manager, PROMPT, tenant) for tenant in (*tenants, None)] == [8, 0, 0]
+
+
 def test_a_half_full_block_of_a_freed_sequence_returns_at_once(manager):
     seq = run(manager, PROMPT)
     half_full = table(manager, seq)[2]
