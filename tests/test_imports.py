@@ -25,6 +25,7 @@ ALLOWED = {
     "kernels": set(),
     "reference": set(),
     "testing": set(),
+    "serving": {"batch", "cache", "memory"},
 }
 
 
