@@ -162,9 +162,9 @@ class Engine:
     def _tokens(self, plan: Plan) -> Tensor:
         """int64 [num_tokens] with the batch's padding. What the host has not seen comes from the step in flight."""
         before = self._launched[-1] if self._launched else None
-        padded = len(plan.batch.positions)
-        if before is not None and plan.writes is None and before.plan.samples == plan.samples:
+        if before is not None and plan.follows(before.plan):
             return before.drawn.tokens
+        padded = len(plan.batch.positions)
         known = plan.tokens()
         tokens = to_device(torch.tensor(known + [0] * (padded - len(known)), dtype=torch.int64), self._device)
         if before is None:

@@ -25,6 +25,10 @@ class Plan(NamedTuple):
     starts: list[int]
     writes: list[bool] | None
 
+    def follows(self, before: Plan) -> bool:
+        """Whether this reads exactly what `before` draws, row by row."""
+        return self.writes is None and (before.writes is None or all(before.writes)) and before.samples == self.samples
+
     def tokens(self) -> list[int]:
         """The tokens to read, in the order of the batch. What only the device knows yet stands as `~row`: the token
         that the previous step drew in that row."""

@@ -10,6 +10,8 @@ from torch_paged.memory import OutOfBlocks
 from torch_paged.serving.requests import Sample
 from torch_paged.serving.waiting import WaitingQueue
 
+_FAILED_SWAP = (RuntimeError, MemoryError)  # of a device, of the blocks, of the host's memory
+
 
 class Residents:
     """The running samples, and the queue of those that are not: without blocks, or with theirs in host memory.
@@ -102,7 +104,7 @@ class Residents:
             return None
         try:
             self._cache.swap_in([head.seq])
-        except Exception as error:
+        except _FAILED_SWAP as error:
             if isinstance(error, OutOfBlocks) and (self.running or in_flight):
                 return None
             self.release([head])  # its tokens are known: it reads them again
@@ -121,7 +123,7 @@ class Residents:
         forks, sample.forks = sample.forks, []
         try:
             seqs = self._cache.fork(sample.seq, len(forks))
-        except Exception:
+        except ValueError:  # others have taken the cache's rows
             for fork in forks:  # each reads the prompt alone, then
                 fork.state = "waiting"
                 self.queue.push(fork)
@@ -151,7 +153,7 @@ class Residents:
         try:
             if swapping:
                 self._cache.swap_out([sample.seq for sample in swapping])
-        except Exception:
+        except _FAILED_SWAP:
             swapping = []  # their tokens are known: they read them again
         rows = sum(map(_rows, swapping))
         self._running_rows -= rows

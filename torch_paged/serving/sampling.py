@@ -95,7 +95,8 @@ def _lowest_score(scores: Tensor, rules: Rules) -> Tensor:
     before = probabilities.cumsum(dim=-1) - probabilities
     kept = (ranks < rules.top_k) & (before < rules.top_p) & (probabilities >= rules.min_p * probabilities[:, :1])
     whole = (rules.top_k == _NO_LIMIT) & (rules.top_p >= 1) & (rules.min_p <= 0)
-    return ordered.gather(-1, kept.sum(dim=-1, keepdim=True) - 1).masked_fill(whole, -torch.inf)
+    last = kept.sum(dim=-1, keepdim=True).clamp_(min=1) - 1  # padding and NaN keep none
+    return ordered.gather(-1, last).masked_fill(whole, -torch.inf)
 
 
 def _with_logprobs(tokens: Tensor, logits: Tensor, rules: Rules) -> Drawn:

@@ -189,7 +189,7 @@ class Scheduler:
     def undo(self, plan: Plan) -> None:
         """Roll back the newest open plan, after the model raised for instance: its samples are as before it."""
         self._cache.rollback(plan.batch)
-        self.open_plans.remove(plan)
+        self.open_plans.pop()
         for row, (sample, start) in enumerate(zip(plan.samples, plan.starts, strict=True)):
             if sample.finish_reason is None:
                 sample.cached = start
