@@ -15,6 +15,7 @@ from torch_paged.serving import Request, Scheduler
 from torch_paged.serving.requests import Generation
 
 ROUNDS = 400
+TOKENS = list(range(512))  # what sequences write: one each, so that no two share a block
 
 
 def serving(num_seqs, policy, waiting, most):
@@ -28,18 +29,20 @@ def serving(num_seqs, policy, waiting, most):
     scheduler = Scheduler(cache, token_budget=2 * num_seqs, policy=policy)
     for i, length in enumerate(lengths):
         new = 30 + 4 * i if most is None else most
-        scheduler.submit(Generation(Request(prompt=[1] * length, max_new_tokens=new)))
+        scheduler.submit(
+            Generation(Request(prompt=generator.integers(0, 1 << 15, length).tolist(), max_new_tokens=new))
+        )
     while scheduler.load.waiting or any(sample.unread > 1 for sample in scheduler._residents.running):
         step(scheduler)
     for _ in range(waiting):
-        scheduler.submit(Generation(Request(prompt=[1] * 100, max_new_tokens=1000)))
+        scheduler.submit(Generation(Request(prompt=generator.integers(0, 1 << 15, 100).tolist(), max_new_tokens=1000)))
     return scheduler
 
 
 def step(scheduler):
     plan = scheduler.schedule()
     plan.tokens()
-    scheduler.complete(plan, [7] * len(plan.samples))
+    scheduler.complete(plan, TOKENS[: len(plan.samples)])
 
 
 @pytest.mark.parametrize("kind", ["decode", "waiting", "churn"])

@@ -16,9 +16,10 @@ ALLOWED = {
     "ops": {"bounds", "checks"},  # and, by name, cpu and kernels on first use
     "checks": set(),
     "bounds": set(),
-    "cache": {"batch", "functional", "layers", "memory", "staging"},
+    "cache": {"batch", "functional", "layers", "memory", "staging", "token_feed"},
     "layers": {"batch", "functional"},
     "staging": {"batch", "memory"},
+    "token_feed": {"memory"},
     "batch": set(),
     "memory": set(),
     "cpu": set(),

@@ -10,8 +10,9 @@ from torch_paged.memory.arrays import expand
 def snapshot(manager):
     """Everything that a step must leave as it was when it fails or is rolled back."""
     s, pool = manager.sequences, manager.pool
-    arrays = [s.handle, s.length, s.committed, s.num_blocks, s.table, pool.refcount, pool.free_blocks]
-    return [array.tolist() for array in arrays] + [pool.waiting_blocks.tolist(), list(manager.steps)]
+    arrays = [s.handle, s.length, s.committed, s.known, s.num_blocks, s.table]
+    arrays += [pool.refcount, pool.free_blocks, pool.waiting_blocks, pool.evictable_blocks, manager.trie.node]
+    return [array.tolist() for array in arrays] + [list(manager.steps)]
 
 
 @pytest.fixture
@@ -271,14 +272,14 @@ def test_stats_by_hand(manager):
     assert stats.slots_filled == pytest.approx(7 / 12)
     assert (stats.bytes_used, stats.bytes_contiguous) == (3 * 4 * 10, 3 * 6 * 10)
     empty = MemoryManager(3, 4, 4, 20).stats(10)
-    assert empty == (3, 0, 3, 0, 0, 0.0, 0, 0)
+    assert empty == (3, 0, 3, 0, 0, 0.0, 0, 0, 0, 0, 0, 0)
 
 
 @pytest.mark.parametrize(
     ("breakage", "invariant_named"),
     [
         (lambda m: m.pool.refcount.__setitem__(0, 5), "reference counts equal"),
-        (lambda m: m.pool.free_blocks.__setitem__(0, m.pool.free_blocks[1]), "free or waiting twice"),
+        (lambda m: m.pool.free_blocks.__setitem__(0, m.pool.free_blocks[1]), "free, waiting or evictable twice"),
         (lambda m: setattr(m.pool, "num_free", m.pool.num_free - 1), "add up to all"),
         (lambda m: m.sequences.table.__setitem__((0, 0), 99), "table entries are blocks"),
         (lambda m: m.sequences.table.__setitem__((0, 4), 3), "past a sequence's blocks are -1"),

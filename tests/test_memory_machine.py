@@ -1,5 +1,7 @@
 """The memory manager under random operations, beside a model that keeps every sequence's tokens in a list."""
 
+from itertools import chain
+
 import numpy as np
 import pytest
 from hypothesis import assume, settings
@@ -8,42 +10,64 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from test_memory import snapshot
 
 from torch_paged.memory import MemoryManager, OutOfBlocks
+from torch_paged.token_feed import TokenFeed
 
 MAX_SEQS, MAX_SEQ_LEN = 6, 24
+HOW = ["given", "late", "kept back"]  # tokens are committed
 picks = st.integers(0, 11)
+
+
+class Late:
+    """An event of a GPU, as far as the feed looks at it."""
+
+    arrived = False
+
+    def query(self):
+        return self.arrived
 
 
 class Machine(RuleBasedStateMachine):
     """The manager beside a model that keeps every sequence's tokens in a list.
 
-    Tokens are distinct numbers, written to the slots of one array after the copies that the step asks for. As every
-    sequence must read its own tokens back after every rule, a missing copy-on-write or a block in two hands shows.
+    A token's key is a number that stands for its namespace and all tokens up to it, as keys of a model depend on what
+    came before. Keys are written to the slots of one array after the copies that the step asks for. As every sequence
+    must read its own keys back after every rule, a missing copy-on-write, a block in two hands or a prefix found by
+    the wrong tokens shows. There are but two tokens and two namespaces, so that sequences often share prefixes.
     Rules pick the i-th live sequence or open step, so that none is wasted on what is gone.
     """
 
     @initialize(
-        num_blocks=st.integers(4, 24), block_size=st.sampled_from([1, 3, 4]), lengths=st.lists(picks, max_size=3)
+        num_blocks=st.integers(4, 24),
+        block_size=st.sampled_from([1, 3, 4]),
+        lengths=st.lists(picks, max_size=3),
+        seed=st.integers(0, 99),
     )
-    def begin(self, num_blocks, block_size, lengths):
+    def begin(self, num_blocks, block_size, lengths, seed):
         self.manager = MemoryManager(num_blocks, block_size, MAX_SEQS, MAX_SEQ_LEN)
         self.slots = np.full((num_blocks, block_size), -1)
+        self.keys = {}  # of (the key before it or the namespace, a token)
         self.tokens = {}  # of each live sequence, those of open steps included
-        self.open = {}  # step number: (step, {sequence: tokens before}, blocks that the step reads)
-        self.next_token = 0
+        self.namespace = {}  # of each sequence
+        self.open = {}  # step number: (step, {sequence: tokens before}, blocks that the step reads, its tokens)
+        self.random = np.random.default_rng(seed)
         self.freed = []
+        self.feed = TokenFeed(self.manager)
+        self.late = []  # one for each commit whose tokens were late: whether they have arrived
         for length in lengths:
-            self.add()
+            self.add("a", 0)
             self.prepare(~0, [length + 1], 0)
         for _ in self.open.copy():
-            self.commit(0, 0)
+            self.commit(0, 0, "given")
 
     def pick(self, index):
         """The index-th live sequence, in a circle."""
-        assume(self.tokens)
+        if not self.tokens:
+            assume(False)
         return list(self.tokens)[index % len(self.tokens)]
 
     def pick_step(self, index):
-        assume(self.open)
+        if not self.open:
+            assume(False)
         return self.open[list(self.open)[index % len(self.open)]]
 
     def blocks_of(self, seq):
@@ -51,8 +75,18 @@ class Machine(RuleBasedStateMachine):
         row = s.find_one(seq)
         return s.table[row, : s.num_blocks[row]].tolist()
 
+    def keys_of(self, seq):
+        keys, key = [], self.namespace[seq]
+        for token in self.tokens[seq]:
+            key = self.keys.setdefault((key, token), len(self.keys))
+            keys.append(key)
+        return keys
+
+    def some_tokens(self, count):
+        return (self.random.random(count) < 0.2).astype(int).tolist()
+
     def has_open_step(self, seq):
-        return any(seq in before for _, before, _ in self.open.values())
+        return any(seq in before for _, before, *_ in self.open.values())
 
     def refused(self, action, *arguments, match):
         """`action` raises ValueError and changes nothing."""
@@ -61,15 +95,39 @@ class Machine(RuleBasedStateMachine):
             action(*arguments)
         assert snapshot(self.manager) == before
 
-    @rule()
-    def add(self):
+    @rule(namespace=st.sampled_from("aab"), length=st.integers(0, MAX_SEQ_LEN))
+    def add(self, namespace, length):
+        prompt = self.some_tokens(length)
         if len(self.tokens) == MAX_SEQS:
-            self.refused(self.manager.add, match="max_seqs")
+            self.refused(self.manager.add, prompt, namespace, match="max_seqs")
             return
-        seq = self.manager.add()
+        expected = self.known_to_others(namespace, prompt)
+        seq = self.manager.add(prompt, namespace)
         assert seq not in self.tokens
         assert seq not in self.freed
-        self.tokens[seq] = []
+        found = self.manager.length(seq)
+        assert found % self.manager.block_size == 0
+        assert expected <= found <= max(length - 1, 0)
+        self.tokens[seq] = prompt[:found]
+        self.namespace[seq] = namespace
+
+    def known_to_others(self, namespace, prompt):
+        """How many tokens of a prompt the prefix cache must hold, because a live sequence begins with them."""
+        size, most = self.manager.block_size, 0
+        for seq, tokens in self.tokens.items():
+            if self.namespace[seq] == namespace:
+                known = self.manager.sequences.known[self.manager.sequences.find_one(seq)]
+                pairs = zip(prompt[:-1], tokens[: max(known, 0)], strict=False)
+                most = max(most, sum(np.cumprod([a == b for a, b in pairs])) // size * size)
+        return most
+
+    @rule(namespaces=st.sampled_from([["c"], ["c"], ["c"], ["a"], ["a", "b"], []]))
+    def clear_prefixes(self, namespaces):
+        available = self.manager.pool.num_available
+        self.manager.clear_prefixes(*namespaces)
+        assert self.manager.pool.num_available == available
+        left = {parent[0] for (parent, _), _ in self.manager.trie.items() if isinstance(parent, tuple)}
+        assert not left & set(namespaces or "ab")
 
     @rule(index=picks, n=st.integers(1, 3))
     def fork(self, index, n):
@@ -79,11 +137,12 @@ class Machine(RuleBasedStateMachine):
         elif len(self.tokens) + n > MAX_SEQS:
             self.refused(self.manager.fork, seq, n, match="max_seqs")
         else:
-            free = self.manager.pool.num_free
+            free = self.manager.pool.num_available
             children = self.manager.fork(seq, n)
-            assert self.manager.pool.num_free == free, "a fork takes no block"
+            assert self.manager.pool.num_available == free, "a fork takes no block"
             assert not {*self.tokens, *self.freed} & set(children)
             self.tokens.update({child: list(self.tokens[seq]) for child in children})
+            self.namespace.update(dict.fromkeys(children, self.namespace[seq]))
 
     @rule(index=picks, forgotten=st.integers(0, 8))
     def truncate(self, index, forgotten):
@@ -128,25 +187,25 @@ class Machine(RuleBasedStateMachine):
             step = self.manager.prepare(seqs, counts, ahead)
         except OutOfBlocks as error:
             assert snapshot(self.manager) == before
-            assert error.needed > error.free == self.manager.pool.num_free
+            assert error.needed > error.free == self.manager.pool.num_available
             return
         fresh = {*step.copies.blocks.tolist(), *step.growth.blocks.tolist()}
-        for _, _, reads in self.open.values():
+        for _, _, reads, _ in self.open.values():
             assert not fresh & reads, "a block is reused while a step that reads it is open"
         self.run(step, seqs, counts)
 
     def run(self, step, seqs, counts):
-        """Do what the model would do: the copies, then the step's tokens."""
+        """Do what the model would do: the copies, then the step's keys."""
         before = {seq: list(self.tokens[seq]) for seq in seqs}
         self.slots[step.copies.blocks] = self.slots[step.copies.sources]
-        new = np.arange(self.next_token, self.next_token + sum(counts))
-        self.next_token += len(new)
-        self.slots.reshape(-1)[step.slots] = new
-        for seq, part in zip(seqs, np.split(new, np.cumsum(counts))[:-1], strict=True):
-            self.tokens[seq] += part.tolist()
+        new = [self.some_tokens(count) for count in counts]
+        for seq, part in zip(seqs, new, strict=True):
+            self.tokens[seq] += part
+        keys = [self.keys_of(seq)[len(before[seq]) :] for seq in seqs]
+        self.slots.reshape(-1)[step.slots] = np.array([*chain(*keys)], dtype=int)
         assert step.positions.tolist() == [p for s in seqs for p in range(len(before[s]), len(self.tokens[s]))]
         reads = {block for seq in seqs for block in self.blocks_of(seq)}
-        self.open[step.number] = (step, before, reads)
+        self.open[step.number] = (step, before, reads, [*chain(*new)])
 
     def has_neighbour(self, step, later):
         """Whether a later (or earlier) open step has a live sequence in common with this one."""
@@ -154,9 +213,13 @@ class Machine(RuleBasedStateMachine):
         others = [n for n in self.open if (n > step.number if later else n < step.number)]
         return any(mine & self.open[n][1].keys() for n in others)
 
-    @rule(index=picks, advanced=st.sampled_from([0, 0, 1, 2]))
-    def commit(self, index, advanced):
-        step, before, _ = self.pick_step(index)
+    @rule(
+        index=picks,
+        advanced=st.sampled_from([0, 0, 1, 2]),
+        how=st.sampled_from(["given", "given", *HOW]),
+    )
+    def commit(self, index, advanced, how):
+        step, before, _, tokens = self.pick_step(index)
         if advanced > step.ahead:
             self.refused(self.manager.commit, step, advanced, match="ahead")
         elif self.has_neighbour(step, later=False):
@@ -166,22 +229,32 @@ class Machine(RuleBasedStateMachine):
         else:
             self.manager.commit(step, advanced)
             del self.open[step.number]
-            for seq in before.keys() & self.tokens.keys():
-                self.advance(seq, advanced)
+            for _ in range(advanced):
+                tokens += [self.advance(seq) if seq in self.tokens else 0 for seq in before]
             self.refused(self.manager.commit, step, match="not open")
+            if how != "kept back":
+                self.late += [Late()] if how == "late" else []
+                event = self.late[-1] if how == "late" else None
+                self.feed.put(step, advanced, np.array(tokens, dtype=np.int64), event)
 
-    def advance(self, seq, count):
+    def advance(self, seq):
         """What `PagedBatch.advance` would have written to the reserved blocks."""
-        size = self.manager.block_size
-        for _ in range(count):
-            position = len(self.tokens[seq])
-            self.slots[self.blocks_of(seq)[position // size], position % size] = self.next_token
-            self.tokens[seq].append(self.next_token)
-            self.next_token += 1
+        size, position = self.manager.block_size, len(self.tokens[seq])
+        self.tokens[seq] += self.some_tokens(1)
+        self.slots[self.blocks_of(seq)[position // size], position % size] = self.keys_of(seq)[-1]
+        return self.tokens[seq][-1]
+
+    @rule(count=picks)
+    def deliver(self, count):
+        """The first late tokens arrive."""
+        for late in self.late[:count]:
+            late.arrived = True
+        del self.late[:count]
+        self.feed.deliver()
 
     @rule(index=picks)
     def rollback(self, index):
-        step, before, _ = self.pick_step(index)
+        step, before, *_ = self.pick_step(index)
         if self.has_neighbour(step, later=True):
             self.refused(self.manager.rollback, step, match="a later step")
             return
@@ -194,32 +267,69 @@ class Machine(RuleBasedStateMachine):
     def prepare_and_rollback(self, count):
         """Every sequence at once, so that blocks are shared among the writers, and back at once."""
         assume(all(len(tokens) + count <= MAX_SEQ_LEN for tokens in self.tokens.values()))
-        before = snapshot(self.manager)
+        before, entries = snapshot(self.manager), len(self.manager.trie)
         try:
             step = self.manager.prepare(list(self.tokens), count)
         except OutOfBlocks:
             return
+        evicted = len(self.manager.trie) < entries
         self.slots[step.copies.blocks] = self.slots[step.copies.sources]
         self.slots.reshape(-1)[step.slots] = -1
         self.manager.rollback(step)
-        assert snapshot(self.manager) == before
+        after = snapshot(self.manager)
+        if not evicted:
+            assert after == before
 
     @invariant()
-    def everyone_reads_their_own_tokens(self):
+    def everyone_reads_their_own_keys(self):
         self.manager.check_integrity()
         assert len(self.manager.sequences.live_rows) == len(self.tokens)
         for seq, tokens in self.tokens.items():
             assert self.manager.length(seq) == len(tokens)
-            assert self.slots[self.blocks_of(seq)].reshape(-1)[: len(tokens)].tolist() == tokens
+            assert self.slots[self.blocks_of(seq)].reshape(-1)[: len(tokens)].tolist() == self.keys_of(seq)
 
     def teardown(self):
         if hasattr(self, "manager"):
-            for step, _, _ in self.open.values():
+            for step, *_ in self.open.values():
                 self.manager.commit(step)
             self.manager.free(list(self.tokens))
+            self.deliver(len(self.late))
+            self.manager.check_integrity()
+            assert self.manager.pool.num_available == self.manager.pool.num_blocks
+            self.manager.clear_prefixes()
             self.manager.check_integrity()
             assert self.manager.pool.num_free == self.manager.pool.num_blocks
 
 
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None, derandomize=True)
+
+WEIGHTS = dict(add=6, prepare=8, commit=12, free=6, truncate=2, fork=2, rollback=1, deliver=3, clear_prefixes=0.05)
+
+
+@pytest.mark.parametrize("num_blocks", [6, 12, 20, 40])
+@pytest.mark.parametrize("block_size", [1, 2, 4])
+def test_ten_thousand_random_operations(num_blocks, block_size):
+    """Longer lives than Hypothesis gives: 12 x 1000, in proportions that keep the cache full and prefixes shared."""
+    random = np.random.default_rng(num_blocks * block_size)
+
+    def pick():
+        return int(random.integers(12))
+
+    machine = Machine()
+    machine.begin(num_blocks, block_size, [], seed=pick())
+    drawn = dict(
+        add=lambda: (random.choice(["a", "a", "b"]), int(random.integers(MAX_SEQ_LEN + 1))),
+        prepare=lambda: (1 << pick() % 6 | 1 << pick() % 6, random.integers(1, 5, MAX_SEQS).tolist(), pick() % 2),
+        commit=lambda: (pick(), int(random.random() < 0.2), random.choice(["given"] * 12 + HOW)),
+        fork=lambda: (pick(), 1),
+        truncate=lambda: (pick(), pick() % 9),
+        clear_prefixes=lambda: ([["a"], []][pick() % 2],),
+    )
+    weights = np.array(list(WEIGHTS.values()))
+    for name in random.choice(list(WEIGHTS), size=1000, p=weights / weights.sum()):
+        wanted = dict(commit=machine.open, rollback=machine.open, add=True, clear_prefixes=True, deliver=True)
+        if wanted.get(name, machine.tokens):
+            getattr(machine, name)(*drawn.get(name, lambda: (pick(),))())
+            machine.everyone_reads_their_own_keys()
+    machine.teardown()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -15,6 +15,7 @@ from torch_paged.layers import FunctionalKV, PagedKVLayer
 from torch_paged.memory import IntegrityError, MemoryManager, MemoryStats, Step
 from torch_paged.memory.arrays import as_integer, as_integers
 from torch_paged.staging import Staging
+from torch_paged.token_feed import TokenFeed
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -104,6 +105,7 @@ class PagedKVCache(nn.Module):
         self._staging = Staging(self._manager, device, _check_buckets(buckets))
         self._buffers_of_layers = [tensor for pair in self.tensors() for tensor in pair]
         self._open: dict[int, tuple[PagedBatch, Step]] = {}
+        self._feed = TokenFeed(self._manager)
         # Copying nothing tells a GPU where the caches lie: later copies can be captured in a graph.
         copy_blocks(self._buffers_of_layers, torch.empty(0, 2, dtype=torch.int64, device=device))
 
@@ -140,17 +142,25 @@ class PagedKVCache(nn.Module):
         """Every layer's key cache and value cache, the tensors themselves."""
         return [(layer.key_cache, layer.value_cache) for layer in self.layers]  # type: ignore[misc]
 
-    def add(self, tokens: Any = None, namespace: Any = None) -> int:  # noqa: ARG002
-        """A new, empty sequence.
+    def add(self, tokens: Any = None, namespace: Hashable = None) -> int:
+        """A new sequence. It begins with as many tokens of its prompt as are found in the prefix cache.
+
+        `length(seq)` tells how many: a whole number of blocks, and never the last token, which must be run through the
+        model to learn what follows. The rest of the prompt is for `prepare`. What is found are full blocks that
+        `commit` was told the tokens of, of sequences live or freed. Nothing but the same tokens from the first on
+        finds them.
 
         Args:
-            tokens: its prompt, in which a prefix cache will look for what it holds already; not used yet.
-            namespace: which sequences' prefixes it may find; not used yet.
+            tokens: the prompt, on the host: a list, an integer array or a CPU tensor. None: nothing is looked up.
+            namespace: any hashable value. Sequences find prefixes of their own namespace alone. What is not in the
+                tokens but changes keys and values, such as an adapter's name, belongs here.
 
         Raises:
-            ValueError: `max_seqs` sequences are live.
+            TypeError: `tokens` are not integers; `namespace` is not hashable.
+            ValueError: `max_seqs` sequences are live; the prompt is longer than `max_seq_len`.
         """
-        return self._manager.add()
+        self._feed.deliver()
+        return self._manager.add(() if tokens is None else tokens, namespace)
 
     def fork(self, seq: int, n: int) -> list[int]:
         """`n` new sequences with all tokens of `seq`. Blocks are shared until one of the sharers writes to them.
@@ -158,14 +168,19 @@ class PagedKVCache(nn.Module):
         Raises:
             ValueError: `seq` was freed or has an open step; `n < 1`; more than `max_seqs` would be live.
         """
+        self._feed.deliver()
         return self._manager.fork(seq, n)
 
     def truncate(self, seq: int, length: int) -> None:
         """Forget the tokens of `seq` from position `length` on, and give back the blocks beyond, reserved ones too.
 
+        If it ends within a block of the prefix cache then, the next token takes that block out of the cache, or is
+        written to a copy if others hold it as well.
+
         Raises:
             ValueError: `seq` was freed or has an open step; `length` is not in 0 to its length.
         """
+        self._feed.deliver()
         self._manager.truncate(seq, length)
 
     def free(self, seqs: int | Sequence[int]) -> None:
@@ -217,11 +232,14 @@ class PagedKVCache(nn.Module):
         Args:
             batch: from `prepare`. Steps of one sequence are committed in order, other steps in any order.
             tokens: the token ids in the order of the batch, without padding, then those of each advanced step: a flat
-                sequence, array or tensor, for the prefix cache to come. Only its length is looked at, so that a
-                tensor on a GPU is not waited for.
+                sequence, array or tensor of integers. Blocks that they fill enter the prefix cache. A sequence some of
+                whose tokens were never given is not followed any more: its later blocks stay out. A tensor on a GPU
+                is not waited for: it is copied, behind the work queued on the current stream, and looked at by a later
+                `commit`, `add`, `fork` or `truncate`; a sequence forked or truncated before is not followed any more.
             advanced: how many times `batch.advance()` was run on top, at most `ahead`; those tokens stand too.
 
         Raises:
+            TypeError: the tokens are not integers.
             ValueError: the batch is no open step; an earlier step of one of its sequences is open, or, with
                 `advanced`, a later one; `advanced` exceeds `ahead`; the number of tokens does not match.
         """
@@ -230,13 +248,16 @@ class PagedKVCache(nn.Module):
         expected = len(step.slots) + advanced * len(step.rows)
         if tokens is not None and len(tokens) != expected:
             raise ValueError(f"tokens must be the {expected} tokens of the step, got {len(tokens)}")
+        fetched = None if tokens is None else self._feed.fetch(tokens)
         self._manager.commit(step, advanced)
         del self._open[id(batch)]
+        if fetched is not None:
+            self._feed.put(step, advanced, *fetched)
 
     def rollback(self, batch: PagedBatch) -> None:
         """Undo a step, after the model raised for instance: lengths, tables and free blocks are as before `prepare`.
 
-        Sequences freed since are skipped.
+        Sequences freed since are skipped. What the step evicted from the prefix cache does not come back.
 
         Raises:
             ValueError: the batch is no open step, or a later step of one of its sequences is open.
@@ -244,10 +265,18 @@ class PagedKVCache(nn.Module):
         self._manager.rollback(self._step_of(batch))
         del self._open[id(batch)]
 
+    def clear_prefixes(self, *namespaces: Hashable) -> None:
+        """Empty the prefix cache of these namespaces, or of all if none is given.
+
+        Live sequences of theirs keep their tokens and are not followed any more: none of their blocks, old or new,
+        can be found. So this is also the call to make when what the tokens mean has changed, such as the weights.
+        """
+        self._manager.clear_prefixes(*namespaces)
+
     @property
     def num_free_blocks(self) -> int:
-        """Blocks that can be handed out now."""
-        return self._manager.pool.num_free
+        """Blocks that a step can get now, those included that only the prefix cache holds. Costs next to nothing."""
+        return self._manager.pool.num_available
 
     def stats(self) -> MemoryStats:
         """How full the cache is, see `MemoryStats`. Costs time in proportion to the blocks."""

@@ -19,12 +19,16 @@ class MemoryStats(NamedTuple):
     Attributes:
         blocks_total: blocks there are: `blocks_used + blocks_free`.
         blocks_used: blocks that cannot be handed out: referenced, or waiting for open steps.
-        blocks_free: blocks that can.
+        blocks_free: blocks that can, those included that the prefix cache keeps in case of need.
         blocks_shared: blocks that stand in the tables of several sequences.
         tokens: tokens stored, the sum of all lengths; a shared token counts for each of its sequences.
         slots_filled: share of the used blocks' slots that hold a token of a live sequence, 0 to 1.
         bytes_used: bytes of the used blocks, over all layers, keys and values.
         bytes_contiguous: bytes if every live sequence had its own room for the longest one's length.
+        blocks_cached: blocks in the prefix cache, those of live sequences included.
+        blocks_evictable: blocks in the prefix cache that leave it when their space is needed; part of `blocks_free`.
+        tokens_looked_up: tokens of all prompts given to `add` so far.
+        tokens_found: how many of those the prefix cache held.
     """
 
     blocks_total: int
@@ -35,6 +39,10 @@ class MemoryStats(NamedTuple):
     slots_filled: float
     bytes_used: int
     bytes_contiguous: int
+    blocks_cached: int
+    blocks_evictable: int
+    tokens_looked_up: int
+    tokens_found: int
 
 
 def stats(manager: MemoryManager, bytes_per_token: int) -> MemoryStats:
@@ -44,16 +52,20 @@ def stats(manager: MemoryManager, bytes_per_token: int) -> MemoryStats:
     filled = np.zeros(pool.num_blocks, dtype=np.int64)
     np.maximum.at(filled, blocks, np.clip(s.length[rows] - columns * size, 0, size))
     lengths = s.length[s.live_rows]
-    used = pool.num_blocks - pool.num_free
+    used = pool.num_blocks - pool.num_available
     return MemoryStats(
         blocks_total=pool.num_blocks,
         blocks_used=used,
-        blocks_free=pool.num_free,
+        blocks_free=pool.num_available,
         blocks_shared=int((np.bincount(blocks, minlength=pool.num_blocks) > 1).sum()),
         tokens=int(lengths.sum()),
         slots_filled=float(filled.sum() / (used * size)) if used else 0.0,
         bytes_used=used * size * bytes_per_token,
         bytes_contiguous=len(lengths) * int(lengths.max(initial=0)) * bytes_per_token,
+        blocks_cached=len(manager.trie),
+        blocks_evictable=pool.num_evictable,
+        tokens_looked_up=manager.tokens_looked_up,
+        tokens_found=manager.tokens_found,
     )
 
 
@@ -62,6 +74,9 @@ def check_integrity(manager: MemoryManager) -> None:
     _check_sequences(manager)
     _check_blocks(manager)
     _check_steps(manager)
+    _check_trie(manager)
+    _check_eviction(manager)
+    _check_histories(manager)
 
 
 def _check_sequences(manager: MemoryManager) -> None:
@@ -71,6 +86,7 @@ def _check_sequences(manager: MemoryManager) -> None:
     _require(len(np.unique(s.stamp[rows])) == len(rows), "the stamps of live sequences differ")
     _require((s.length[rows] <= s.max_seq_len).all(), "lengths lie within max_seq_len")
     _require((s.committed[rows] <= s.length[rows]).all(), "committed tokens are part of the length")
+    _require((s.known[rows] <= s.committed[rows]).all(), "known tokens are committed")
     _require((s.num_blocks[rows] * size >= s.length[rows]).all(), "a sequence holds blocks for its length")
     held = np.zeros(s.max_seqs, dtype=np.int64)
     held[rows] = s.num_blocks[rows]
@@ -83,14 +99,17 @@ def _check_sequences(manager: MemoryManager) -> None:
 def _check_blocks(manager: MemoryManager) -> None:
     pool, size = manager.pool, manager.block_size
     rows, columns, in_tables = _table_entries(manager)
-    kept = [step.copies.sources for step in manager.steps.values()]
+    kept = [
+        step.copies.sources[(manager.sequences.handle[step.rows] == step.handles)[step.copies.owners]]
+        for step in manager.steps.values()
+    ]
     references = np.bincount(np.concatenate([in_tables, *kept]), minlength=pool.num_blocks)
     _require((references == pool.refcount).all(), "reference counts equal the references from tables and steps")
-    idle = np.concatenate([pool.free_blocks, pool.waiting_blocks])
-    _require(len(np.unique(idle)) == len(idle), "no block is free or waiting twice")
-    _require((pool.refcount[idle] == 0).all(), "free and waiting blocks have no reference")
+    idle = np.concatenate([pool.free_blocks, pool.waiting_blocks, pool.evictable_blocks])
+    _require(len(np.unique(idle)) == len(idle), "no block is free, waiting or evictable twice")
+    _require((pool.refcount[idle] == 0).all(), "free, waiting and evictable blocks have no reference")
     used = int((pool.refcount > 0).sum())
-    _require(used + len(idle) == pool.num_blocks, "used, waiting and free blocks add up to all")
+    _require(used + len(idle) == pool.num_blocks, "used, waiting, free and evictable blocks add up to all")
     _require(pool.num_waiting == len(pool.waiting_blocks), "waiting blocks are counted")
     _require(not pool.num_waiting or bool(manager.steps), "blocks wait only while steps are open")
     reserved = in_tables[columns * size >= manager.sequences.length[rows]]
@@ -107,6 +126,49 @@ def _check_steps(manager: MemoryManager) -> None:
         expected[rows] = step.end[alive]
     rows = s.live_rows
     _require((expected[rows] == s.length[rows]).all(), "committed tokens and open steps add up to the length")
+
+
+def _check_trie(manager: MemoryManager) -> None:
+    trie, refcount = manager.trie, manager.pool.refcount
+    _require((trie.node >= 0).sum() == len(trie), "each node has its own block")
+    for (parent, tokens), node in trie.items():
+        block = trie.block_of(node)
+        _require(trie.node[block] == node, "a node's block knows it")
+        _require(trie.tokens[block].tobytes() == tokens, "a block in the prefix cache holds the tokens of its key")
+        if isinstance(parent, tuple):
+            _require(trie.column[block] == 0, "the root's children are first blocks")
+        elif trie.node[trie.block_of(parent)] == parent:
+            above = trie.block_of(parent)
+            _require(trie.column[block] == trie.column[above] + 1, "a child is one column after its parent")
+            _require(refcount[above] >= refcount[block], "who references a child references its parent")
+        else:
+            _require(refcount[block] == 0, "blocks that cannot be found any more are unreferenced")
+
+
+def _check_eviction(manager: MemoryManager) -> None:
+    trie, pool = manager.trie, manager.pool
+    order = {block: place for place, block in enumerate(pool.evictable_blocks.tolist())}
+    _require(len(order) == pool.num_evictable, "evictable blocks are counted")
+    _require(trie.has(np.array(list(order), dtype=np.int64)).all(), "evictable blocks are in the prefix cache")
+    _require(not trie.has(pool.free_blocks).any(), "free blocks are not in the prefix cache")
+    for (parent, _), node in trie.items():
+        above = -1 if isinstance(parent, tuple) else trie.block_of(parent)
+        if above in order and trie.node[above] == parent:
+            place = order.get(trie.block_of(node), pool.num_blocks)
+            _require(place < order[above], "leaves are evicted before their parents")
+
+
+def _check_histories(manager: MemoryManager) -> None:
+    s, trie = manager.sequences, manager.trie
+    above = {node: parent for (parent, _), node in trie.items()}
+    for row in s.live_rows:
+        full = max(int(s.known[row]), 0) // manager.block_size
+        nodes = trie.node[s.table[row, :full]].tolist()
+        parents = [(s.namespace[row],), *nodes]
+        _require(
+            all(above.get(node) == parent for node, parent in zip(nodes, parents, strict=False)),
+            "the full blocks of a known history are a path in the prefix cache",
+        )
 
 
 def _table_entries(manager: MemoryManager) -> tuple[Ints, Ints, Ints]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
 
-from torch_paged.memory import inspection
+from torch_paged.memory import history, inspection
 from torch_paged.memory.arrays import Flags, Ints, as_integer, as_integers, expand
 from torch_paged.memory.pool import BlockPool
+from torch_paged.memory.prefix import PrefixTrie
 from torch_paged.memory.sequences import Sequences
 from torch_paged.memory.step import Copies, Growth, Step
+
+_NONE = np.empty(0, dtype=np.int64)
 
 
 class MemoryManager:
@@ -23,25 +27,45 @@ class MemoryManager:
 
     Attributes:
         pool: the blocks.
+        trie: the prefix cache.
         sequences: the sequences.
         steps: the open steps by their number, the oldest first.
     """
 
     def __init__(self, num_blocks: int, block_size: int, max_seqs: int, max_seq_len: int) -> None:
         self.block_size = as_integer("block_size", block_size, at_least=1)
-        self.pool = BlockPool(as_integer("num_blocks", num_blocks, at_least=1))
+        self.trie = PrefixTrie(as_integer("num_blocks", num_blocks, at_least=1), self.block_size)
+        self.pool = BlockPool(self.trie)
         self.sequences = Sequences(
             as_integer("max_seqs", max_seqs, at_least=1),
             as_integer("max_seq_len", max_seq_len, at_least=1),
             self.block_size,
         )
         self.steps: dict[int, Step] = {}
+        self.tokens_looked_up = self.tokens_found = 0
 
-    def add(self) -> int:
-        """A new, empty sequence's handle. Raises ValueError when `max_seqs` are live."""
-        self.sequences.require_rows(1)
-        row = self.sequences.open_rows(1)[0]
-        return int(self.sequences.handle[row])
+    def add(self, tokens: Any = (), namespace: Hashable = None) -> int:
+        """A new sequence's handle. It begins with what the prefix cache holds of `tokens`, the last one excepted.
+
+        Raises:
+            TypeError: `tokens` are not integers; `namespace` is not hashable.
+            ValueError: `max_seqs` are live; there are more tokens than `max_seq_len`.
+        """
+        s, size = self.sequences, self.block_size
+        hash(namespace)
+        s.require_rows(1)
+        tokens = as_integers("tokens", tokens)
+        if len(tokens) > s.max_seq_len:
+            raise ValueError(f"max_seq_len = {s.max_seq_len}: the prompt has {len(tokens)} tokens")
+        full = max(len(tokens) - 1, 0) // size * size
+        blocks = self.trie.find(namespace, tokens[:full])
+        self.pool.retain(blocks)
+        found = len(blocks) * size
+        rows = s.open_rows(1)
+        s.fill(rows, blocks, found, found, namespace)
+        self.tokens_looked_up += len(tokens)
+        self.tokens_found += found
+        return int(s.handle[rows[0]])
 
     def fork(self, seq: int, n: int) -> list[int]:
         """Handles of `n` new sequences that share all tokens of `seq`; reserved blocks are not shared.
@@ -56,10 +80,9 @@ class MemoryManager:
         s.require_rows(n)
         rows = s.open_rows(n)
         filled = -(-s.length[row] // self.block_size)
-        self.pool.retain(s.table[row, :filled].astype(np.int64), times=n)
-        s.table[rows, :filled] = s.table[row, :filled]
-        s.num_blocks[rows] = filled
-        s.length[rows] = s.committed[rows] = s.length[row]
+        blocks = s.table[row, :filled].astype(np.int64)
+        self.pool.retain(blocks, times=n)
+        s.fill(rows, blocks, int(s.length[row]), int(s.known[row]), s.namespace[row])
         handles: list[int] = s.handle[rows].tolist()
         return handles
 
@@ -75,6 +98,8 @@ class MemoryManager:
         s.require_settled(row, "truncate")
         if length > s.length[row]:
             raise ValueError(f"cannot truncate sequence {seq} of {s.length[row]} tokens to {length}")
+        # Tokens on their way to the prefix cache may be forgotten ones: it cannot follow any more.
+        s.known[row] = length if s.known[row] == s.length[row] else -1
         s.length[row] = s.committed[row] = length
         keep, held = -(-length // self.block_size), s.num_blocks[row]
         if keep < held:
@@ -92,8 +117,21 @@ class MemoryManager:
         s = self.sequences
         _, rows = s.find([seqs] if np.ndim(seqs) == 0 else seqs)
         owners, columns = expand(np.zeros_like(rows), s.num_blocks[rows])
-        self.pool.release(s.table[rows[owners], columns].astype(np.int64))
+        blocks = [s.table[rows[owners], columns].astype(np.int64)]
+        for step in self.steps.values():  # what a step keeps for a sequence goes with the sequence
+            owners = step.copies.owners
+            ending = self._alive(step)[owners] & np.isin(step.rows[owners], rows)
+            blocks.append(step.copies.sources[ending])
+        self.pool.release(np.concatenate(blocks))
         s.close_rows(rows)
+
+    def clear_prefixes(self, *namespaces: Hashable) -> None:
+        """Empty the prefix cache of these namespaces, or of all; it does not follow their live sequences any more."""
+        s = self.sequences
+        self.pool.clear_prefixes(*namespaces)
+        for row in s.live_rows.tolist():
+            if not namespaces or s.namespace[row] in namespaces:
+                s.known[row] = -1
 
     def length(self, seq: int) -> int:
         """Tokens of `seq`, those of open steps included."""
@@ -135,6 +173,7 @@ class MemoryManager:
 
         blocks = self.pool.allocate(num_new)
         copies = self._copy(rows, to_copy, columns[to_copy], blocks[: len(to_copy)])
+        self._forget_overwritten(entries)
         growth = self._grow(rows, growing[owners], new_columns, blocks[len(to_copy) :])
         s.num_blocks[rows] = after
         s.length[rows] = end
@@ -172,8 +211,16 @@ class MemoryManager:
         s, rows = self.sequences, rows[owners]
         sources = s.table[rows, columns].astype(np.int64)
         s.table[rows, columns] = blocks
+        self.trie.tokens[blocks] = self.trie.tokens[sources]
         s.renew_stamps(rows)
         return Copies(owners, columns, sources, blocks)
+
+    def _forget_overwritten(self, entries: Ints) -> None:
+        """A block that was in the prefix cache before its sequence was truncated leaves it when written to."""
+        if len(self.trie):
+            blocks = self.sequences.flat_table[entries].astype(np.int64)
+            blocks = blocks[blocks >= 0]
+            self.trie.remove(blocks[self.trie.has(blocks)])
 
     def _grow(self, rows: Ints, owners: Ints, columns: Ints, blocks: Ints) -> Growth:
         """Put `blocks` at the ends of tables."""
@@ -183,7 +230,8 @@ class MemoryManager:
     def commit(self, step: Step, advanced: int = 0) -> None:
         """End a step whose tokens stand, and with it `advanced` further tokens of each of its sequences.
 
-        Sequences freed since are skipped. What was reserved and not used stays with its sequence.
+        Sequences freed since are skipped. What was reserved and not used stays with its sequence. `remember` then
+        says which tokens they were.
 
         Raises:
             ValueError: the step is not open; an earlier step of one of its sequences is; `advanced` exceeds
@@ -204,10 +252,12 @@ class MemoryManager:
             end = end + advanced
             s.length[rows] = end
         s.committed[rows] = end
-        self._close(step, step.copies.sources)
+        self._close(step, step.copies.sources[alive[step.copies.owners]])
 
     def rollback(self, step: Step) -> None:
         """Undo a step: lengths, tables, reference counts and the order of free blocks are as before it.
+
+        What it evicted from the prefix cache does not come back.
 
         Sequences freed since are skipped.
 
@@ -229,7 +279,11 @@ class MemoryManager:
         s.renew_stamps(np.unique(np.concatenate([copy_rows, grown_rows])))
         # No other step can have read these blocks, so none has to be waited for.
         self.pool.undo_allocate(np.concatenate([copies.blocks[copied], growth.blocks[grown]]))
-        self._close(step, copies.sources[~copied])
+        self._close(step, _NONE)
+
+    def remember(self, step: Step, tokens: Any, advanced: int = 0) -> None:
+        """See `history.remember`."""
+        history.remember(self, step, tokens, advanced)
 
     def _require_open(self, step: Step) -> None:
         if self.steps.get(step.number) is not step:

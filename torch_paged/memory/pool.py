@@ -1,4 +1,4 @@
-"""Blocks: how often each is referenced, which are free, and which still wait for open steps."""
+"""Blocks: how often each is referenced, which are free, which wait for open steps, which are kept in case of need."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import numpy as np
 
 from torch_paged.memory.arrays import Ints
 from torch_paged.memory.errors import OutOfBlocks
+from torch_paged.memory.eviction import EvictionQueue
+from torch_paged.memory.prefix import PrefixTrie
 
 
 class BlockPool:
-    """Reference counts of `num_blocks` blocks and a stack of the free ones.
+    """Reference counts of all blocks, a stack of the free ones, and a queue of those kept for the prefix cache.
 
     A block whose last reference goes while steps are open is not free yet: a step in flight may still read
     it. It waits until every step that was open at that moment has ended. Example, three steps 0, 1, 2:
@@ -21,23 +23,30 @@ class BlockPool:
         open_step() -> 2, close_step(0)        7 waits: step 1 is open
         close_step(1)                          7 is free, though step 2 is open
 
-    Where unreferenced blocks keep useful contents (a prefix cache), two places change: `release` hands them
-    to that cache instead of the stack, and `require` takes its least useful ones back.
+    If 7 is in the prefix cache it is then evictable instead: it keeps its contents until `allocate` finds the stack
+    empty. Least recently released blocks go first. A sequence that references a block references those before it as
+    well, and blocks released at once join the queue last column first: so leaves go before their parents.
 
     Attributes:
+        trie: the prefix cache.
         refcount: int32 [num_blocks].
-        num_free: blocks that `allocate` can hand out now.
+        num_free: blocks on the stack.
         num_waiting: unreferenced blocks that wait for open steps.
     """
 
-    def __init__(self, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
+    def __init__(self, trie: PrefixTrie) -> None:
+        self.trie = trie
+        self.num_blocks = num_blocks = len(trie.node)
         self.refcount = np.zeros(num_blocks, dtype=np.int32)
         self.num_free = num_blocks
         self.num_waiting = 0
         # [:num_free] are free; the last of them goes out first, so a block just freed is used while cached.
         self._stack = np.arange(num_blocks, dtype=np.int64)[::-1].copy()
-        self._waiting: deque[tuple[int, Ints]] = deque()  # (newest step open at the time, blocks), in order
+        self._evictable = EvictionQueue(num_blocks)
+        # In order: (ticket, newest step open at the time, blocks); of a block only the entry with its ticket counts.
+        self._waiting: deque[tuple[int, int, Ints]] = deque()
+        self._ticket = np.full(num_blocks, -1, dtype=np.int64)
+        self._next_ticket = 0
         self._open_steps: dict[int, None] = {}  # an ordered set: the oldest first
         self._next_step = 0
 
@@ -47,17 +56,35 @@ class BlockPool:
         return self._stack[: self.num_free]
 
     @property
+    def evictable_blocks(self) -> Ints:
+        """The unreferenced blocks of the prefix cache that wait for no step, the next one to go out first."""
+        return self._evictable.blocks
+
+    @property
     def waiting_blocks(self) -> Ints:
         """The unreferenced blocks that wait for open steps."""
-        return np.concatenate([np.empty(0, dtype=np.int64), *(blocks for _, blocks in self._waiting)])
+        return np.flatnonzero(self._ticket >= 0)
+
+    @property
+    def num_evictable(self) -> int:
+        return len(self._evictable)
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that `allocate` can hand out now: free or evictable."""
+        return self.num_free + len(self._evictable)
 
     def require(self, count: int) -> None:
         """Raise OutOfBlocks unless `count` blocks can be allocated now."""
-        if count > self.num_free:
-            raise OutOfBlocks(count, self.num_free, self.num_waiting)
+        if count > self.num_available:
+            raise OutOfBlocks(count, self.num_available, self.num_waiting)
 
     def allocate(self, count: int) -> Ints:
-        """Take `count` free blocks, each with one reference. `require` them first."""
+        """Take `count` blocks, each with one reference, evicting where none is free. `require` them first."""
+        if count > self.num_free:
+            evicted = self._evictable.pop(count - self.num_free)
+            self.trie.remove(evicted)
+            self._push(evicted)
         self.num_free -= count
         blocks = self._stack[self.num_free : self.num_free + count][::-1].copy()
         self.refcount[blocks] = 1
@@ -69,7 +96,13 @@ class BlockPool:
         self._push(blocks)
 
     def retain(self, blocks: Ints, times: int = 1) -> None:
-        """Add `times` references to each of these distinct blocks."""
+        """Add `times` references to each of these distinct blocks, which are referenced or in the prefix cache."""
+        unreferenced = blocks[self.refcount[blocks] == 0]
+        if len(unreferenced):
+            waiting = self._ticket[unreferenced] >= 0
+            self._ticket[unreferenced] = -1
+            self.num_waiting -= int(waiting.sum())
+            self._evictable.remove(unreferenced[~waiting])
         self.refcount[blocks] += times
 
     def release(self, blocks: Ints) -> None:
@@ -79,10 +112,12 @@ class BlockPool:
         if not len(unreferenced):
             return
         if self._open_steps:
-            self._waiting.append((next(reversed(self._open_steps)), unreferenced))
+            self._waiting.append((self._next_ticket, next(reversed(self._open_steps)), unreferenced))
+            self._ticket[unreferenced] = self._next_ticket
+            self._next_ticket += 1
             self.num_waiting += len(unreferenced)
         else:
-            self._push(unreferenced)
+            self._give_up(unreferenced)
 
     def open_step(self) -> int:
         """Note that a step begins, and return its number."""
@@ -92,13 +127,31 @@ class BlockPool:
         return step
 
     def close_step(self, step: int) -> None:
-        """Note that a step has ended; blocks that waited for it, and for no other, become free."""
+        """Note that a step has ended; blocks that waited for it, and for no other, are given up."""
         del self._open_steps[step]
         oldest = next(iter(self._open_steps), self._next_step)
-        while self._waiting and self._waiting[0][0] < oldest:
-            _, blocks = self._waiting.popleft()
+        while self._waiting and self._waiting[0][1] < oldest:
+            ticket, _, blocks = self._waiting.popleft()
+            blocks = blocks[self._ticket[blocks] == ticket]  # the others are referenced again, or wait anew
+            self._ticket[blocks] = -1
             self.num_waiting -= len(blocks)
-            self._push(blocks)
+            self._give_up(blocks)
+
+    def clear_prefixes(self, *namespaces: object) -> None:
+        """Empty the prefix cache of these namespaces, or of all."""
+        blocks = self.trie.clear(namespaces)
+        idle = blocks[(self.refcount[blocks] == 0) & (self._ticket[blocks] < 0)]
+        self._evictable.remove(idle)
+        self._push(idle)
+
+    def _give_up(self, blocks: Ints) -> None:
+        """Unreferenced blocks that no step reads: the prefix cache keeps its own, the others are free."""
+        if len(self.trie):
+            cached = self.trie.has(blocks)
+            kept = blocks[cached]
+            self._evictable.append(kept[np.argsort(-self.trie.column[kept], kind="stable")])
+            blocks = blocks[~cached]
+        self._push(blocks)
 
     def _push(self, blocks: Ints) -> None:
         self._stack[self.num_free : self.num_free + len(blocks)] = blocks[::-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,10 @@ class Sequences:
         handle: int64 [rows], the handle that lives in each row, negative where none does.
         length: int64 [max_seqs], tokens, those of open steps included.
         committed: int64 [max_seqs], tokens of steps that were committed. Less than `length`: a step is open.
+        known: int64 [max_seqs], how many tokens of the history, from the first on, the prefix cache was told; those
+            in full blocks are in it. Less than `committed`, and it does not follow the sequence (for ever if -1),
+            unless the missing tokens are still on their way.
+        namespace: of each row, whose prefixes it shares.
         num_blocks: int64 [max_seqs], blocks held; those past the length are reserved.
         stamp: int64 [max_seqs], a number never used twice. A new one is drawn whenever entries already in a
             table are replaced or taken away, so an equal stamp means that a table has at most grown.
@@ -36,6 +41,8 @@ class Sequences:
         self.handle = self._no_handle.copy()
         self.length = np.zeros(max_seqs, dtype=np.int64)
         self.committed = np.zeros(max_seqs, dtype=np.int64)
+        self.known = np.zeros(max_seqs, dtype=np.int64)
+        self.namespace: list[Hashable] = [None] * max_seqs
         self.num_blocks = np.zeros(max_seqs, dtype=np.int64)
         self.stamp = np.full(max_seqs, -1, dtype=np.int64)
         self.table = np.full((max_seqs, self.width), -1, dtype=np.int32)
@@ -124,15 +131,26 @@ class Sequences:
         rows = np.array([self._free_rows.pop() for _ in range(count)], dtype=np.int64)
         self.handle[rows] = self._next_handle[rows]
         self._next_handle[rows] += self._row_mask + 1
-        self.length[rows] = self.committed[rows] = self.num_blocks[rows] = 0
+        self.length[rows] = self.committed[rows] = self.known[rows] = self.num_blocks[rows] = 0
         self.renew_stamps(rows)
         return rows
+
+    def fill(self, rows: Ints, blocks: Ints, length: int, known: int, namespace: Hashable) -> None:
+        """Give new, empty sequences their first tokens, all the same, and the blocks that hold them."""
+        self.table[rows, : len(blocks)] = blocks
+        self.num_blocks[rows] = len(blocks)
+        self.length[rows] = self.committed[rows] = length
+        self.known[rows] = known
+        for row in rows.tolist():
+            self.namespace[row] = namespace
 
     def close_rows(self, rows: Ints) -> None:
         """End the sequences of these rows; their blocks are the caller's to release."""
         self.handle[rows] = self._no_handle[rows]
         self.table[rows] = -1
         self.num_blocks[rows] = 0
+        for row in rows.tolist():
+            self.namespace[row] = None
         self._free_rows.extend(rows[::-1].tolist())
 
     def renew_stamps(self, rows: Ints) -> None:

@@ -42,11 +42,6 @@ class Plan(NamedTuple):
         for sample, start, count in zip(self.samples, self.starts, self.counts, strict=True):
             chunk = sample.tokens[start : start + count]
             tokens += chunk
-            if len(chunk) < count:  # at most the last one: it was drawn by a step still in flight
+            if len(chunk) < count:  # at most the last one: a step still in flight draws it
                 tokens.append(~sample.row)
         return tokens
-
-    def tokens_read(self) -> list[int]:
-        """The tokens that were read, once the step before has been completed: 0 where a sample that has ended read
-        one that was never looked at."""
-        return [max(token, 0) for token in self.tokens()]

@@ -208,7 +208,7 @@ class Scheduler:
         Returns:
             The samples that got a token.
         """
-        self._cache.commit(plan.batch, plan.tokens_read())
+        self._cache.commit(plan.batch, plan.tokens())  # what is unknown still was read for samples that have ended
         self.open_plans.popleft()
         written: list[Sample] = []
         ended: dict[str, list[Sample]] = {}

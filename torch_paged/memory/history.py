@@ -1,0 +1,83 @@
+"""What sequences consist of: the tokens of committed steps, and the full blocks that enter the prefix cache."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from torch_paged.memory.arrays import Ints, expand
+from torch_paged.memory.step import Step
+
+if TYPE_CHECKING:
+    from torch_paged.memory.manager import MemoryManager
+
+
+def remember(manager: MemoryManager, step: Step, tokens: Ints, advanced: int) -> None:
+    """Note the tokens of a committed step, and enter the blocks that they fill into the prefix cache.
+
+    The steps of a sequence come in order, but it may have been changed since the commit. A sequence is skipped that
+    was freed, or some of whose earlier tokens are not known.
+
+    Args:
+        tokens: int64 [num_tokens + advanced * n], those of the step in the order of the batch, then those of each
+            advanced step.
+    """
+    s, size = manager.sequences, manager.block_size
+    follows = (s.handle[step.rows] == step.handles) & (s.known[step.rows] == step.start)
+    if not follows.any():
+        return
+    owners, positions = _places(step, advanced)
+    if not follows.all():
+        kept = follows[owners]
+        owners, positions, tokens = owners[kept], positions[kept], tokens[kept]
+    columns = positions // size
+    blocks = s.flat_table[step.rows[owners] * s.width + columns].astype(np.int64)
+    manager.trie.flat_tokens[blocks * size + positions - columns * size] = tokens
+
+    rows, start, end = step.rows[follows], step.start[follows], step.end[follows] + advanced
+    s.known[rows] = end
+    first, last = start // size, end // size
+    filled = np.flatnonzero(first < last)
+    if len(filled):
+        owners, columns = expand(first[filled], last[filled])
+        _enter(manager, rows[filled[owners]], columns)
+
+
+def _places(step: Step, advanced: int) -> tuple[Ints, Ints]:
+    """Which of the step's sequences each token belongs to, and its position there."""
+    order = np.arange(len(step.rows))
+    owners, positions = np.repeat(order, step.counts), step.positions
+    if advanced:
+        further = step.end + np.arange(advanced)[:, None]
+        owners = np.concatenate([owners, np.tile(order, advanced)])
+        positions = np.concatenate([positions, further.reshape(-1)])
+    return owners, positions
+
+
+def _enter(manager: MemoryManager, rows: Ints, columns: Ints) -> None:
+    """Enter the full blocks at these places of the tables; of each row all that follow those in the trie already."""
+    s, trie = manager.sequences, manager.trie
+    entries = rows * s.width + columns
+    blocks = s.flat_table[entries].astype(np.int64)
+    keys = trie.keys_of(trie.tokens[blocks])
+    before = trie.node[s.flat_table[entries - 1]].tolist()
+    last_row, node = -1, -1
+    for row, column, block, key, parent in zip(
+        rows.tolist(), columns.tolist(), blocks.tolist(), keys, before, strict=True
+    ):
+        above = (s.namespace[row],) if column == 0 else node if row == last_row else parent
+        node = trie.enter(above, key, block, column)
+        if trie.block_of(node) != block:
+            _share(manager, row, column, trie.block_of(node))
+        last_row = row
+
+
+def _share(manager: MemoryManager, row: int, column: int, block: int) -> None:
+    """Let a sequence have the block that is in the trie, not its own with the same tokens."""
+    s = manager.sequences
+    own = s.table[row, column]
+    manager.pool.retain(np.array([block]))
+    s.table[row, column] = block
+    manager.pool.release(np.array([own], dtype=np.int64))
+    s.renew_stamps(np.array([row]))

@@ -1,0 +1,53 @@
+"""Tokens on their way to the prefix cache: the host never waits for a GPU to learn them."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_paged.memory import MemoryManager, Step
+from torch_paged.memory.arrays import Ints, as_integers
+
+
+class _Entry(NamedTuple):
+    step: Step
+    advanced: int
+    tokens: Ints | Tensor
+    arrived: torch.cuda.Event | None
+
+
+class TokenFeed:
+    """Hands the tokens of committed steps to the memory manager, in order, as soon as they are on the host.
+
+    Those on a GPU are copied there behind the work already queued, and looked at when the copy has been made.
+    """
+
+    def __init__(self, memory: MemoryManager) -> None:
+        self._memory = memory
+        self._entries: deque[_Entry] = deque()
+
+    def fetch(self, tokens: Any) -> tuple[Ints | Tensor, torch.cuda.Event | None]:
+        """Tokens that `put` takes, checked as far as they are known. Raises TypeError, ValueError."""
+        if not (isinstance(tokens, Tensor) and tokens.is_cuda):
+            return as_integers("tokens", tokens), None
+        if tokens.dim() != 1 or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+            raise TypeError(f"tokens must be flat integers, got {tokens.dtype} {list(tokens.shape)}")
+        with torch.cuda.device(tokens.device):
+            copy = tokens.to("cpu", non_blocking=True)  # pinned
+            arrived = torch.cuda.Event()
+            arrived.record()
+        return copy, arrived
+
+    def put(self, step: Step, advanced: int, tokens: Ints | Tensor, arrived: torch.cuda.Event | None) -> None:
+        """Take the tokens of a step just committed."""
+        self._entries.append(_Entry(step, advanced, tokens, arrived))
+        self.deliver()
+
+    def deliver(self) -> None:
+        """Hand over what has arrived."""
+        while self._entries and ((event := self._entries[0].arrived) is None or event.query()):
+            step, advanced, tokens, _ = self._entries.popleft()
+            self._memory.remember(step, as_integers("tokens", tokens), advanced)
