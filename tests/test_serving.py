@@ -5,6 +5,7 @@ import torch
 from serving_fakes import VOCAB, FakeModel, expected, make_cache
 
 from torch_paged.serving import Engine, Request, Sampling
+from torch_paged.serving import engine as engine_module
 
 PROMPTS = [[5, 17, 3], [11] * 9, list(range(1, 31)), [8], [2, 4, 6, 8, 10, 12, 14], list(range(60, 40, -1))]
 
@@ -242,6 +243,29 @@ def test_a_model_that_raises_loses_nothing(ahead):
             faults += 1
             cache.check_integrity()
     assert faults > 5
+    assert [generation.samples[0].written for generation in generations] == [expected(p, 12) for p in PROMPTS]
+    assert_empty(engine, cache)
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["in-turn", "ahead"])
+def test_results_that_do_not_arrive_lose_nothing(ahead, monkeypatch):
+    engine, cache, _ = make_engine(make_cache(num_blocks=14), ahead=ahead, token_budget=16)
+    calls = iter(range(10_000))
+
+    def failing(_):
+        if next(calls) % 5 == 4:
+            raise ArithmeticError("a fault")
+
+    monkeypatch.setattr(engine_module, "_logprobs", failing)
+    generations = [engine.submit(Request(prompt=prompt, max_new_tokens=12)) for prompt in PROMPTS]
+    busy, faults = True, 0
+    while busy:
+        try:
+            busy = engine.step()
+        except ArithmeticError:
+            faults += 1
+            cache.check_integrity()
+    assert faults > 3
     assert [generation.samples[0].written for generation in generations] == [expected(p, 12) for p in PROMPTS]
     assert_empty(engine, cache)
 

@@ -9,11 +9,13 @@ scheduler.py  Scheduler: plans within a budget of tokens, and what comes of them
 sampling.py   from logits to tokens on the device
 engine.py     Engine: the loop that runs plans through the model
 stream.py     what is new of a generation
+asynchronous.py   AsyncEngine: the same for coroutines
 beams.py      beam_search over forks
 
 The first six know no torch.
 """
 
+from torch_paged.serving.asynchronous import AsyncEngine
 from torch_paged.serving.beams import Beam, beam_search
 from torch_paged.serving.engine import Engine
 from torch_paged.serving.requests import Generation, Request, Sample, Sampling, TokenLogprobs
@@ -21,6 +23,7 @@ from torch_paged.serving.scheduler import Load, Scheduler
 from torch_paged.serving.stream import Piece
 
 __all__ = [
+    "AsyncEngine",
     "Beam",
     "Engine",
     "Generation",

@@ -73,6 +73,11 @@ class Engine:
         """How many samples run, wait and are swapped out."""
         return self._scheduler.load
 
+    @property
+    def busy(self) -> bool:
+        """Whether something is left to do."""
+        return self._scheduler.busy
+
     def submit(self, request: Request) -> Generation:
         """Queue a request. One that can never fit is finished at once, see `Generation.error`.
 
@@ -138,8 +143,8 @@ class Engine:
                 self._scheduler.undo(plan)
                 raise
         while len(self._launched) > (self._ahead and plan is not None):
-            self._take_in(self._launched.popleft())
-        return self._scheduler.busy
+            self._take_in()
+        return self.busy
 
     def _launch(self, plan: Plan) -> _Launched:
         batch = plan.batch
@@ -177,11 +182,19 @@ class Engine:
             self._rules = samples, rows, rules_of(samples, rows, self._device)
         return self._rules[2]
 
-    def _take_in(self, launched: _Launched) -> None:
-        plan, _, host, arrived = launched
-        if arrived is not None:
-            arrived.synchronize()
-        self._scheduler.complete(plan, host.tokens.tolist(), _logprobs(host))
+    def _take_in(self) -> None:
+        """The results of the oldest step in flight. If they cannot be had, all steps in flight are undone."""
+        plan, _, host, arrived = self._launched[0]
+        try:
+            if arrived is not None:
+                arrived.synchronize()
+            tokens, logprobs = host.tokens.tolist(), _logprobs(host)
+        except BaseException:
+            while self._launched:
+                self._scheduler.undo(self._launched.pop().plan)
+            raise
+        self._launched.popleft()
+        self._scheduler.complete(plan, tokens, logprobs)
 
 
 def _logprobs(host: Drawn) -> list[TokenLogprobs] | None:
