@@ -46,6 +46,33 @@ def test_every_way_of_serving_writes_the_same(ahead, policy, num_blocks, token_b
 
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["in-turn", "ahead"])
+def test_a_cached_prefix_is_not_read_again(ahead):
+    """A system prompt of 24 tokens before each of these: read once in a namespace, and never found in another."""
+    system = list(range(30, 54))
+    for own_namespaces in (False, True):
+        engine, cache, model = make_engine(make_cache(num_blocks=200), ahead=ahead)
+        for number, prompt in enumerate(PROMPTS):
+            namespace = number if own_namespaces else "all"
+            request = Request(prompt=system + prompt, max_new_tokens=6, namespace=namespace)
+            assert engine.run([request])[0].samples[0].written == expected(system + prompt, 6)
+        read = sum(tokens for tokens, _ in model.steps)
+        every_token = sum(len(system) + len(prompt) + 5 for prompt in PROMPTS)
+        assert read == every_token - (0 if own_namespaces else (len(PROMPTS) - 1) * len(system))
+        assert_empty(engine, cache)
+
+
+def test_what_gave_way_is_found_in_the_prefix_cache():
+    """Nothing else has taken the blocks of the sample that gave way: it reads little again."""
+    engine, cache, model = make_engine(make_cache(num_blocks=12))
+    first, second = [3] * 4 + list(range(8)), list(range(20, 32))
+    generations = engine.run([Request(prompt=prompt, max_new_tokens=16) for prompt in (first, second)])
+    assert [g.samples[0].written for g in generations] == [expected(prompt, 16) for prompt in (first, second)]
+    assert engine.load.preemptions == 1
+    assert sum(tokens for tokens, _ in model.steps) < 2 * (12 + 15) + 12
+    assert_empty(engine, cache)
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["in-turn", "ahead"])
 @pytest.mark.parametrize("num_blocks", [9, 64])
 def test_samples_of_one_prompt_share_it(ahead, num_blocks):
     """Four samples of a prompt of 18 tokens, which is read once and kept once."""

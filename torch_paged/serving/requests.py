@@ -59,7 +59,7 @@ class Request:
         max_new_tokens: at most so many tokens are written, at least 1.
         sampling: how they are drawn.
         samples: continuations, each of its own; the prompt is read once, and its blocks are shared.
-        stop_tokens: a sample ends with the first of these.
+        stop_tokens: a sample ends with the first of these, which is its last token and not in its text.
         stop_strings: a sample ends where its text has one of these, which is cut off. Needs the engine's `decode`.
         priority: the higher, the sooner.
         namespace: prompts find cached prefixes of their own namespace alone.
@@ -106,6 +106,8 @@ class Sample:
     Attributes:
         tokens: the prompt and what was written so far.
         logprobs: of each written token, where the request asked for them.
+        text: of the written tokens but a stop token, as far as they make whole characters, where the engine has a
+            `decode`.
         finish_reason: None as long as it goes on, then "stop" (a stop token or string), "length", "cancelled" or
             "error".
         error: what went wrong, with the finish reason "error".
@@ -155,12 +157,14 @@ class Sample:
         self.tokens.append(token)
         if logprobs is not None and self.generation.request.sampling.logprobs is not None:
             self.logprobs.append(logprobs)
+        if token in self.stop_tokens:
+            return "stop"
         try:
             stopped = self.text is not None and self.text.feed(token)
         except Exception as error:  # the caller's decode: this sample's trouble alone
             self.error = error
             return "error"
-        if stopped or token in self.stop_tokens:
+        if stopped:
             return "stop"
         return "length" if len(self.tokens) == self.limit else None
 

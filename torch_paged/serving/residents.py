@@ -40,6 +40,7 @@ class Residents:
         self._reserve = reserve  # blocks that admission leaves free
         self._running_rows = 0  # of the cache, those of forks to come included
         self._swapped_rows = 0
+        self._crowded = False  # since one gave way, none has ended: who is let in would be the next to give way
 
     def blocks(self, tokens: int) -> int:
         """Blocks that so many tokens take."""
@@ -57,7 +58,7 @@ class Residents:
             where there is no room.
         """
         head = self.queue.head()
-        if head is None or not self._has_rows(head):
+        if head is None or (self._crowded and self.running) or not self._has_rows(head):
             return [], 0
         room = self._cache.num_free_blocks - self._reserve - outstanding
         if self._policy == "wait":
@@ -149,6 +150,7 @@ class Residents:
 
     def _preempt(self, victims: list[Sample]) -> None:
         self.preemptions += len(victims)
+        self._crowded = True
         swapping = [sample for sample in victims if self._policy == "swap" and sample.cached]
         try:
             if swapping:
@@ -183,6 +185,7 @@ class Residents:
             if sample.state == "waiting":
                 self.queue.remove(sample)
         self.release(samples)
+        self._crowded = False
         for sample in samples:
             sample.state = "finished"
         self._forget_gone()

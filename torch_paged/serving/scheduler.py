@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -63,7 +64,7 @@ class Scheduler:
         token_budget: int = 512,
         max_running: int | None = None,
         policy: str = "recompute",
-        watermark: float = 0.01,
+        watermark: float = 0.02,
         patience: float = 1000.0,
     ) -> None:
         if policy not in POLICIES:
@@ -78,7 +79,7 @@ class Scheduler:
         self._cache = cache
         self._budget = token_budget
         self._max_running = min(max_running or cache.max_seqs, cache.max_seqs, token_budget)
-        reserve = int(watermark * cache.num_blocks)
+        reserve = math.ceil(watermark * cache.num_blocks)
         self._residents = Residents(cache, policy, self._max_running, reserve, patience)
 
     @property
@@ -127,7 +128,8 @@ class Scheduler:
         ending = [sample for sample in dict.fromkeys(samples) if sample.finish_reason is None]
         for sample in ending:
             sample.end(reason, error)
-        self._residents.end(ending)
+        if ending:
+            self._residents.end(ending)
 
     def fail(self, error: BaseException) -> None:
         """End everything with an error."""

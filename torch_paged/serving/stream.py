@@ -16,7 +16,7 @@ class Piece(NamedTuple):
         token: its new token; None: only text follows, or the end.
         text: new text; what may turn out to be part of a stop string or of a longer character comes later.
         logprobs: of the token, where the request asked for them.
-        finish_reason: with the last piece of a sample, why it ended.
+        finish_reason: with the last piece of a sample, why it ended. After an error there may be no such piece.
     """
 
     sample: int
@@ -50,7 +50,7 @@ class Stream:
                 self._characters[index] += len(text)
             reason = sample.finish_reason
             self._ended[index] = reason is not None
-            if not tokens and (text or reason):
+            if not tokens and (text or reason not in (None, "error")):  # an error is raised in the end
                 tokens = [None]
             for i, token in enumerate(tokens):
                 last = i == len(tokens) - 1
