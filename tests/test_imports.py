@@ -16,10 +16,12 @@ ALLOWED = {
     "ops": {"bounds", "checks"},  # and, by name, cpu and kernels on first use
     "checks": set(),
     "bounds": set(),
-    "cache": {"batch", "functional", "layers", "memory", "staging", "token_feed"},
+    "cache": {"batch", "capacity", "functional", "layers", "memory", "staging", "token_feed", "transfer"},
+    "capacity": {"memory"},
     "layers": {"batch", "functional"},
     "staging": {"batch", "memory"},
     "token_feed": {"memory"},
+    "transfer": {"functional", "memory"},
     "batch": set(),
     "memory": set(),
     "cpu": set(),

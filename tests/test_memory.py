@@ -11,7 +11,14 @@ def snapshot(manager):
     """Everything that a step must leave as it was when it fails or is rolled back."""
     s, pool = manager.sequences, manager.pool
     arrays = [s.handle, s.length, s.committed, s.known, s.num_blocks, s.table]
-    arrays += [pool.refcount, pool.free_blocks, pool.waiting_blocks, pool.evictable_blocks, manager.trie.node]
+    arrays += [
+        s.outside,
+        pool.refcount,
+        pool.free_blocks,
+        pool.waiting_blocks,
+        pool.evictable_blocks,
+        manager.trie.node,
+    ]
     return [array.tolist() for array in arrays] + [list(manager.steps)]
 
 
@@ -272,7 +279,7 @@ def test_stats_by_hand(manager):
     assert stats.slots_filled == pytest.approx(7 / 12)
     assert (stats.bytes_used, stats.bytes_contiguous) == (3 * 4 * 10, 3 * 6 * 10)
     empty = MemoryManager(3, 4, 4, 20).stats(10)
-    assert empty == (3, 0, 3, 0, 0, 0.0, 0, 0, 0, 0, 0, 0)
+    assert empty == (3, 0, 3, 0, 0, 0.0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 @pytest.mark.parametrize(

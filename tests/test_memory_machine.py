@@ -51,6 +51,7 @@ class Machine(RuleBasedStateMachine):
         self.open = {}  # step number: (step, {sequence: tokens before}, blocks that the step reads, its tokens)
         self.random = np.random.default_rng(seed)
         self.freed = []
+        self.outside = set()  # sequences that are swapped out
         self.feed = TokenFeed(self.manager)
         self.late = []  # one for each commit whose tokens were late: whether they have arrived
         for length in lengths:
@@ -115,7 +116,7 @@ class Machine(RuleBasedStateMachine):
         """How many tokens of a prompt the prefix cache must hold, because a live sequence begins with them."""
         size, most = self.manager.block_size, 0
         for seq, tokens in self.tokens.items():
-            if self.namespace[seq] == namespace:
+            if self.namespace[seq] == namespace and seq not in self.outside:
                 known = self.manager.sequences.known[self.manager.sequences.find_one(seq)]
                 pairs = zip(prompt[:-1], tokens[: max(known, 0)], strict=False)
                 most = max(most, sum(np.cumprod([a == b for a, b in pairs])) // size * size)
@@ -132,7 +133,9 @@ class Machine(RuleBasedStateMachine):
     @rule(index=picks, n=st.integers(1, 3))
     def fork(self, index, n):
         seq = self.pick(index)
-        if self.has_open_step(seq):
+        if seq in self.outside:
+            self.refused(self.manager.fork, seq, n, match="swapped out")
+        elif self.has_open_step(seq):
             self.refused(self.manager.fork, seq, n, match="open")
         elif len(self.tokens) + n > MAX_SEQS:
             self.refused(self.manager.fork, seq, n, match="max_seqs")
@@ -147,7 +150,9 @@ class Machine(RuleBasedStateMachine):
     @rule(index=picks, forgotten=st.integers(0, 8))
     def truncate(self, index, forgotten):
         seq = self.pick(index)
-        if self.has_open_step(seq):
+        if seq in self.outside:
+            self.refused(self.manager.truncate, seq, 0, match="swapped out")
+        elif self.has_open_step(seq):
             self.refused(self.manager.truncate, seq, 0, match="open")
         else:
             length = max(0, len(self.tokens[seq]) - forgotten)
@@ -159,7 +164,57 @@ class Machine(RuleBasedStateMachine):
         seq = self.pick(index)
         self.manager.free(seq)
         del self.tokens[seq]
+        self.outside.discard(seq)
         self.freed.append(seq)
+
+    @rule(members=st.integers(0, 2**MAX_SEQS - 1))
+    def swap_out(self, members):
+        seqs = self.members(members)
+        if self.outside & {*seqs}:
+            self.refused(self.manager.pack, seqs, match="is swapped out")
+        elif any(map(self.has_open_step, seqs)):
+            self.refused(self.manager.pack, seqs, match="open")
+        else:
+            before = snapshot(self.manager)
+            parcel = self.manager.pack(seqs)
+            assert snapshot(self.manager) == before, "whoever fails to fetch the blocks has nothing to undo"
+            assert {*parcel.blocks.tolist()} == {block for seq in seqs for block in self.blocks_with_tokens(seq)}
+            parcel.content = self.slots[parcel.blocks]
+            self.manager.swap_out(parcel)
+            self.outside |= {*seqs}
+
+    def blocks_with_tokens(self, seq):
+        return self.blocks_of(seq)[: -(-len(self.tokens[seq]) // self.manager.block_size)]
+
+    @rule(members=st.integers(0, 2**MAX_SEQS - 1), fault=st.booleans())
+    def swap_in(self, members, fault):
+        seqs = self.members(members)
+        if not self.outside.issuperset(seqs):
+            self.refused(self.manager.unpack, seqs, match="was not swapped out")
+            return
+        before = snapshot(self.manager)
+        try:
+            arrival = self.manager.unpack(seqs)
+        except OutOfBlocks as error:
+            assert snapshot(self.manager) == before
+            assert error.needed > error.free == self.manager.pool.num_available
+            return
+        for parcel, rows, blocks in arrival.moves:
+            assert not {*blocks.tolist()} & self.in_flight()
+            self.slots[blocks] = -1 if fault else parcel.content[rows]
+        if fault:
+            self.manager.cancel(arrival)
+            return
+        self.manager.swap_in(arrival)
+        self.outside -= {*seqs}
+
+    def members(self, bits):
+        """The live sequences whose bit is set."""
+        return [seq for i, seq in enumerate(self.tokens) if bits >> i & 1]
+
+    def in_flight(self):
+        """Blocks that open steps read."""
+        return {block for _, _, reads, _ in self.open.values() for block in reads}
 
     @rule(index=picks)
     def use_after_free(self, index):
@@ -177,7 +232,10 @@ class Machine(RuleBasedStateMachine):
     )
     def prepare(self, members, counts, ahead):
         """A step of the live sequences whose bit is set in `members`."""
-        seqs = [seq for i, seq in enumerate(self.tokens) if members >> i & 1]
+        seqs = self.members(members)
+        if self.outside & {*seqs}:
+            self.refused(self.manager.prepare, seqs, 1, match="is swapped out: swap it in first")
+            return
         counts = counts[: len(seqs)] if len(counts) > 1 else counts * len(seqs)
         if any(len(self.tokens[seq]) + n + ahead > MAX_SEQ_LEN for seq, n in zip(seqs, counts, strict=True)):
             self.refused(self.manager.prepare, seqs, counts, ahead, match="max_seq_len")
@@ -190,8 +248,7 @@ class Machine(RuleBasedStateMachine):
             assert error.needed > error.free == self.manager.pool.num_available
             return
         fresh = {*step.copies.blocks.tolist(), *step.growth.blocks.tolist()}
-        for _, _, reads, _ in self.open.values():
-            assert not fresh & reads, "a block is reused while a step that reads it is open"
+        assert not fresh & self.in_flight(), "a block is reused while a step that reads it is open"
         self.run(step, seqs, counts)
 
     def run(self, step, seqs, counts):
@@ -266,10 +323,11 @@ class Machine(RuleBasedStateMachine):
     @rule(count=st.integers(1, 6))
     def prepare_and_rollback(self, count):
         """Every sequence at once, so that blocks are shared among the writers, and back at once."""
-        assume(all(len(tokens) + count <= MAX_SEQ_LEN for tokens in self.tokens.values()))
+        seqs = [seq for seq in self.tokens if seq not in self.outside]
+        assume(all(len(self.tokens[seq]) + count <= MAX_SEQ_LEN for seq in seqs))
         before, entries = snapshot(self.manager), len(self.manager.trie)
         try:
-            step = self.manager.prepare(list(self.tokens), count)
+            step = self.manager.prepare(seqs, count)
         except OutOfBlocks:
             return
         evicted = len(self.manager.trie) < entries
@@ -286,7 +344,8 @@ class Machine(RuleBasedStateMachine):
         assert len(self.manager.sequences.live_rows) == len(self.tokens)
         for seq, tokens in self.tokens.items():
             assert self.manager.length(seq) == len(tokens)
-            assert self.slots[self.blocks_of(seq)].reshape(-1)[: len(tokens)].tolist() == self.keys_of(seq)
+            if seq not in self.outside:
+                assert self.slots[self.blocks_of(seq)].reshape(-1)[: len(tokens)].tolist() == self.keys_of(seq)
 
     def teardown(self):
         if hasattr(self, "manager"):
@@ -296,6 +355,7 @@ class Machine(RuleBasedStateMachine):
             self.deliver(len(self.late))
             self.manager.check_integrity()
             assert self.manager.pool.num_available == self.manager.pool.num_blocks
+            assert self.manager.num_outside == 0
             self.manager.clear_prefixes()
             self.manager.check_integrity()
             assert self.manager.pool.num_free == self.manager.pool.num_blocks
@@ -304,7 +364,8 @@ class Machine(RuleBasedStateMachine):
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None, derandomize=True)
 
-WEIGHTS = dict(add=6, prepare=8, commit=12, free=6, truncate=2, fork=2, rollback=1, deliver=3, clear_prefixes=0.05)
+OFTEN = dict(add=6, prepare=8, commit=12, free=6, swap_out=4, swap_in=6)
+WEIGHTS = OFTEN | dict(truncate=2, fork=3, rollback=1, deliver=3, clear_prefixes=0.05)
 
 
 @pytest.mark.parametrize("num_blocks", [6, 12, 20, 40])
@@ -316,13 +377,25 @@ def test_ten_thousand_random_operations(num_blocks, block_size):
     def pick():
         return int(random.integers(12))
 
+    def some(seqs):
+        """Bits for one or two of these sequences."""
+        return sum({1 << list(machine.tokens).index(random.choice(seqs)) for _ in range(1 + pick() % 2)}) if seqs else 0
+
+    def inside():
+        return [seq for seq in machine.tokens if seq not in machine.outside]
+
+    def settled():
+        return [seq for seq in inside() if not machine.has_open_step(seq)]
+
     machine = Machine()
     machine.begin(num_blocks, block_size, [], seed=pick())
     drawn = dict(
         add=lambda: (random.choice(["a", "a", "b"]), int(random.integers(MAX_SEQ_LEN + 1))),
-        prepare=lambda: (1 << pick() % 6 | 1 << pick() % 6, random.integers(1, 5, MAX_SEQS).tolist(), pick() % 2),
+        prepare=lambda: (some(inside()), random.integers(1, 5, MAX_SEQS).tolist(), pick() % 2),
         commit=lambda: (pick(), int(random.random() < 0.2), random.choice(["given"] * 12 + HOW)),
         fork=lambda: (pick(), 1),
+        swap_out=lambda: (some(settled()),),
+        swap_in=lambda: (some([*machine.outside]), pick() % 4 == 0),
         truncate=lambda: (pick(), pick() % 9),
         clear_prefixes=lambda: ([["a"], []][pick() % 2],),
     )

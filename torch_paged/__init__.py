@@ -12,13 +12,14 @@ from torch_paged.functional import (
     scatter_blocks,
     warmup,
 )
-from torch_paged.memory import IntegrityError, MemoryStats, OutOfBlocks
+from torch_paged.memory import IntegrityError, MemoryStats, OutOfBlocks, OutOfSwapSpace
 
 __version__ = "0.1.0"
 __all__ = [
     "IntegrityError",
     "MemoryStats",
     "OutOfBlocks",
+    "OutOfSwapSpace",
     "PagedBatch",
     "PagedKVCache",
     "append",

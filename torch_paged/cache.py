@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Hashable, Sequence
 from typing import Any, NoReturn
 
@@ -10,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from torch_paged.batch import PagedBatch
+from torch_paged.capacity import blocks_in, empty_cache
 from torch_paged.functional import copy_blocks
 from torch_paged.layers import FunctionalKV, PagedKVLayer
-from torch_paged.memory import IntegrityError, MemoryManager, MemoryStats, Step
+from torch_paged.memory import IntegrityError, MemoryManager, MemoryStats, OutOfSwapSpace, Step
 from torch_paged.memory.arrays import as_integer, as_integers
 from torch_paged.staging import Staging
 from torch_paged.token_feed import TokenFeed
+from torch_paged.transfer import Transfer
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -50,6 +51,7 @@ class PagedKVCache(nn.Module):
         buckets: increasing sizes. Sequences and tokens of a batch are padded to the smallest that holds them, and the
             tensors of these batches never change their addresses, so CUDA graphs can be replayed on them. What no
             bucket holds is not padded. None: no padding.
+        swap_space: bytes of host memory for sequences that are swapped out. None: as much as there is.
 
     Raises:
         ValueError, TypeError: an argument is out of its range or of the wrong type.
@@ -76,6 +78,7 @@ class PagedKVCache(nn.Module):
         cache_dtype: torch.dtype | None = None,
         device: torch.device | str,
         buckets: Sequence[int] | None = None,
+        swap_space: int | None = None,
     ) -> None:
         super().__init__()
         if dtype not in _DTYPES:
@@ -92,7 +95,7 @@ class PagedKVCache(nn.Module):
         block_size = as_integer("block_size", block_size, at_least=1)
         self._bytes_per_token = self.kv_bytes(num_layers, 1, num_kv_heads, head_dim, value_head_dim, dtype=dtype)
         if memory is not None:
-            num_blocks = _blocks_in(memory, block_size * self._bytes_per_token, device)
+            num_blocks = blocks_in(memory, block_size * self._bytes_per_token, device)
         assert num_blocks is not None
         self._manager = MemoryManager(num_blocks, block_size, max_seqs, max_seq_len)
         self.num_blocks, self.block_size, self.device = num_blocks, block_size, device
@@ -100,12 +103,14 @@ class PagedKVCache(nn.Module):
         with torch.inference_mode(False):  # whatever mode this runs under, the buffers can be written in any
             shapes = [(num_blocks, block_size, num_kv_heads, dim) for dim in (head_dim, value_head_dim)]
             self.layers = nn.ModuleList(
-                PagedKVLayer(*(_empty_cache(*shape, dtype, device) for shape in shapes)) for _ in range(num_layers)
+                PagedKVLayer(*(empty_cache(*shape, dtype, device) for shape in shapes)) for _ in range(num_layers)
             )
         self._staging = Staging(self._manager, device, _check_buckets(buckets))
         self._buffers_of_layers = [tensor for pair in self.tensors() for tensor in pair]
         self._open: dict[int, tuple[PagedBatch, Step]] = {}
         self._feed = TokenFeed(self._manager)
+        self._transfer = Transfer(self._buffers_of_layers, block_size * self._bytes_per_token, device)
+        self._swap_space = None if swap_space is None else as_integer("swap_space", swap_space, at_least=0)
         # Copying nothing tells a GPU where the caches lie: later copies can be captured in a graph.
         copy_blocks(self._buffers_of_layers, torch.empty(0, 2, dtype=torch.int64, device=device))
 
@@ -190,6 +195,44 @@ class PagedKVCache(nn.Module):
             ValueError: one was freed before, or occurs twice; none is freed.
         """
         self._manager.free(seqs)
+
+    def swap_out(self, seqs: int | Sequence[int]) -> None:
+        """Move the tokens of one sequence or several to host memory, and release their blocks.
+
+        The sequences stay live and keep their lengths; until `swap_in`, all they can is wait or be freed. A block that
+        several of them share is moved once. On a GPU nothing is waited for: the caches are read on the current stream,
+        which steps to come must use too, and the rest happens beside them.
+
+        Raises:
+            ValueError: one was freed, is swapped out already, or has an open step.
+            OutOfSwapSpace: `swap_space` does not suffice.
+        """
+        self._feed.deliver()
+        parcel = self._manager.pack(seqs)
+        needed, used = (count * self._transfer.block_bytes for count in (len(parcel.blocks), self._manager.num_outside))
+        if self._swap_space is not None and used + needed > self._swap_space:
+            raise OutOfSwapSpace(needed, self._swap_space - used)
+        parcel.content = self._transfer.fetch(parcel.blocks)
+        self._manager.swap_out(parcel)
+
+    def swap_in(self, seqs: int | Sequence[int]) -> None:
+        """Move sequences back that were swapped out. Those that left together share again what they shared.
+
+        What the prefix cache still holds is not moved. Host memory is given up when all that left together are back.
+
+        Raises:
+            ValueError: one was freed or is not swapped out.
+            OutOfBlocks: the free blocks do not suffice.
+        """
+        self._feed.deliver()
+        arrival = self._manager.unpack(seqs)
+        try:
+            for parcel, rows, blocks in arrival.moves:
+                self._transfer.store(parcel.content, rows, blocks)
+        except BaseException:
+            self._manager.cancel(arrival)
+            raise
+        self._manager.swap_in(arrival)
 
     def length(self, seq: int) -> int:
         """Tokens of `seq`, those of open steps included. Raises ValueError if it was freed."""
@@ -303,35 +346,6 @@ class PagedKVCache(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError("a PagedKVCache cannot be copied or pickled: build another one")
-
-
-def _empty_cache(
-    num_blocks: int, block_size: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """An uninitialised cache of the shape above, stored so that the tokens of one block and head are adjacent.
-
-    The operators take any strides; this layout makes each head's part of a block one stretch of memory.
-    """
-    return torch.empty(num_blocks, num_heads, block_size, head_dim, dtype=dtype, device=device).transpose(1, 2)
-
-
-def _blocks_in(memory: int | float, block_bytes: int, device: torch.device) -> int:
-    """How many blocks fit into so many bytes, or into a share of the device's free memory."""
-    if isinstance(memory, float):
-        if not 0 < memory <= 1:
-            raise ValueError(f"memory as a share of free memory must lie in (0, 1], got {memory}")
-        budget = int(memory * _free_memory(device))
-    else:
-        budget = as_integer("memory", memory, at_least=1)
-    if budget < block_bytes:
-        raise ValueError(f"memory = {memory} is {budget} bytes, less than one block of {block_bytes} bytes")
-    return budget // block_bytes
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _check_buckets(buckets: Sequence[int] | None) -> list[int]:

@@ -1,6 +1,6 @@
 """Host side of the paged cache: who owns which block. NumPy alone, no torch.
 
-errors.py      what can go wrong: OutOfBlocks, IntegrityError
+errors.py      what can go wrong: OutOfBlocks, OutOfSwapSpace, IntegrityError
 arrays.py      checks of a caller's integers, ragged ranges
 prefix.py      PrefixTrie: full blocks, found by the tokens that filled them
 eviction.py    EvictionQueue: the order in which unreferenced blocks of the prefix cache make room
@@ -9,12 +9,13 @@ sequences.py   Sequences: handles, lengths and block tables, one row a sequence
 step.py        Step: what one prepare took, enough to commit it or to undo it
 manager.py     MemoryManager: add, prepare, commit, rollback, fork, truncate, free
 history.py     the tokens of committed steps on their way into the prefix cache
+swap.py        sequences moved out of the cache and back
 inspection.py  MemoryStats and the integrity check
 """
 
-from torch_paged.memory.errors import IntegrityError, OutOfBlocks
+from torch_paged.memory.errors import IntegrityError, OutOfBlocks, OutOfSwapSpace
 from torch_paged.memory.inspection import MemoryStats
 from torch_paged.memory.manager import MemoryManager
 from torch_paged.memory.step import Step
 
-__all__ = ["IntegrityError", "MemoryManager", "MemoryStats", "OutOfBlocks", "Step"]
+__all__ = ["IntegrityError", "MemoryManager", "MemoryStats", "OutOfBlocks", "OutOfSwapSpace", "Step"]

@@ -23,5 +23,22 @@ class OutOfBlocks(RuntimeError):
         return f"the step needs {self.needed} blocks, {self.free} are free{later}"
 
 
+class OutOfSwapSpace(RuntimeError):
+    """Sequences to be swapped out need more host memory than `swap_space` allows. Nothing was changed.
+
+    Attributes:
+        needed: bytes that they would have taken.
+        free: bytes that are left.
+    """
+
+    def __init__(self, needed: int, free: int) -> None:
+        super().__init__(needed, free)
+        self.needed = needed
+        self.free = free
+
+    def __str__(self) -> str:
+        return f"the sequences need {self.needed} bytes of swap space, {self.free} are free"
+
+
 class IntegrityError(RuntimeError):
     """`check_integrity()` found a broken invariant: a bug in this library, or memory written from outside."""

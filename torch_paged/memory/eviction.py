@@ -53,6 +53,7 @@ class EvictionQueue:
 
     def pop(self, count: int) -> Ints:
         """Take the first `count` blocks out; at least so many must be there."""
+        assert count <= self._count
         taken: list[Ints] = []
         while count:
             end = min(self._first + max(count, _WINDOW), self._end)

@@ -41,7 +41,7 @@ def remember(manager: MemoryManager, step: Step, tokens: Ints, advanced: int) ->
     filled = np.flatnonzero(first < last)
     if len(filled):
         owners, columns = expand(first[filled], last[filled])
-        _enter(manager, rows[filled[owners]], columns)
+        enter(manager, rows[filled[owners]], columns)
 
 
 def _places(step: Step, advanced: int) -> tuple[Ints, Ints]:
@@ -55,22 +55,34 @@ def _places(step: Step, advanced: int) -> tuple[Ints, Ints]:
     return owners, positions
 
 
-def _enter(manager: MemoryManager, rows: Ints, columns: Ints) -> None:
-    """Enter the full blocks at these places of the tables; of each row all that follow those in the trie already."""
+def enter(manager: MemoryManager, rows: Ints, columns: Ints) -> None:
+    """Enter the full blocks at these places of the tables; of each row all that follow those in the trie already.
+
+    Where another block with the same tokens is there already, the sequence gets that one for its own. If others hold
+    its own as well, which may follow it with blocks in the trie, it stays as it is and is not followed any more.
+    """
     s, trie = manager.sequences, manager.trie
     entries = rows * s.width + columns
     blocks = s.flat_table[entries].astype(np.int64)
     keys = trie.keys_of(trie.tokens[blocks])
     before = trie.node[s.flat_table[entries - 1]].tolist()
     last_row, node = -1, -1
+    left: set[int] = set()
     for row, column, block, key, parent in zip(
         rows.tolist(), columns.tolist(), blocks.tolist(), keys, before, strict=True
     ):
+        if row in left:
+            continue
         above = (s.namespace[row],) if column == 0 else node if row == last_row else parent
         node = trie.enter(above, key, block, column)
-        if trie.block_of(node) != block:
-            _share(manager, row, column, trie.block_of(node))
-        last_row = row
+        last_row, twin = row, trie.block_of(node)
+        if twin == block:
+            continue
+        if manager.pool.refcount[block] == 1:
+            _share(manager, row, column, twin)
+        else:
+            s.known[row] = -1
+            left.add(row)
 
 
 def _share(manager: MemoryManager, row: int, column: int, block: int) -> None:

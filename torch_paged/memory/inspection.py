@@ -29,6 +29,8 @@ class MemoryStats(NamedTuple):
         blocks_evictable: blocks in the prefix cache that leave it when their space is needed; part of `blocks_free`.
         tokens_looked_up: tokens of all prompts given to `add` so far.
         tokens_found: how many of those the prefix cache held.
+        seqs_swapped: sequences that are swapped out; what they hold counts nowhere above.
+        bytes_swapped: bytes of host memory that keep their blocks.
     """
 
     blocks_total: int
@@ -43,6 +45,8 @@ class MemoryStats(NamedTuple):
     blocks_evictable: int
     tokens_looked_up: int
     tokens_found: int
+    seqs_swapped: int
+    bytes_swapped: int
 
 
 def stats(manager: MemoryManager, bytes_per_token: int) -> MemoryStats:
@@ -51,7 +55,7 @@ def stats(manager: MemoryManager, bytes_per_token: int) -> MemoryStats:
     rows, columns, blocks = _table_entries(manager)
     filled = np.zeros(pool.num_blocks, dtype=np.int64)
     np.maximum.at(filled, blocks, np.clip(s.length[rows] - columns * size, 0, size))
-    lengths = s.length[s.live_rows]
+    lengths = s.length[s.live_rows[~s.outside[s.live_rows]]]
     used = pool.num_blocks - pool.num_available
     return MemoryStats(
         blocks_total=pool.num_blocks,
@@ -66,6 +70,8 @@ def stats(manager: MemoryManager, bytes_per_token: int) -> MemoryStats:
         blocks_evictable=pool.num_evictable,
         tokens_looked_up=manager.tokens_looked_up,
         tokens_found=manager.tokens_found,
+        seqs_swapped=len(manager.parcels),
+        bytes_swapped=manager.num_outside * size * bytes_per_token,
     )
 
 
@@ -77,6 +83,7 @@ def check_integrity(manager: MemoryManager) -> None:
     _check_trie(manager)
     _check_eviction(manager)
     _check_histories(manager)
+    _check_parcels(manager)
 
 
 def _check_sequences(manager: MemoryManager) -> None:
@@ -87,7 +94,12 @@ def _check_sequences(manager: MemoryManager) -> None:
     _require((s.length[rows] <= s.max_seq_len).all(), "lengths lie within max_seq_len")
     _require((s.committed[rows] <= s.length[rows]).all(), "committed tokens are part of the length")
     _require((s.known[rows] <= s.committed[rows]).all(), "known tokens are committed")
-    _require((s.num_blocks[rows] * size >= s.length[rows]).all(), "a sequence holds blocks for its length")
+    outside = rows[s.outside[rows]]
+    _require({*s.handle[outside].tolist()} == {*manager.parcels}, "who is swapped out left something behind")
+    _require((s.num_blocks[outside] == 0).all(), "who is swapped out holds no blocks")
+    _require((s.committed[outside] == s.length[outside]).all(), "who is swapped out has no open step")
+    enough = s.num_blocks[rows] * size >= s.length[rows]
+    _require((enough | s.outside[rows]).all(), "a sequence holds blocks for its length")
     held = np.zeros(s.max_seqs, dtype=np.int64)
     held[rows] = s.num_blocks[rows]
     in_use = np.arange(s.width) < held[:, None]
@@ -161,7 +173,7 @@ def _check_eviction(manager: MemoryManager) -> None:
 def _check_histories(manager: MemoryManager) -> None:
     s, trie = manager.sequences, manager.trie
     above = {node: parent for (parent, _), node in trie.items()}
-    for row in s.live_rows:
+    for row in s.live_rows[~s.outside[s.live_rows]]:
         full = max(int(s.known[row]), 0) // manager.block_size
         nodes = trie.node[s.table[row, :full]].tolist()
         parents = [(s.namespace[row],), *nodes]
@@ -169,6 +181,16 @@ def _check_histories(manager: MemoryManager) -> None:
             all(above.get(node) == parent for node, parent in zip(nodes, parents, strict=False)),
             "the full blocks of a known history are a path in the prefix cache",
         )
+
+
+def _check_parcels(manager: MemoryManager) -> None:
+    s, size = manager.sequences, manager.block_size
+    for parcel in {*manager.parcels.values()}:
+        members = {handle for handle, other in manager.parcels.items() if other is parcel}
+        _require(members == {*parcel.rows}, "a parcel and its sequences know each other")
+        for handle, rows in parcel.rows.items():
+            _require(len(rows) == -(-s.length[s.find_one(handle)] // size), "a parcel holds its sequences' tokens")
+            _require(((rows >= 0) & (rows < len(parcel.blocks))).all(), "a parcel's rows are its own")
 
 
 def _table_entries(manager: MemoryManager) -> tuple[Ints, Ints, Ints]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from torch_paged.memory import history, inspection
+from torch_paged.memory import history, inspection, swap
 from torch_paged.memory.arrays import Flags, Ints, as_integer, as_integers, expand
 from torch_paged.memory.pool import BlockPool
 from torch_paged.memory.prefix import PrefixTrie
@@ -30,6 +30,7 @@ class MemoryManager:
         trie: the prefix cache.
         sequences: the sequences.
         steps: the open steps by their number, the oldest first.
+        parcels: of each sequence that is swapped out, what it left with.
     """
 
     def __init__(self, num_blocks: int, block_size: int, max_seqs: int, max_seq_len: int) -> None:
@@ -42,6 +43,7 @@ class MemoryManager:
             self.block_size,
         )
         self.steps: dict[int, Step] = {}
+        self.parcels: dict[int, swap.Parcel] = {}
         self.tokens_looked_up = self.tokens_found = 0
 
     def add(self, tokens: Any = (), namespace: Hashable = None) -> int:
@@ -71,11 +73,13 @@ class MemoryManager:
         """Handles of `n` new sequences that share all tokens of `seq`; reserved blocks are not shared.
 
         Raises:
-            ValueError: `seq` is not live or has an open step; `n < 1`; more than `max_seqs` would be live.
+            ValueError: `seq` is not live, is swapped out or has an open step; `n < 1`; more than `max_seqs` would be
+                live.
         """
         s = self.sequences
         row = s.find_one(seq)
         n = as_integer("n", n, at_least=1)
+        s.require_inside(np.array([row]))
         s.require_settled(row, "fork")
         s.require_rows(n)
         rows = s.open_rows(n)
@@ -90,11 +94,12 @@ class MemoryManager:
         """Forget the tokens of `seq` from position `length` on, and give back what lies beyond, reserved too.
 
         Raises:
-            ValueError: `seq` is not live or has an open step; `length` is negative or more than it has.
+            ValueError: `seq` is not live, is swapped out or has an open step; `length` is negative or more than it has.
         """
         s = self.sequences
         row = s.find_one(seq)
         length = as_integer("length", length, at_least=0)
+        s.require_inside(np.array([row]))
         s.require_settled(row, "truncate")
         if length > s.length[row]:
             raise ValueError(f"cannot truncate sequence {seq} of {s.length[row]} tokens to {length}")
@@ -115,7 +120,7 @@ class MemoryManager:
             ValueError: one of them is not live (freed before, for instance), or occurs twice; none is freed.
         """
         s = self.sequences
-        _, rows = s.find([seqs] if np.ndim(seqs) == 0 else seqs)
+        handles, rows = s.find_some(seqs)
         owners, columns = expand(np.zeros_like(rows), s.num_blocks[rows])
         blocks = [s.table[rows[owners], columns].astype(np.int64)]
         for step in self.steps.values():  # what a step keeps for a sequence goes with the sequence
@@ -123,6 +128,8 @@ class MemoryManager:
             ending = self._alive(step)[owners] & np.isin(step.rows[owners], rows)
             blocks.append(step.copies.sources[ending])
         self.pool.release(np.concatenate(blocks))
+        for handle in handles[s.outside[rows]].tolist():
+            del self.parcels.pop(handle).rows[handle]
         s.close_rows(rows)
 
     def clear_prefixes(self, *namespaces: Hashable) -> None:
@@ -132,6 +139,31 @@ class MemoryManager:
         for row in s.live_rows.tolist():
             if not namespaces or s.namespace[row] in namespaces:
                 s.known[row] = -1
+
+    def pack(self, seqs: Any) -> swap.Parcel:
+        """See `swap.pack`."""
+        return swap.pack(self, seqs)
+
+    def swap_out(self, parcel: swap.Parcel) -> None:
+        """See `swap.swap_out`."""
+        swap.swap_out(self, parcel)
+
+    def unpack(self, seqs: Any) -> swap.Arrival:
+        """See `swap.unpack`."""
+        return swap.unpack(self, seqs)
+
+    def cancel(self, arrival: swap.Arrival) -> None:
+        """See `swap.cancel`."""
+        swap.cancel(self, arrival)
+
+    def swap_in(self, arrival: swap.Arrival) -> None:
+        """See `swap.swap_in`."""
+        swap.swap_in(self, arrival)
+
+    @property
+    def num_outside(self) -> int:
+        """Blocks whose contents are kept for sequences that are swapped out."""
+        return sum(len(parcel.blocks) for parcel in {*self.parcels.values()})
 
     def length(self, seq: int) -> int:
         """Tokens of `seq`, those of open steps included."""
@@ -147,11 +179,13 @@ class MemoryManager:
 
         Raises:
             TypeError: something is no integer.
-            ValueError: an argument is out of its range, or a sequence would outgrow `max_seq_len`.
+            ValueError: an argument is out of its range, a sequence is swapped out, or would outgrow `max_seq_len`.
             OutOfBlocks: the pool cannot serve the step.
         """
         s, size = self.sequences, self.block_size
         handles, rows = s.find(seqs)
+        if self.parcels:
+            s.require_inside(rows)
         counts = _check_counts(counts, len(rows))
         ahead = as_integer("ahead", ahead, at_least=0)
         most = max(ahead, counts if isinstance(counts, int) else int(counts.max()))

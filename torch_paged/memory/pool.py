@@ -79,6 +79,10 @@ class BlockPool:
         if count > self.num_available:
             raise OutOfBlocks(count, self.num_available, self.num_waiting)
 
+    def count_evictable(self, blocks: Ints) -> int:
+        """How many of these distinct blocks of the prefix cache `allocate` could evict."""
+        return int(((self.refcount[blocks] == 0) & (self._ticket[blocks] < 0)).sum())
+
     def allocate(self, count: int) -> Ints:
         """Take `count` blocks, each with one reference, evicting where none is free. `require` them first."""
         if count > self.num_free:

@@ -25,6 +25,7 @@ class Sequences:
             in full blocks are in it. Less than `committed`, and it does not follow the sequence (for ever if -1),
             unless the missing tokens are still on their way.
         namespace: of each row, whose prefixes it shares.
+        outside: bool [max_seqs], swapped out: it has its length, but no blocks.
         num_blocks: int64 [max_seqs], blocks held; those past the length are reserved.
         stamp: int64 [max_seqs], a number never used twice. A new one is drawn whenever entries already in a
             table are replaced or taken away, so an equal stamp means that a table has at most grown.
@@ -43,6 +44,7 @@ class Sequences:
         self.committed = np.zeros(max_seqs, dtype=np.int64)
         self.known = np.zeros(max_seqs, dtype=np.int64)
         self.namespace: list[Hashable] = [None] * max_seqs
+        self.outside = np.zeros(max_seqs, dtype=bool)
         self.num_blocks = np.zeros(max_seqs, dtype=np.int64)
         self.stamp = np.full(max_seqs, -1, dtype=np.int64)
         self.table = np.full((max_seqs, self.width), -1, dtype=np.int32)
@@ -88,6 +90,10 @@ class Sequences:
             self._last_list = seqs.copy()
         return self._last_handles
 
+    def find_some(self, seqs: Any) -> tuple[Ints, Ints]:
+        """As `find`, for a single sequence's handle too."""
+        return self.find([seqs] if np.ndim(seqs) == 0 else seqs)
+
     def find_one(self, seq: int) -> int:
         """The row of one live sequence; raises as `find` does."""
         return int(self.find([seq])[1][0])
@@ -110,6 +116,12 @@ class Sequences:
         if count > len(self._free_rows):
             used = self.max_seqs - len(self._free_rows)
             raise ValueError(f"max_seqs = {self.max_seqs}: {count} more sequences do not fit beside {used} live ones")
+
+    def require_inside(self, rows: Ints) -> None:
+        """Raise ValueError if one of these sequences is swapped out."""
+        if self.outside[rows].any():
+            seq = self.handle[rows[self.outside[rows]][0]]
+            raise ValueError(f"sequence {seq} is swapped out: swap it in first")
 
     def require_settled(self, row: int, action: str) -> None:
         """Raise ValueError if a step of this row's sequence is open."""
@@ -149,6 +161,7 @@ class Sequences:
         self.handle[rows] = self._no_handle[rows]
         self.table[rows] = -1
         self.num_blocks[rows] = 0
+        self.outside[rows] = False
         for row in rows.tolist():
             self.namespace[row] = None
         self._free_rows.extend(rows[::-1].tolist())
