@@ -46,7 +46,7 @@ def step(scheduler):
 
 
 @pytest.mark.parametrize("kind", ["decode", "waiting", "churn"])
-@pytest.mark.parametrize("policy", ["wait", "recompute"])
+@pytest.mark.parametrize("policy", ["wait", "recompute", "swap"])
 @pytest.mark.parametrize("num_seqs", [256])
 def test_scheduler_step(benchmark, num_seqs, policy, kind):
     """The goal is 300 us at 256 sequences."""

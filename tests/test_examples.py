@@ -166,7 +166,7 @@ def test_beam_search():
     assert scores[1:] == sorted(scores[1:], reverse=True)
 
 
-@pytest.mark.parametrize("policy", ["wait", "recompute"])
+@pytest.mark.parametrize("policy", ["wait", "recompute", "swap"])
 def test_serve_under_pressure(policy):
     output = run("serve_under_pressure.py", "--policy", policy, "--requests", "12", "--blocks", "24")
     last = output.splitlines()[-2].split()

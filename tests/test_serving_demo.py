@@ -54,7 +54,7 @@ def serve(num_blocks, *, shared, model_of=lambda model: model, **options):
 
 
 @pytest.mark.parametrize("token_budget", [5, 48, 512])
-@pytest.mark.parametrize("policy", ["wait", "recompute"])
+@pytest.mark.parametrize("policy", ["wait", "recompute", "swap"])
 @pytest.mark.parametrize("num_blocks", [12, 64])
 @pytest.mark.parametrize("shared", [True, False], ids=["prefix-cache", "no-prefix-cache"])
 def test_token_for_token(expected, token_budget, policy, num_blocks, shared):

@@ -44,7 +44,7 @@ class Watch:
                 self.begun.append(number)
 
 
-@pytest.mark.parametrize("policy", ["wait", "recompute"])
+@pytest.mark.parametrize("policy", ["wait", "recompute", "swap"])
 def test_ten_thousand_requests(policy):
     """They come faster than they can be served, of three priorities; one in fifty is cancelled somewhere."""
     rng = random.Random(policy)

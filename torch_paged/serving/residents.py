@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -151,20 +152,26 @@ class Residents:
     def _preempt(self, victims: list[Sample]) -> None:
         self.preemptions += len(victims)
         self._crowded = True
-        swapping = [sample for sample in victims if self._policy == "swap" and sample.cached]
-        try:
-            if swapping:
-                self._cache.swap_out([sample.seq for sample in swapping])
-        except _FAILED_SWAP:
-            swapping = []  # their tokens are known: they read them again
-        rows = sum(map(_rows, swapping))
-        self._running_rows -= rows
-        self._swapped_rows += rows
-        self.release([sample for sample in victims if sample not in swapping])
+        # Samples of one request leave together, so that what they share is moved once.
+        for _, group in itertools.groupby(victims, key=lambda sample: sample.generation):
+            samples = list(group)
+            if not (self._policy == "swap" and self._swap_out(samples)):
+                self.release(samples)
         for sample in victims:
             sample.state = "waiting"
             self.queue.push(sample)
         self._forget_gone()
+
+    def _swap_out(self, samples: list[Sample]) -> bool:
+        """Move running samples to host memory. False: that failed, and nothing has changed."""
+        try:
+            self._cache.swap_out([sample.seq for sample in samples])
+        except _FAILED_SWAP:
+            return False
+        rows = sum(map(_rows, samples))
+        self._running_rows -= rows
+        self._swapped_rows += rows
+        return True
 
     def release(self, samples: Iterable[Sample]) -> None:
         """Take the sequences of running and swapped samples from them."""
