@@ -72,6 +72,36 @@ def test_what_gave_way_is_found_in_the_prefix_cache():
     assert_empty(engine, cache)
 
 
+def test_what_is_swapped_out_is_not_read_again():
+    """Three samples of a prompt and another request in 14 blocks: some leave for host memory and come back."""
+    engine, cache, model = make_engine(make_cache(num_blocks=14), policy="swap")
+    forked = engine.submit(Request(prompt=range(9), max_new_tokens=20, samples=3))
+    other = engine.submit(Request(prompt=[50] * 9, max_new_tokens=20, namespace="other"))
+    swapped = 0
+    while engine.step():
+        swapped = max(swapped, engine.load.swapped)
+    assert swapped >= 1
+    assert engine.load.preemptions >= 1
+    assert [sample.written for sample in forked.samples] == [expected(range(9), 20)] * 3
+    assert other.samples[0].written == expected([50] * 9, 20)
+    assert sum(tokens for tokens, _ in model.steps) == 8 + 3 * 20 + 9 + 19
+    assert_empty(engine, cache)
+
+
+def test_swapped_samples_give_up_their_rows_to_a_more_urgent_request():
+    """All rows of the cache are taken by samples in host memory, nothing runs, and the head of the queue needs one."""
+    engine, cache, _ = make_engine(make_cache(num_blocks=8, max_seqs=2), policy="swap")
+    slow = [engine.submit(Request(prompt=[1 + i] * 12, max_new_tokens=16)) for i in range(2)]
+    while not engine.load.swapped:
+        engine.step()
+    urgent = engine.submit(Request(prompt=[9] * 3, max_new_tokens=4, samples=2, priority=1))
+    while engine.step():
+        pass
+    assert [generation.samples[0].written for generation in slow] == [expected([1 + i] * 12, 16) for i in range(2)]
+    assert [sample.written for sample in urgent.samples] == [expected([9] * 3, 4)] * 2
+    assert_empty(engine, cache)
+
+
 @pytest.mark.parametrize("ahead", [False, True], ids=["in-turn", "ahead"])
 @pytest.mark.parametrize("num_blocks", [9, 64])
 def test_samples_of_one_prompt_share_it(ahead, num_blocks):

@@ -134,6 +134,9 @@ class Engine:
         """Launch a step if there is one to launch, and take in results. False: nothing is left to do.
 
         If the model raises, so does this, and the step is undone: nothing is lost, and the next call tries again.
+
+        Raises:
+            ValueError: the logits have a wrong shape; or sequences of others take all rows of the cache.
         """
         plan = self._scheduler.schedule()
         if plan is not None:

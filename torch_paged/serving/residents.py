@@ -57,6 +57,9 @@ class Residents:
         Returns:
             It and its forks, if they have parted already, and the blocks that they have yet to take; nobody and 0
             where there is no room.
+
+        Raises:
+            ValueError: nothing runs, and others hold all rows of the cache.
         """
         head = self.queue.head()
         if head is None or (self._crowded and self.running) or not self._has_rows(head):
@@ -67,7 +70,7 @@ class Residents:
             room = math.inf if promised <= self._cache.num_blocks - self._reserve else -1
         if not self.running:
             room = math.inf  # what does not fit even so fits never
-        needed = self._swap_in(head, room, in_flight) if head.seq >= 0 else self._add(head, room)
+        needed = self._swap_in(head, room, in_flight) if head.seq >= 0 else self._add(head, room, in_flight)
         if needed is None:
             return [], 0
         self.queue.pop()
@@ -90,9 +93,14 @@ class Residents:
         self.release(swapped[-lacking:])
         return True
 
-    def _add(self, head: Sample, room: float) -> int | None:
+    def _add(self, head: Sample, room: float, in_flight: bool) -> int | None:
         """Give a sample a new sequence; the blocks that it needs on top of its cached prefix."""
-        seq = self._cache.add(head.tokens, head.generation.request.namespace)
+        try:
+            seq = self._cache.add(head.tokens, head.generation.request.namespace)
+        except ValueError:  # others have taken the cache's rows
+            if self.running or in_flight:
+                return None
+            raise
         cached: int = self._cache.length(seq)
         needed = self.blocks(head.length) - cached // self._block_size + len(head.forks)
         if needed > room:
@@ -110,7 +118,7 @@ class Residents:
             if isinstance(error, OutOfBlocks) and (self.running or in_flight):
                 return None
             self.release([head])  # its tokens are known: it reads them again
-            return self._add(head, room)
+            return self._add(head, room, in_flight)
         self._swapped_rows -= _rows(head)
         return 1 + len(head.forks)
 
