@@ -40,6 +40,28 @@ class FakeModel:
         return torch.nn.functional.one_hot(terms.sum(1) % VOCAB, VOCAB).float()
 
 
+class Faulty:
+    """A cache whose methods fail once where a fault was planted, before they have changed anything."""
+
+    def __init__(self, cache):
+        self.cache = cache
+        self.faults = {}
+        self.raised = []
+
+    def __getattr__(self, name):
+        attribute = getattr(self.cache, name)
+        if name not in ("prepare", "swap_out", "swap_in", "fork"):
+            return attribute
+
+        def call(*arguments, **options):
+            if name in self.faults:
+                self.raised.append(name)
+                raise self.faults.pop(name)
+            return attribute(*arguments, **options)
+
+        return call
+
+
 def weight(position):
     return (position * position * 31 + position * 17 + 5) % VOCAB
 

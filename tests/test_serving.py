@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from serving_fakes import VOCAB, FakeModel, expected, make_cache
+from serving_fakes import VOCAB, FakeModel, Faulty, expected, make_cache
 
+from torch_paged import OutOfBlocks, OutOfSwapSpace
 from torch_paged.serving import Engine, Request, Sampling
 from torch_paged.serving import engine as engine_module
 
@@ -22,6 +23,8 @@ def make_engine(cache=None, **options):
 
 def assert_empty(engine, cache):
     assert engine.load[:3] == (0, 0, 0)
+    residents = engine._scheduler._residents
+    assert (residents._running_rows, residents._swapped_rows) == (0, 0)
     cache.check_integrity()
     assert cache.num_free_blocks == cache.num_blocks
 
@@ -324,6 +327,37 @@ def test_results_that_do_not_arrive_lose_nothing(ahead, monkeypatch):
             cache.check_integrity()
     assert faults > 3
     assert [generation.samples[0].written for generation in generations] == [expected(p, 12) for p in PROMPTS]
+    assert_empty(engine, cache)
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["in-turn", "ahead"])
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("swap_out", OutOfSwapSpace(9, 8)),
+        ("swap_in", MemoryError()),
+        ("swap_in", OutOfBlocks(3, 1, 0)),
+        ("fork", ValueError("rows")),
+        ("prepare", OutOfBlocks(3, 1, 0)),
+    ],
+    ids=["swap-out", "swap-in", "swap-in-blocks", "fork", "prepare"],
+)
+def test_a_cache_that_raises_loses_nothing(name, fault, ahead):
+    """In every third step; samples have too few blocks and rows."""
+    cache = make_cache(num_blocks=16, max_seqs=5)
+    faulty, model = Faulty(cache), FakeModel(cache)
+    engine = Engine(faulty, model, policy="swap", ahead=ahead)
+    prompts = [*PROMPTS[:2], *PROMPTS[3:5], [60] * 9]
+    generations = [engine.submit(Request(prompt=p, max_new_tokens=24, samples=1 + (len(p) == 9))) for p in prompts]
+    steps = 0
+    while engine.step():
+        cache.check_integrity()
+        steps += 1
+        if steps % 3 == 0 and engine.load.running > 1:
+            faulty.faults = {name: fault}
+    assert name in faulty.raised
+    for prompt, generation in zip(prompts, generations, strict=True):
+        assert [sample.written for sample in generation.samples] == [expected(prompt, 24)] * len(generation.samples)
     assert_empty(engine, cache)
 
 

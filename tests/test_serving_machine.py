@@ -4,7 +4,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from serving_fakes import FakeModel, expected, make_cache
+from serving_fakes import FakeModel, Faulty, expected, make_cache
 
 from torch_paged import OutOfBlocks
 from torch_paged.serving import Engine, Request
@@ -16,26 +16,6 @@ class Fault(RuntimeError):
     """One that was planted."""
 
 
-class Faulty:
-    """A cache whose methods fail once where a fault was planted, before they have changed anything."""
-
-    def __init__(self, cache):
-        self.cache = cache
-        self.faults = {}
-
-    def __getattr__(self, name):
-        attribute = getattr(self.cache, name)
-        if name not in ("prepare", "swap_out", "swap_in", "fork"):
-            return attribute
-
-        def call(*arguments, **options):
-            if name in self.faults:
-                raise self.faults.pop(name)
-            return attribute(*arguments, **options)
-
-        return call
-
-
 class Machine(RuleBasedStateMachine):
     """Every request must write what FakeModel writes for it alone, or the beginning of it if it was cancelled.
 
@@ -44,9 +24,9 @@ class Machine(RuleBasedStateMachine):
     """
 
     @initialize(
-        num_blocks=st.integers(10, 40),
+        num_blocks=st.integers(9, 24),
         max_seqs=st.integers(4, 8),
-        policy=st.sampled_from(["wait", "recompute", "swap", "swap"]),
+        policy=st.sampled_from(["swap", "swap", "recompute", "wait"]),
         token_budget=st.integers(3, 40),
         ahead=st.booleans(),
         patience=st.sampled_from([0, 3, 100]),
@@ -61,6 +41,10 @@ class Machine(RuleBasedStateMachine):
         self.generations, self.cancelled = [], []
         self.excused = False  # whether a sample that runs alone may find too few blocks
         self.foreign = None
+        for number in range(4):
+            self.submit(
+                prompt=[2, 3] * (number + 2), max_new_tokens=20, samples=1 + number % 2, priority=0, namespace="a"
+            )
 
     def run_model(self, tokens, batch):
         when, self.model_fault = self.model_fault, None
@@ -72,8 +56,8 @@ class Machine(RuleBasedStateMachine):
         return logits
 
     @rule(
-        prompt=st.lists(st.integers(2, 3), min_size=1, max_size=24),
-        max_new_tokens=st.integers(1, 16),
+        prompt=st.lists(st.integers(2, 3), min_size=1, max_size=4).map(lambda tokens: tokens * 4),
+        max_new_tokens=st.integers(1, 24),
         samples=st.sampled_from([1, 1, 2, 3]),
         priority=st.integers(0, 2),
         namespace=st.sampled_from(["a", "b"]),
@@ -87,7 +71,7 @@ class Machine(RuleBasedStateMachine):
             self.cancelled.append(self.generations[index % len(self.generations)])
             self.engine.cancel(self.cancelled[-1])
 
-    @rule(steps=st.integers(1, 6))
+    @rule(steps=st.integers(1, 20))
     def step(self, steps):
         for _ in range(steps):
             self.one_step()
@@ -102,31 +86,29 @@ class Machine(RuleBasedStateMachine):
             assert "more sequences do not fit" in str(error)
             return True
 
-    @rule(when=st.sampled_from(["before", "after"]), steps=st.integers(1, 3))
-    def model_raises(self, when, steps):
+    @rule(when=st.sampled_from(["before", "after"]))
+    def model_will_raise(self, when):
         self.model_fault = when
-        self.step(steps)
-        self.model_fault = None
 
-    @rule(steps=st.integers(1, 3))
-    def out_of_blocks(self, steps):
-        """`prepare` claims that there are none: whoever is alone then cannot be helped."""
+    @rule()
+    def prepare_will_find_no_blocks(self):
+        """Whoever runs alone then cannot be helped."""
         self.faulty.faults["prepare"] = OutOfBlocks(3, 1, 0)
         self.excused = True
-        self.step(steps)
-        self.faulty.faults.clear()
 
-    @rule(name=st.sampled_from(["swap_out", "swap_in"]), blocks=st.booleans(), steps=st.integers(1, 12))
-    def swap_fails(self, name, blocks, steps):
-        self.faulty.faults[name] = OutOfBlocks(3, 1, 0) if blocks and name == "swap_in" else Fault()
-        self.step(steps)
-        self.faulty.faults.clear()
-
-    @rule(steps=st.integers(1, 6))
-    def fork_fails(self, steps):
-        self.faulty.faults["fork"] = ValueError("no rows")
-        self.step(steps)
-        self.faulty.faults.clear()
+    @rule(
+        name_and_fault=st.sampled_from(
+            [
+                ("swap_out", Fault()),
+                ("swap_in", Fault()),
+                ("swap_in", OutOfBlocks(3, 1, 0)),
+                ("fork", ValueError("rows")),
+            ]
+        )
+    )
+    def will_fail(self, name_and_fault):
+        name, fault = name_and_fault
+        self.faulty.faults[name] = fault
 
     @rule(tokens=st.integers(1, 48))
     def somebody_else_takes_blocks(self, tokens):

@@ -98,7 +98,9 @@ class Engine:
         self._scheduler.cancel(generation)
 
     def fail(self, error: BaseException) -> None:
-        """End every request with an error, after a `step` that cannot be repeated."""
+        """End every request with an error, after a `step` that cannot be repeated, and forget what is in flight."""
+        while self._launched:
+            self._scheduler.undo(self._launched.pop().plan)
         self._scheduler.fail(error)
 
     def run(self, requests: Iterable[Request]) -> list[Generation]:
@@ -138,6 +140,8 @@ class Engine:
         Raises:
             ValueError: the logits have a wrong shape; or sequences of others take all rows of the cache.
         """
+        while len(self._launched) > self._ahead:  # where the results of one could not be had
+            self._take_in()
         plan = self._scheduler.schedule()
         if plan is not None:
             try:
@@ -186,16 +190,11 @@ class Engine:
         return self._rules[2]
 
     def _take_in(self) -> None:
-        """The results of the oldest step in flight. If they cannot be had, all steps in flight are undone."""
+        """The results of the oldest step in flight. If they cannot be had, it stays in flight."""
         plan, _, host, arrived = self._launched[0]
-        try:
-            if arrived is not None:
-                arrived.synchronize()
-            tokens, logprobs = host.tokens.tolist(), _logprobs(host)
-        except BaseException:
-            while self._launched:
-                self._scheduler.undo(self._launched.pop().plan)
-            raise
+        if arrived is not None:
+            arrived.synchronize()
+        tokens, logprobs = host.tokens.tolist(), _logprobs(host)
         self._launched.popleft()
         self._scheduler.complete(plan, tokens, logprobs)
 
