@@ -26,6 +26,7 @@ class Case:
     ragged: bool = False
     shuffled: bool = True
     causal: bool = True
+    head_major: bool = True  # storage, as PagedKVCache has it; otherwise token-major
 
     @property
     def bytes(self) -> int:
@@ -51,6 +52,7 @@ def log_uniform(count: int, low: int, high: int) -> tuple[int, ...]:
 
 CASES = {
     "decode 64 x 8k": decode(64, 8192),
+    "decode 64 x 8k, token-major": decode(64, 8192, head_major=False),
     "decode 64 x 8k, consecutive": decode(64, 8192, shuffled=False),
     "decode 1 x 4k": decode(1, 4096),
     "decode 1 x 128k": decode(1, 131072),
@@ -66,6 +68,7 @@ CASES = {
     **{f"decode 64 x 8k, dim {dim}": decode(64, 8192, dim=dim, value_dim=dim) for dim in (64, 80, 96, 256)},
     **{f"decode 64 x 8k, block {block}": decode(64, 8192, block=block) for block in (1, 8, 32, 64, 256)},
     "prefill 8k": Case((8192,), (8192,)),
+    "prefill 8k, token-major": Case((8192,), (8192,), head_major=False),
     "prefill 8k, block 64": Case((8192,), (8192,), block=64),
     "prefill 4 x 4k, cu_seqlens_q": Case((4096,) * 4, (4096,) * 4, ragged=True),
     "prefill 128 on 128k": Case((131072,), (128,)),
@@ -100,8 +103,12 @@ def make(case: Case, device: torch.device, seed: int = 0) -> Arguments:
     total = sum(blocks)
     order = torch.randperm(total, device=device) if case.shuffled else torch.arange(total, device=device)
     table = torch.full((len(blocks), max(blocks) + 1), 1 << 30, dtype=torch.int32, device=device)
-    key_cache = torch.randn(total + 1, case.block, case.kv_heads, case.dim, device=device, dtype=dtype)
-    value_cache = torch.randn(total + 1, case.block, case.kv_heads, case.value_dim, device=device, dtype=dtype)
+    block = (case.kv_heads, case.block) if case.head_major else (case.block, case.kv_heads)
+    key_cache, value_cache = (
+        torch.randn(total + 1, *block, dim, device=device, dtype=dtype) for dim in (case.dim, case.value_dim)
+    )
+    if case.head_major:
+        key_cache, value_cache = key_cache.transpose(1, 2), value_cache.transpose(1, 2)
     key_cache[total], value_cache[total] = math.nan, math.nan
     first = 0
     for row, (count, keys) in enumerate(zip(blocks, case.keys, strict=True)):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_cache_build import build
 
-from torch_paged import staging
+from torch_paged import staging, transfer
 from torch_paged.cache import PagedKVCache
 
 pytestmark = pytest.mark.gpu
@@ -72,3 +72,95 @@ def test_copies_on_write_reach_the_device_in_order():
     for key, value in cache.tensors():
         assert (key[blocks] == 7).all()
         assert (value[blocks] == 8).all()
+
+
+def keep_busy():
+    """Give the device some tenths of a second of work, and return an event at its end."""
+    large = torch.randn(8192, 8192, device="cuda")
+    torch.cuda.synchronize()
+    for _ in range(10):
+        torch.mm(large, large)
+    event = torch.cuda.Event()
+    event.record()
+    return event
+
+
+def test_tokens_on_a_gpu_are_not_waited_for():
+    """The device is busy when they are committed; their blocks enter the prefix cache once they are on the host."""
+    cache = build(device="cuda", num_blocks=64, max_seq_len=40, max_seqs=8)
+    tokens = torch.arange(12, device="cuda")
+    for namespace in ("warm-up, in which memory is pinned", "measured"):
+        seq = cache.add(namespace=namespace)
+        busy = keep_busy()
+        cache.commit(cache.prepare([seq], 9), tokens[:9])
+        cache.commit(cache.prepare([seq], 1), [9])
+        early = cache.add(range(10), namespace)
+        waited = busy.query()
+        torch.cuda.synchronize()
+        late = cache.add(range(10), namespace)
+        cache.commit(cache.prepare([seq], 2), tokens[10:].int())
+        torch.cuda.synchronize()
+        later = cache.add(range(13), namespace)
+        lengths = [cache.length(each) for each in (early, late, later)]
+        cache.free([seq, early, late, later])
+    assert not waited, "the host has waited for the device"
+    assert lengths == [0, 8, 12]
+    assert cache._feed.fetch(tokens)[0].is_pinned()
+    with pytest.raises(TypeError, match=r"tokens must be flat integers, got torch.float32 \[1\]"):
+        cache.commit(cache.prepare([cache.add()], 1), torch.ones(1, device="cuda"))
+    cache.check_integrity()
+
+
+@pytest.mark.parametrize("chunk_blocks", [1, 3, 100])
+def test_swapped_blocks_are_given_away_at_once(monkeypatch, chunk_blocks):
+    """The device is busy while sequences leave and others write to their blocks; they come back one after another."""
+    cache = build(device="cuda", num_blocks=24, max_seq_len=40, max_seqs=8)
+    monkeypatch.setattr(transfer, "_CHUNK_BYTES", chunk_blocks * cache._transfer.block_bytes)
+    caches = [tensor for pair in cache.tensors() for tensor in pair]
+    seqs = [cache.add() for _ in range(2)]
+    cache.commit(cache.prepare(seqs, [39, 37]))
+    seqs += cache.fork(seqs[1], 1)
+    cache.swap_out(seqs)  # compiles the kernels, and pins memory
+    cache.swap_in(seqs)
+    before = blocks_of_rows(cache, 2)
+    for number, tensor in enumerate(caches):
+        tensor.copy_(torch.arange(24, device="cuda")[:, None, None, None] + number)
+    busy = keep_busy()
+    cache.swap_out(seqs)
+    waited = busy.query()
+    intruder = cache.add()
+    batch = cache.prepare([intruder], 40)
+    for tensor in caches:
+        tensor[batch.block_table[0].long()] = -1
+    cache.commit(batch)
+    cache.swap_in(seqs[0])
+    cache.free(intruder)
+    cache.swap_in(seqs[1:])
+    assert not waited, "the host has waited for the device"
+    cache.check_integrity()
+    assert cache.stats().blocks_shared == 10
+    for number, tensor in enumerate(caches):
+        stored = tensor[blocks_of_rows(cache, 2)]
+        expected = (before + number)[:, None, None, None].to(tensor.dtype)
+        assert torch.equal(stored, expected.expand_as(stored))
+
+
+def blocks_of_rows(cache, count):
+    """The blocks of the first sequences, which fill their tables, one after another."""
+    table = torch.from_numpy(cache._manager.sequences.table[:count].copy())
+    assert (table >= 0).all()
+    return table.flatten().long().cuda()
+
+
+def test_copies_to_the_host_are_pinned_and_may_be_dropped():
+    cache = build(device="cuda", num_blocks=24, max_seq_len=40)
+    seq = cache.add()
+    cache.commit(cache.prepare([seq], 39))
+    for _ in range(4):
+        cache.swap_out(seq)
+        assert cache._manager.parcels[seq].content.is_pinned()
+        cache.swap_in(seq)
+    cache.swap_out(seq)
+    cache.free(seq)
+    assert cache.stats().bytes_swapped == 0
+    cache.check_integrity()

@@ -175,6 +175,13 @@ def test_serve_under_pressure(policy):
     assert last[5] == "12"
 
 
+def test_shared_prefix():
+    output = run("shared_prefix.py")
+    assert "check passed" in output
+    found, looked_up = map(int, re.search(r"found +(\d+) of (\d+)", output).groups())
+    assert found / looked_up > 0.7
+
+
 @pytest.mark.slow
 def test_demo_compiled():
     output = run("generate.py", "--check", "--new-tokens", "16")

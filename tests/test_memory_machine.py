@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from test_memory import snapshot
 
-from torch_paged.memory import MemoryManager, OutOfBlocks
+from torch_paged.memory import MemoryManager, OutOfBlocks, swap
 from torch_paged.token_feed import TokenFeed
 
 MAX_SEQS, MAX_SEQ_LEN = 6, 24
@@ -171,16 +171,16 @@ class Machine(RuleBasedStateMachine):
     def swap_out(self, members):
         seqs = self.members(members)
         if self.outside & {*seqs}:
-            self.refused(self.manager.pack, seqs, match="is swapped out")
+            self.refused(swap.pack, self.manager, seqs, match="is swapped out")
         elif any(map(self.has_open_step, seqs)):
-            self.refused(self.manager.pack, seqs, match="open")
+            self.refused(swap.pack, self.manager, seqs, match="open")
         else:
             before = snapshot(self.manager)
-            parcel = self.manager.pack(seqs)
+            parcel = swap.pack(self.manager, seqs)
             assert snapshot(self.manager) == before, "whoever fails to fetch the blocks has nothing to undo"
             assert {*parcel.blocks.tolist()} == {block for seq in seqs for block in self.blocks_with_tokens(seq)}
             parcel.content = self.slots[parcel.blocks]
-            self.manager.swap_out(parcel)
+            swap.swap_out(self.manager, parcel)
             self.outside |= {*seqs}
 
     def blocks_with_tokens(self, seq):
@@ -190,11 +190,11 @@ class Machine(RuleBasedStateMachine):
     def swap_in(self, members, fault):
         seqs = self.members(members)
         if not self.outside.issuperset(seqs):
-            self.refused(self.manager.unpack, seqs, match="was not swapped out")
+            self.refused(swap.unpack, self.manager, seqs, match="was not swapped out")
             return
         before = snapshot(self.manager)
         try:
-            arrival = self.manager.unpack(seqs)
+            arrival = swap.unpack(self.manager, seqs)
         except OutOfBlocks as error:
             assert snapshot(self.manager) == before
             assert error.needed > error.free == self.manager.pool.num_available
@@ -203,9 +203,9 @@ class Machine(RuleBasedStateMachine):
             assert not {*blocks.tolist()} & self.in_flight()
             self.slots[blocks] = -1 if fault else parcel.content[rows]
         if fault:
-            self.manager.cancel(arrival)
+            swap.cancel(self.manager, arrival)
             return
-        self.manager.swap_in(arrival)
+        swap.swap_in(self.manager, arrival)
         self.outside -= {*seqs}
 
     def members(self, bits):

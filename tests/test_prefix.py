@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_memory import snapshot
 
-from torch_paged.memory import IntegrityError, MemoryManager, OutOfBlocks
+from torch_paged.memory import IntegrityError, MemoryManager, OutOfBlocks, history
 from torch_paged.memory.eviction import EvictionQueue
 
 PROMPT = list(range(1, 11))  # 10 tokens: two full blocks of 4, and half of a third
@@ -29,7 +29,7 @@ def extend(manager, seq, tokens, told=True):
     step = manager.prepare([seq], [len(tokens)])
     manager.commit(step)
     if told:
-        manager.remember(step, tokens)
+        history.remember(manager, step, tokens)
 
 
 def found(manager, tokens, namespace=None):
@@ -107,7 +107,7 @@ def test_advanced_tokens_come_step_by_step(manager):
     seqs = [manager.add(), manager.add()]
     step = manager.prepare(seqs, 2, ahead=3)
     manager.commit(step, 2)
-    manager.remember(step, [1, 2, 5, 6, 3, 7, 4, 8], 2)
+    history.remember(manager, step, [1, 2, 5, 6, 3, 7, 4, 8], 2)
     assert [found(manager, [*tokens, 9]) for tokens in ([1, 2, 3, 4], [5, 6, 7, 8], [1, 2, 7, 8])] == [4, 4, 0]
 
 
@@ -116,9 +116,9 @@ def test_equal_blocks_filled_at_the_same_time_become_one(manager):
     first, second, third = (manager.add(PROMPT) for _ in range(3))
     together, alone = manager.prepare([first, second], 9), manager.prepare([third], 6)
     manager.commit(together)
-    manager.remember(together, PROMPT[:9] * 2)
+    history.remember(manager, together, PROMPT[:9] * 2)
     manager.commit(alone)
-    manager.remember(alone, PROMPT[:6])
+    history.remember(manager, alone, PROMPT[:6])
     assert table(manager, first)[:2] == table(manager, second)[:2]
     assert table(manager, first)[0] == table(manager, third)[0]
     assert len({table(manager, seq)[-1] for seq in (first, second, third)}) == 3
@@ -194,7 +194,7 @@ def test_writing_into_a_cached_block_that_others_hold_copies_it(manager):
     step = manager.prepare([seq], 2)
     assert len(step.copies.blocks) == 1
     manager.commit(step)
-    manager.remember(step, [1, 2])
+    history.remember(manager, step, [1, 2])
     assert found(manager, [1] * 9) == found(manager, [1] * 7 + [2, 2]) == 8
     manager.free(other)
 
@@ -299,96 +299,9 @@ def test_a_shared_block_stays_whose_tokens_another_has_entered_meanwhile(manager
     manager.commit(late)
     (child,) = manager.fork(parent, 1)
     other = run(manager, [1] * 5)
-    manager.remember(late, [1] * 8)
+    history.remember(manager, late, [1] * 8)
     manager.check_integrity()
     assert table(manager, parent) == table(manager, child)
     manager.free([parent, other])
     manager.check_integrity()
     assert found(manager, [1] * 9) == 4
-
-
-def swap_out(manager, seqs):
-    parcel = manager.pack(seqs)
-    manager.swap_out(parcel)
-    return parcel
-
-
-def swap_in(manager, seqs):
-    arrival = manager.unpack(seqs)
-    manager.swap_in(arrival)
-    return arrival
-
-
-def test_sequences_that_left_together_share_again(manager):
-    """6 tokens of a parent, its fork and a fork of that with 2 more: two blocks that are shared, one that is not."""
-    parent = manager.add()
-    extend(manager, parent, [1] * 6, told=False)
-    child, grandchild = manager.fork(parent, 2)
-    extend(manager, grandchild, [1] * 2, told=False)
-    before = [table(manager, seq) for seq in (parent, child, grandchild)]
-    parcel = swap_out(manager, [grandchild, parent, child])
-    assert parcel.blocks.tolist() == sorted({*before[0], *before[2]})
-    assert (manager.pool.num_free, manager.num_outside) == (8, 3)
-    arrival = swap_in(manager, [child, parent])
-    assert sum(len(blocks) for _, _, blocks in arrival.moves) == 2
-    assert table(manager, parent) == table(manager, child)
-    assert (manager.pool.num_free, manager.num_outside) == (6, 3)
-    swap_in(manager, grandchild)
-    assert (manager.pool.num_free, manager.num_outside) == (8 - 4, 0)
-
-
-def test_what_the_prefix_cache_still_holds_is_not_moved(manager):
-    seq = run(manager, PROMPT)
-    blocks = table(manager, seq)
-    swap_out(manager, seq)
-    assert (found(manager, PROMPT), manager.pool.num_evictable) == (8, 2)
-    arrival = swap_in(manager, seq)
-    assert [rows.tolist() for _, rows, _ in arrival.moves] == [[2]]
-    assert table(manager, seq)[:2] == blocks[:2]
-
-
-def test_a_returned_sequence_enters_the_prefix_cache_again(manager):
-    seq = run(manager, PROMPT)
-    swap_out(manager, seq)
-    other = run(manager, [7] * 32)
-    manager.free(other)
-    assert found(manager, PROMPT) == 0
-    swap_in(manager, seq)
-    assert found(manager, PROMPT) == 8
-    extend(manager, seq, [11, 12])
-    assert found(manager, [*PROMPT, 11, 12, 13]) == 12
-
-
-def test_a_return_for_which_there_is_no_room_changes_nothing(manager):
-    seq = run(manager, PROMPT)
-    swap_out(manager, seq)
-    other = manager.add()
-    step = manager.prepare([other], 24)
-    before = snapshot(manager)
-    with pytest.raises(OutOfBlocks, match="needs 3 blocks, 2 are free"):
-        manager.unpack(seq)
-    assert snapshot(manager) == before
-    manager.rollback(step)
-    swap_in(manager, seq)
-
-
-def test_swapped_sequences_wait_or_are_freed(manager):
-    seq, other = run(manager, PROMPT), run(manager, [1])
-    step = manager.prepare([other], 1)
-    with pytest.raises(ValueError, match="cannot swap out sequence 1 while one of its steps is open"):
-        manager.pack([seq, other])
-    swap_out(manager, seq)
-    with pytest.raises(ValueError, match="sequence 0 is swapped out: swap it in first"):
-        manager.prepare([other, seq], 1)
-    for action, arguments in [(manager.fork, (1,)), (manager.truncate, (1,))]:
-        with pytest.raises(ValueError, match="sequence 0 is swapped out: swap it in first"):
-            action(seq, *arguments)
-    with pytest.raises(ValueError, match="sequence 0 is swapped out: swap it in first"):
-        manager.pack([seq])
-    with pytest.raises(ValueError, match="sequence 1 was not swapped out"):
-        manager.unpack([other])
-    assert manager.length(seq) == 10
-    assert manager.stats(10)[-2:] == (1, 3 * 4 * 10)
-    manager.rollback(step)
-    manager.free([seq, other])
-    assert (manager.pool.num_available, manager.num_outside, manager.parcels) == (8, 0, {})

@@ -12,7 +12,7 @@ from torch_paged.batch import PagedBatch
 from torch_paged.capacity import blocks_in, empty_cache
 from torch_paged.functional import copy_blocks
 from torch_paged.layers import FunctionalKV, PagedKVLayer
-from torch_paged.memory import IntegrityError, MemoryManager, MemoryStats, OutOfSwapSpace, Step
+from torch_paged.memory import IntegrityError, MemoryManager, MemoryStats, OutOfSwapSpace, Step, swap
 from torch_paged.memory.arrays import as_integer, as_integers
 from torch_paged.staging import Staging
 from torch_paged.token_feed import TokenFeed
@@ -157,8 +157,8 @@ class PagedKVCache(nn.Module):
 
         Args:
             tokens: the prompt, on the host: a list, an integer array or a CPU tensor. None: nothing is looked up.
-            namespace: any hashable value. Sequences find prefixes of their own namespace alone. What is not in the
-                tokens but changes keys and values, such as an adapter's name, belongs here.
+            namespace: any hashable value, of which None is one. Sequences find prefixes of their own namespace alone.
+                What is not in the tokens but changes keys and values, such as an adapter's name, belongs here.
 
         Raises:
             TypeError: `tokens` are not integers; `namespace` is not hashable.
@@ -171,7 +171,7 @@ class PagedKVCache(nn.Module):
         """`n` new sequences with all tokens of `seq`. Blocks are shared until one of the sharers writes to them.
 
         Raises:
-            ValueError: `seq` was freed or has an open step; `n < 1`; more than `max_seqs` would be live.
+            ValueError: `seq` was freed, is swapped out or has an open step; `n < 1`; more than `max_seqs` would live.
         """
         self._feed.deliver()
         return self._manager.fork(seq, n)
@@ -183,7 +183,7 @@ class PagedKVCache(nn.Module):
         written to a copy if others hold it as well.
 
         Raises:
-            ValueError: `seq` was freed or has an open step; `length` is not in 0 to its length.
+            ValueError: `seq` was freed, is swapped out or has an open step; `length` is not in 0 to its length.
         """
         self._feed.deliver()
         self._manager.truncate(seq, length)
@@ -194,6 +194,7 @@ class PagedKVCache(nn.Module):
         Raises:
             ValueError: one was freed before, or occurs twice; none is freed.
         """
+        self._feed.deliver()
         self._manager.free(seqs)
 
     def swap_out(self, seqs: int | Sequence[int]) -> None:
@@ -201,19 +202,19 @@ class PagedKVCache(nn.Module):
 
         The sequences stay live and keep their lengths; until `swap_in`, all they can is wait or be freed. A block that
         several of them share is moved once. On a GPU nothing is waited for: the caches are read on the current stream,
-        which steps to come must use too, and the rest happens beside them.
+        which steps to come must use too, and the rest happens beside them, through 128 MiB of GPU memory at most.
 
         Raises:
             ValueError: one was freed, is swapped out already, or has an open step.
             OutOfSwapSpace: `swap_space` does not suffice.
         """
         self._feed.deliver()
-        parcel = self._manager.pack(seqs)
+        parcel = swap.pack(self._manager, seqs)
         needed, used = (count * self._transfer.block_bytes for count in (len(parcel.blocks), self._manager.num_outside))
         if self._swap_space is not None and used + needed > self._swap_space:
             raise OutOfSwapSpace(needed, self._swap_space - used)
         parcel.content = self._transfer.fetch(parcel.blocks)
-        self._manager.swap_out(parcel)
+        swap.swap_out(self._manager, parcel)
 
     def swap_in(self, seqs: int | Sequence[int]) -> None:
         """Move sequences back that were swapped out. Those that left together share again what they shared.
@@ -225,14 +226,14 @@ class PagedKVCache(nn.Module):
             OutOfBlocks: the free blocks do not suffice.
         """
         self._feed.deliver()
-        arrival = self._manager.unpack(seqs)
+        arrival = swap.unpack(self._manager, seqs)
         try:
             for parcel, rows, blocks in arrival.moves:
                 self._transfer.store(parcel.content, rows, blocks)
         except BaseException:
-            self._manager.cancel(arrival)
+            swap.cancel(self._manager, arrival)
             raise
-        self._manager.swap_in(arrival)
+        swap.swap_in(self._manager, arrival)
 
     def length(self, seq: int) -> int:
         """Tokens of `seq`, those of open steps included. Raises ValueError if it was freed."""
@@ -253,8 +254,8 @@ class PagedKVCache(nn.Module):
 
         Raises:
             TypeError: `seqs`, `counts` or `ahead` are not integers.
-            ValueError: one of `seqs` was freed or occurs twice, or would outgrow `max_seq_len`; `counts` does not
-                match `seqs` or is below 1.
+            ValueError: one of `seqs` was freed, is swapped out or occurs twice, or would outgrow `max_seq_len`;
+                `counts` does not match `seqs` or is below 1.
             OutOfBlocks: the free blocks do not suffice.
         """
         step = self._manager.prepare(seqs, counts, ahead)
@@ -278,7 +279,8 @@ class PagedKVCache(nn.Module):
                 sequence, array or tensor of integers. Blocks that they fill enter the prefix cache. A sequence some of
                 whose tokens were never given is not followed any more: its later blocks stay out. A tensor on a GPU
                 is not waited for: it is copied, behind the work queued on the current stream, and looked at by a later
-                `commit`, `add`, `fork` or `truncate`; a sequence forked or truncated before is not followed any more.
+                `commit` or change of sequences; one freed, forked, truncated or swapped out before that is not
+                followed any more.
             advanced: how many times `batch.advance()` was run on top, at most `ahead`; those tokens stand too.
 
         Raises:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_paged.memory import MemoryManager, Step
+from torch_paged.memory import MemoryManager, Step, history
 from torch_paged.memory.arrays import Ints, as_integers
 
 
@@ -50,4 +50,5 @@ class TokenFeed:
         """Hand over what has arrived."""
         while self._entries and ((event := self._entries[0].arrived) is None or event.query()):
             step, advanced, tokens, _ = self._entries.popleft()
-            self._memory.remember(step, as_integers("tokens", tokens), advanced)
+            known = as_integers("tokens", tokens) if isinstance(tokens, Tensor) else tokens
+            history.remember(self._memory, step, known, advanced)

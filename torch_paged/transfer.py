@@ -42,7 +42,7 @@ class Transfer:
             content = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
             numbers = self._send(blocks)
             side, current = self._side_stream(), torch.cuda.current_stream()
-            buffers, copied = self._buffers(len(blocks)), [torch.cuda.Event(), torch.cuda.Event()]
+            buffers, copied = self._buffers(len(blocks), side), [torch.cuda.Event(), torch.cuda.Event()]
             for turn, (start, end) in enumerate(self._chunks(len(blocks))):
                 chunk = buffers[turn % 2][: end - start]
                 copied[turn % 2].wait(current)  # no wait in the first two turns: nothing was recorded
@@ -51,8 +51,6 @@ class Transfer:
                 with torch.cuda.stream(side):
                     content[start:end].copy_(chunk, non_blocking=True)
                 copied[turn % 2].record(side)
-            for buffer in buffers:
-                buffer.record_stream(side)
         return content
 
     def store(self, content: Tensor, rows: Ints, blocks: Ints) -> None:
@@ -64,7 +62,7 @@ class Transfer:
             numbers = self._send(blocks)
             side, current = self._side_stream(), torch.cuda.current_stream()
             with torch.cuda.stream(side):  # theirs from the start: they need not wait for what runs on the other
-                buffers, written = self._buffers(len(blocks)), [torch.cuda.Event(), torch.cuda.Event()]
+                buffers, written = self._buffers(len(blocks), current), [torch.cuda.Event(), torch.cuda.Event()]
             for turn, (start, end) in enumerate(self._chunks(len(blocks))):
                 chunk = buffers[turn % 2][: end - start]
                 written[turn % 2].wait(side)
@@ -74,8 +72,6 @@ class Transfer:
                 current.wait_stream(side)
                 scatter_blocks(chunk, numbers[start:end], self._caches)
                 written[turn % 2].record(current)
-            for buffer in buffers:
-                buffer.record_stream(current)
 
     def _send(self, blocks: Ints) -> Tensor:
         return torch.from_numpy(blocks).pin_memory().to(self._device, non_blocking=True)
@@ -84,9 +80,13 @@ class Transfer:
         self._stream = self._stream or torch.cuda.Stream()
         return self._stream
 
-    def _buffers(self, count: int) -> list[Tensor]:
+    def _buffers(self, count: int, other_stream: torch.cuda.Stream) -> list[Tensor]:
+        """Two chunks of the current stream's memory that another stream uses as well."""
         shape = min(count, self._room), self.block_bytes
-        return [torch.empty(shape, dtype=torch.uint8, device=self._device) for _ in range(2)]
+        buffers = [torch.empty(shape, dtype=torch.uint8, device=self._device) for _ in range(2)]
+        for buffer in buffers:
+            buffer.record_stream(other_stream)
+        return buffers
 
     def _chunks(self, count: int) -> Iterator[tuple[int, int]]:
         return ((start, min(start + self._room, count)) for start in range(0, count, self._room))

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from torch_paged.kernels.attention_combine import LN_2, launch_combine
 from torch_paged.kernels.attention_tiles import attend, load_query, store_rows
@@ -59,15 +60,21 @@ def _write_output(output, lse, state, first_row, row, valid, V: tl.constexpr):
 
 
 @triton.jit
+def _write_sums(partial, largest, total, row, valid, V: tl.constexpr):
+    """Writes (maximum, sum) pairs of the workspace, which stand behind all outputs."""
+    sums = partial + tl.num_programs(0) * (2 * V.block_m * V.value_dim)
+    tl.store(sums + 2 * row, largest, mask=valid)
+    tl.store(sums + 2 * row + 1, total, mask=valid)
+
+
+@triton.jit
 def _write_partial(partial, state, slot, lane, valid, V: tl.constexpr):
-    """Leaves `state` in a slot of the workspace: all outputs stand before all (maximum, sum) pairs."""
+    """Leaves `state` in a slot of the workspace."""
     V0: tl.constexpr = V.value_widths[0]
     V1: tl.constexpr = V.value_widths[1]
     largest, total, output0, output1 = state
-    first_row = slot.to(tl.int64) * V.block_m
-    sums = partial + tl.num_programs(0).to(tl.int64) * (2 * V.block_m * V.value_dim) + 2 * first_row
-    tl.store(sums + 2 * lane, largest, mask=valid)
-    tl.store(sums + 2 * lane + 1, total, mask=valid)
+    first_row = slot * V.block_m
+    _write_sums(partial, largest, total, first_row + lane, valid, V)
     base = partial + first_row * V.value_dim
     store_rows(base, lane, output0, valid, 0, V0, V.value_dim)
     if V1 > 0:
@@ -94,6 +101,9 @@ def _attention(
     K0: tl.constexpr = V.key_widths[0]
     K1: tl.constexpr = V.key_widths[1]
     num_heads = num_kv_heads * V.group
+    if V.overlap:
+        gdc_launch_dependents()
+        gdc_wait()
     lane = tl.arange(0, BLOCK_M)
     program = tl.program_id(0)
     left_before = 0  # what of a unit begun by others this program leaves: 0 nothing, 1 a part, 2 the last part
@@ -108,8 +118,12 @@ def _attention(
         start, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
         keys = key_count(sequence, seq_lens, num_seqs, max_keys)
         tiles = tl.maximum(query_tiles(queries, V), 1)
-        head = unit // tiles
-        first_row = unit % tiles * BLOCK_M
+        if V.single_tile:
+            head = unit
+            first_row = unit * 0
+        else:
+            head = unit // tiles
+            first_row = unit % tiles * BLOCK_M
         first_token = first_row // V.group
         # Rows are (query token, head of the group), packed: a tile may begin amid the heads of a token.
         rows = tl.minimum(queries * V.group - first_row, BLOCK_M)
@@ -158,9 +172,11 @@ def _attention(
         if unit >= tiles * num_kv_heads:
             unit = unit * 0
             sequence = next_sequence(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
-    tl.store(handoff + 4 * program, left_before)
-    tl.store(handoff + 4 * program + 1, left_sequence)
-    tl.store(handoff + 4 * program + 2, left_unit)
+    if left_before == 0:  # others may look here for a part: an empty one
+        _write_sums(partial, lane * 0.0 - float("inf"), lane * 0.0, 2 * program * BLOCK_M + lane, lane < BLOCK_M, V)
+    tl.store(handoff + program, left_before)
+    tl.store(handoff + tl.num_programs(0) + program, left_sequence)
+    tl.store(handoff + 2 * tl.num_programs(0) + program, left_unit)
 
 
 def launch_attention(
@@ -179,7 +195,7 @@ def launch_attention(
     variant = launch.variant
     num_tokens, num_seqs = query.shape[0], block_table.shape[0]
     num_blocks, block_size, num_kv_heads, _ = key_cache.shape
-    max_keys = min(block_table.shape[1] * block_size, 2**31 - 1024) if num_blocks else 0
+    max_keys = min(block_table.shape[1] * block_size, 2**31 - 1024)
     partial = query.new_empty(launch.partial_floats, dtype=torch.float32)
     handoff = query.new_empty(launch.handoff_ints, dtype=torch.int32)
     # For exp2. Not 0, as 0 * -inf is NaN: small enough to leave all visible keys equal.
@@ -221,7 +237,8 @@ def attention(
     problem = _problem(query, key_cache, value_cache, block_table, cu_seqlens_q, causal)
     output = query.new_empty(problem.num_tokens, problem.num_heads, problem.value_dim)
     lse = query.new_empty(problem.num_tokens, problem.num_heads, dtype=torch.float32)
-    if problem.num_seqs == 0 and cu_seqlens_q is None:
+    nothing_to_see = 0 in (key_cache.shape[0], block_table.shape[1])
+    if nothing_to_see or (problem.num_seqs == 0 and cu_seqlens_q is None):
         return output.zero_(), lse.fill_(float("-inf"))
     if scale < 0:  # the kernel multiplies the largest score of a row, so its factor must not turn the order around
         query, scale = -query, -scale

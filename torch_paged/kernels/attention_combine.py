@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from torch_paged.kernels.attention_tiles import store_rows
 from torch_paged.kernels.launch_config import AttentionLaunch
@@ -26,30 +27,32 @@ def _combine(
     """
     DIM: tl.constexpr = V.value_dim
     WIDTH: tl.constexpr = V.value_width
-    program = tl.program_id(0)
-    sequence = tl.load(handoff + 4 * program + 1)
+    if V.overlap:
+        gdc_launch_dependents()
+        gdc_wait()
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    others = tl.arange(0, PROGRAMS)
+    left_before = tl.load(handoff + others, mask=others < programs, other=0)
+    sequence = tl.load(handoff + programs + program)
+    unit = tl.load(handoff + 2 * programs + program)
     if sequence < 0:
         return
-    others = tl.arange(0, PROGRAMS)
-    left_before = tl.load(handoff + 4 * others, mask=others < tl.num_programs(0), other=0)
     end = tl.min(tl.where((left_before == 2) & (others > program), others, PROGRAMS)) + 1
-    unit = tl.load(handoff + 4 * program + 2)
     start, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
     tiles = query_tiles(queries, V)
     first_row = unit % tiles * V.block_m
     lane = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     valid = lane < queries * V.group - first_row
     column = tl.arange(0, WIDTH)
-    sums = partial + tl.num_programs(0).to(tl.int64) * (2 * V.block_m * DIM)
+    sums = partial + programs * (2 * V.block_m * DIM)
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     result = tl.zeros([ROWS, WIDTH], tl.float32)
     for first in range(program, end, PARTS):
         part = first + tl.arange(0, PARTS)
-        wrote = tl.load(handoff + 4 * part, mask=(part > program) & (part < end), other=0) > 0
-        used = (wrote | (part == program))[:, None] & valid[None, :]
+        used = (part < end)[:, None] & valid[None, :]
         # [PARTS, ROWS]
-        slot_row = (2 * part + (part == program).to(tl.int32)).to(tl.int64)[:, None] * V.block_m + lane[None, :]
+        slot_row = (2 * part + (part == program).to(tl.int32))[:, None] * V.block_m + lane[None, :]
         part_largest = tl.load(sums + 2 * slot_row, mask=used, other=float("-inf"))
         part_total = tl.load(sums + 2 * slot_row + 1, mask=used, other=0.0)
         # [PARTS, ROWS, WIDTH]
@@ -60,6 +63,8 @@ def _combine(
         factor = tl.exp2(part_largest - shift[None, :])
         decay = tl.exp2(largest - shift)
         total = total * decay + tl.sum(factor * part_total, 0)
+        # A part that saw no key may have left anything for a result.
+        part_result = tl.where((part_total > 0)[:, :, None], part_result, 0.0)
         result = result * decay[:, None] + tl.sum(factor[:, :, None] * part_result, 0)
         largest = larger
     num_heads = num_kv_heads * V.group
@@ -85,5 +90,5 @@ def launch_combine(
     _combine[(launch.programs, launch.combine_programs)](
         partial, handoff, cu_seqlens_q, output, lse, output.shape[0], num_seqs, num_kv_heads,
         PROGRAMS=launch.padded_programs, ROWS=launch.combine_rows, PARTS=launch.combine_parts, V=launch.variant,
-        num_warps=4,
+        num_warps=4, **launch.overlap_option,
     )  # fmt: skip

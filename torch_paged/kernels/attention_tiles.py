@@ -72,6 +72,7 @@ def attend(
     V0: tl.constexpr = V.value_widths[0]
     V1: tl.constexpr = V.value_widths[1]
     PRECISION: tl.constexpr = V.precision
+    LOAD_MASK: tl.constexpr = MASK and V.shared_values
     largest, total, output0, output1 = state
     query0, query1 = query
     next_ids = _block_ids(table, first, keys, V)
@@ -80,12 +81,13 @@ def attend(
         # and carried as they come: if anything but the next iteration used them, nothing here would be pipelined.
         ids = tl.minimum(tl.maximum(next_ids, 0), num_blocks - 1)
         next_ids = _block_ids(table, tile + 1, keys, V)
+        # Keys past the last one need no mask, as their scores get one.
         # [TILE, K0]
-        key0 = _load_rows(key_cache, key_strides, ids, tile, keys, 0, K0, V.head_dim, MASK, V)
+        key0 = _load_rows(key_cache, key_strides, ids, tile, keys, 0, K0, V.head_dim, LOAD_MASK, V)
         # [BLOCK_M, TILE]
         scores = tl.dot(query0, tl.trans(key0), input_precision=PRECISION)
         if K1 > 0:
-            key1 = _load_rows(key_cache, key_strides, ids, tile, keys, K0, K1, V.head_dim, MASK, V)
+            key1 = _load_rows(key_cache, key_strides, ids, tile, keys, K0, K1, V.head_dim, LOAD_MASK, V)
             scores += tl.dot(query1, tl.trans(key1), input_precision=PRECISION)
         if MASK:
             position = tile * TILE + tl.arange(0, TILE)

@@ -79,12 +79,14 @@ class Variant:
     block_m: int  # rows of a query tile: (query token, head of the group), packed
     tile: int  # keys of a tile
     num_stages: int
+    single_tile: bool  # no sequence has more rows than one tile holds
     unmasked_first: bool  # a loop without masks over the tiles that every row sees, then one with masks
     rows_above: int  # serves the sequences of more rows than this ...
     rows_upto: int  # ... and at most as many as this
     unit_cost: int  # fixed cost of a unit, in keys times group
     least_work: int  # work below which a program's piece is not divided further, in keys times group
     precision: str  # of float32 products: "ieee" is true float32
+    overlap: bool  # begins while the kernel before it ends, and waits for its results (Hopper and later)
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,13 @@ class AttentionLaunch:
     @property
     def options(self) -> dict[str, int]:
         """Compiler options of the attention kernel."""
-        options = {"num_warps": self.num_warps}
+        options = {"num_warps": self.num_warps} | self.overlap_option
         return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
+
+    @property
+    def overlap_option(self) -> dict[str, int]:
+        """The compiler option behind `Variant.overlap`, which some backends do not know."""
+        return {"launch_pdl": True} if self.variant.overlap else {}
 
     @property
     def combine_programs(self) -> int:
@@ -123,7 +130,7 @@ class AttentionLaunch:
     @property
     def handoff_ints(self) -> int:
         """int32 workspace: what each program left unfinished."""
-        return 4 * self.programs
+        return 3 * self.programs
 
 
 class Tiles(NamedTuple):
@@ -181,13 +188,16 @@ def _launch(problem: Problem, device: Device, rows: int, above: int, upto: int) 
         block_m=tiles.rows,
         tile=tiles.keys,
         num_stages=tiles.num_stages,
+        single_tile=above < 0 and rows <= tiles.rows,
         unmasked_first=rows > FEW_ROWS,
         rows_above=above,
         rows_upto=upto,
         unit_cost=tiles.keys * group,
         least_work=2 * tiles.keys * group,
         precision="ieee",
+        overlap=device.capability >= 90 and not device.amd,
     )
+    combine_rows = 1 if tiles.rows <= 16 else 4
     slots = WORKSPACE_LIMIT // (2 * tiles.rows * (problem.value_dim + 2) * 4)
     return AttentionLaunch(
         variant=variant,
@@ -195,8 +205,8 @@ def _launch(problem: Problem, device: Device, rows: int, above: int, upto: int) 
         max_registers=_max_registers(problem, device, tiles),
         programs=max(1, min(device.multiprocessors * tiles.resident, slots)),
         unit_rows=tiles.rows if problem.ragged else min(rows, tiles.rows),
-        combine_rows=8 if variant.unmasked_first else 1,
-        combine_parts=2 if variant.unmasked_first else 16,
+        combine_rows=combine_rows,
+        combine_parts=max(2, min(32, 4096 // variant.value_width)) if combine_rows == 1 else 1,
     )
 
 
@@ -228,7 +238,7 @@ def _tiles(problem: Problem, device: Device, rows: int) -> Tiles:
         return Tiles(32, keys, 8, 2, 1) if many and width <= 256 else Tiles(16, keys, warps, 3, 8 // warps)
     keys = 128 if width <= 64 else 64 if width <= 128 else 32
     if rows <= 16:
-        return Tiles(16, keys if width <= 256 else 16, 4, 4, 2)
+        return Tiles(16, keys if width <= 256 else 16, 4, 3, 2)
     if width > 256:
         return Tiles(32, 16, 8, 3, 1)
     if many:
@@ -236,7 +246,7 @@ def _tiles(problem: Problem, device: Device, rows: int) -> Tiles:
         fewer = device.capability != 90 or (width > 128 and _paging(problem.block_size, keys) == "any")
         rows = FEW_ROWS if device.capability != 90 and width > 128 else MANY_ROWS
         return Tiles(rows, min(keys, 64) if fewer else keys, 8, 2 if fewer else 3, 1)
-    return Tiles(FEW_ROWS, keys, 4, 2, 2) if width <= 128 else Tiles(FEW_ROWS, keys, 8, 3, 1)
+    return Tiles(FEW_ROWS, keys, 4, 3, 2) if width <= 128 else Tiles(FEW_ROWS, keys, 8, 3, 1)
 
 
 def _fit(problem: Problem, device: Device, tiles: Tiles) -> Tiles:

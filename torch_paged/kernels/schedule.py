@@ -17,7 +17,7 @@ past `cu_seqlens_q[-1]`: queries without keys.
 import triton
 import triton.language as tl
 
-SEQUENCES: tl.constexpr = tl.constexpr(256)  # read at a time by every program
+SEQUENCES: tl.constexpr = tl.constexpr(128)  # read at a time by every program
 LAST_TILE: tl.constexpr = tl.constexpr(2**31 - 1)  # of any unit
 
 
@@ -48,14 +48,18 @@ def query_tiles(queries, V: tl.constexpr):
     """Number of query tiles of a sequence; 0 for the sequences that another variant serves."""
     rows = queries * V.group
     mine = (rows > V.rows_above) & (rows <= V.rows_upto)
-    return tl.where(mine, tl.cdiv(rows, V.block_m), 0)
+    if V.single_tile:
+        tiles = ((rows > 0) & mine).to(tl.int32)
+    else:
+        tiles = tl.where(mine, tl.cdiv(rows, V.block_m), 0)
+    return tiles
 
 
 @triton.jit
 def _work(tile, queries, keys, V: tl.constexpr):
     """Cost of the query tiles before `tile`: the keys that each of them sees, times the group, plus a fixed part."""
     tile = tile.to(tl.int64)
-    if V.causal:
+    if V.causal and not V.single_tile:
         seen = tl.maximum(keys - queries, 0).to(tl.int64) * V.group
         work = tile * (seen + V.unit_cost) + tile * (tile + 1) // 2 * V.block_m
     else:
@@ -86,13 +90,14 @@ def _position(offset, sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, ma
     head = tl.where(head_work > 0, head, 0)
     offset -= head * head_work
     low = tl.zeros_like(tiles)
-    high = tl.maximum(tiles, 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        inside = _work(middle, queries, keys, V) <= offset
-        low = tl.where(inside, middle, low)
-        high = tl.where(inside, high, middle)
-    offset -= _work(low, queries, keys, V)
+    if not V.single_tile:
+        high = tl.maximum(tiles, 1)
+        while high - low > 1:
+            middle = (low + high) // 2
+            inside = _work(middle, queries, keys, V) <= offset
+            low = tl.where(inside, middle, low)
+            high = tl.where(inside, high, middle)
+        offset -= _work(low, queries, keys, V)
     return head * tiles + low, tl.cdiv(offset, V.group * V.tile).to(tl.int32)
 
 
@@ -117,8 +122,10 @@ def next_sequence(sequence, cu_seqlens_q, num_tokens, num_seqs, V: tl.constexpr)
 def deal(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V: tl.constexpr):
     """Where this program's piece begins, how many units it touches, and the key tile at which the last of them ends."""
     lane = tl.arange(0, SEQUENCES)
+    # A ragged batch has a row more: what stands past the last sequence.
+    num_rows = num_seqs + 1 if V.ragged else num_seqs
     work = tl.zeros([SEQUENCES], tl.int64)
-    for first in range(0, num_seqs + 1, SEQUENCES):
+    for first in range(0, num_rows, SEQUENCES):
         more, _ = _sequence_work(first + lane, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
         work += more
     total = tl.sum(work)
@@ -134,7 +141,7 @@ def deal(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V
     begin_sequence = tl.program_id(0) * 0
     end_sequence = begin_sequence
     units = begin_sequence
-    for first in range(0, num_seqs + 1, SEQUENCES):
+    for first in range(0, num_rows, SEQUENCES):
         work, count = _sequence_work(
             first + lane, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V
         )
@@ -146,10 +153,6 @@ def deal(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V
         units += tl.sum(tl.where((after > begin) & (after <= end), count, 0))
         before += tl.sum(work)
     # Work is 0 past the last sequence, which counts those rows as ended too.
-    if V.ragged:
-        num_rows = num_seqs + 1
-    else:
-        num_rows = num_seqs
     begin_sequence = tl.minimum(begin_sequence, num_rows)
     end_sequence = tl.minimum(end_sequence, num_rows)
     begin_unit, begin_tile = _position(

@@ -35,6 +35,21 @@ def as_integer(name: str, value: Any, at_least: int) -> int:
     return number
 
 
+def as_counts(counts: Any, num_seqs: int) -> int | Ints:
+    """`counts` as one int where all are equal, else as int64 [num_seqs]."""
+    if np.ndim(counts) == 0:
+        return as_integer("counts", counts, at_least=1)
+    each = as_integers("counts", counts)
+    if len(each) != num_seqs:
+        raise ValueError(f"counts must be one integer or one for each of {num_seqs} seqs, got {len(each)}")
+    if not len(each):
+        return 1
+    lowest = int(each.min())
+    if lowest < 1:
+        raise ValueError(f"counts must be at least 1, got {lowest}")
+    return lowest if lowest == each.max() else each
+
+
 def expand(first: Ints, last: Ints) -> tuple[Ints, Ints]:
     """The half-open ranges `[first[i], last[i])` one after another, none of them negative.
 

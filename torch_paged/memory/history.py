@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch_paged.memory.manager import MemoryManager
 
 
-def remember(manager: MemoryManager, step: Step, tokens: Ints, advanced: int) -> None:
+def remember(manager: MemoryManager, step: Step, tokens: Ints, advanced: int = 0) -> None:
     """Note the tokens of a committed step, and enter the blocks that they fill into the prefix cache.
 
     The steps of a sequence come in order, but it may have been changed since the commit. A sequence is skipped that
@@ -27,15 +27,15 @@ def remember(manager: MemoryManager, step: Step, tokens: Ints, advanced: int) ->
     follows = (s.handle[step.rows] == step.handles) & (s.known[step.rows] == step.start)
     if not follows.any():
         return
-    owners, positions = _places(step, advanced)
+    token_rows, positions = _places(step, advanced)
+    rows, start, end = step.rows, step.start, step.end + advanced
     if not follows.all():
-        kept = follows[owners]
-        owners, positions, tokens = owners[kept], positions[kept], tokens[kept]
+        kept = np.isin(token_rows, rows[follows])
+        token_rows, positions, tokens = token_rows[kept], positions[kept], tokens[kept]
+        rows, start, end = rows[follows], start[follows], end[follows]
     columns = positions // size
-    blocks = s.flat_table[step.rows[owners] * s.width + columns].astype(np.int64)
-    manager.trie.flat_tokens[blocks * size + positions - columns * size] = tokens
-
-    rows, start, end = step.rows[follows], step.start[follows], step.end[follows] + advanced
+    blocks = s.flat_table[token_rows * s.width + columns]
+    manager.trie.flat_tokens[(blocks - columns) * size + positions] = tokens
     s.known[rows] = end
     first, last = start // size, end // size
     filled = np.flatnonzero(first < last)
@@ -45,14 +45,13 @@ def remember(manager: MemoryManager, step: Step, tokens: Ints, advanced: int) ->
 
 
 def _places(step: Step, advanced: int) -> tuple[Ints, Ints]:
-    """Which of the step's sequences each token belongs to, and its position there."""
-    order = np.arange(len(step.rows))
-    owners, positions = np.repeat(order, step.counts), step.positions
+    """The row of the sequence that each token belongs to, and its position there."""
+    rows, positions = np.repeat(step.rows, step.counts), step.positions
     if advanced:
         further = step.end + np.arange(advanced)[:, None]
-        owners = np.concatenate([owners, np.tile(order, advanced)])
+        rows = np.concatenate([rows, np.tile(step.rows, advanced)])
         positions = np.concatenate([positions, further.reshape(-1)])
-    return owners, positions
+    return rows, positions
 
 
 def enter(manager: MemoryManager, rows: Ints, columns: Ints) -> None:

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from torch_paged.memory import history, inspection, swap
-from torch_paged.memory.arrays import Flags, Ints, as_integer, as_integers, expand
+from torch_paged.memory import inspection
+from torch_paged.memory.arrays import Flags, Ints, as_counts, as_integer, as_integers, expand
 from torch_paged.memory.pool import BlockPool
 from torch_paged.memory.prefix import PrefixTrie
 from torch_paged.memory.sequences import Sequences
 from torch_paged.memory.step import Copies, Growth, Step
+from torch_paged.memory.swap import Parcel
 
 _NONE = np.empty(0, dtype=np.int64)
 
@@ -43,7 +44,7 @@ class MemoryManager:
             self.block_size,
         )
         self.steps: dict[int, Step] = {}
-        self.parcels: dict[int, swap.Parcel] = {}
+        self.parcels: dict[int, Parcel] = {}
         self.tokens_looked_up = self.tokens_found = 0
 
     def add(self, tokens: Any = (), namespace: Hashable = None) -> int:
@@ -140,26 +141,6 @@ class MemoryManager:
             if not namespaces or s.namespace[row] in namespaces:
                 s.known[row] = -1
 
-    def pack(self, seqs: Any) -> swap.Parcel:
-        """See `swap.pack`."""
-        return swap.pack(self, seqs)
-
-    def swap_out(self, parcel: swap.Parcel) -> None:
-        """See `swap.swap_out`."""
-        swap.swap_out(self, parcel)
-
-    def unpack(self, seqs: Any) -> swap.Arrival:
-        """See `swap.unpack`."""
-        return swap.unpack(self, seqs)
-
-    def cancel(self, arrival: swap.Arrival) -> None:
-        """See `swap.cancel`."""
-        swap.cancel(self, arrival)
-
-    def swap_in(self, arrival: swap.Arrival) -> None:
-        """See `swap.swap_in`."""
-        swap.swap_in(self, arrival)
-
     @property
     def num_outside(self) -> int:
         """Blocks whose contents are kept for sequences that are swapped out."""
@@ -186,7 +167,7 @@ class MemoryManager:
         handles, rows = s.find(seqs)
         if self.parcels:
             s.require_inside(rows)
-        counts = _check_counts(counts, len(rows))
+        counts = as_counts(counts, len(rows))
         ahead = as_integer("ahead", ahead, at_least=0)
         most = max(ahead, counts if isinstance(counts, int) else int(counts.max()))
         if most > s.max_seq_len:  # before a sum could overflow
@@ -264,8 +245,8 @@ class MemoryManager:
     def commit(self, step: Step, advanced: int = 0) -> None:
         """End a step whose tokens stand, and with it `advanced` further tokens of each of its sequences.
 
-        Sequences freed since are skipped. What was reserved and not used stays with its sequence. `remember` then
-        says which tokens they were.
+        Sequences freed since are skipped. What was reserved and not used stays with its sequence. `history.remember`
+        then says which tokens they were.
 
         Raises:
             ValueError: the step is not open; an earlier step of one of its sequences is; `advanced` exceeds
@@ -315,10 +296,6 @@ class MemoryManager:
         self.pool.undo_allocate(np.concatenate([copies.blocks[copied], growth.blocks[grown]]))
         self._close(step, _NONE)
 
-    def remember(self, step: Step, tokens: Any, advanced: int = 0) -> None:
-        """See `history.remember`."""
-        history.remember(self, step, tokens, advanced)
-
     def _require_open(self, step: Step) -> None:
         if self.steps.get(step.number) is not step:
             raise ValueError(f"step {step.number} is not open: it was committed or rolled back before")
@@ -346,18 +323,3 @@ class MemoryManager:
     def check_integrity(self) -> None:
         """Raise IntegrityError, naming the broken invariant, if the records contradict each other."""
         inspection.check_integrity(self)
-
-
-def _check_counts(counts: Any, num_seqs: int) -> int | Ints:
-    """`counts` as one int where all are equal, else as int64 [num_seqs]."""
-    if np.ndim(counts) == 0:
-        return as_integer("counts", counts, at_least=1)
-    each = as_integers("counts", counts)
-    if len(each) != num_seqs:
-        raise ValueError(f"counts must be one integer or one for each of {num_seqs} seqs, got {len(each)}")
-    if not len(each):
-        return 1
-    lowest = int(each.min())
-    if lowest < 1:
-        raise ValueError(f"counts must be at least 1, got {lowest}")
-    return lowest if lowest == each.max() else each

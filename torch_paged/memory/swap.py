@@ -112,9 +112,10 @@ def unpack(manager: MemoryManager, seqs: Any) -> Arrival:
     ends = np.cumsum([len(rows) for rows in missing.values()], dtype=np.int64)
     moves = []
     for (parcel, part), fresh in zip(missing.items(), np.split(blocks, ends[:-1]), strict=False):
-        place[parcel][part] = fresh
-        manager.trie.tokens[fresh] = parcel.tokens[part]
-        moves.append((parcel, part, fresh))
+        if len(part):
+            place[parcel][part] = fresh
+            manager.trie.tokens[fresh] = parcel.tokens[part]
+            moves.append((parcel, part, fresh))
     out = {handle: manager.parcels[handle] for handle in handles.tolist()}
     tables = {handle: place[parcel][parcel.rows[handle]] for handle, parcel in out.items()}
     return Arrival(tables, moves, found)
