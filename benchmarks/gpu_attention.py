@@ -33,7 +33,8 @@ from attention_cases import CASES, ODD, Arguments, Case, make
 from gpu_peers import PEERS, absent
 from gpu_timing import ceilings, rotations, summary, timed
 
-from torch_paged.kernels.attention import _problem, launch_attention
+from torch_paged.kernels.attention import launch_attention
+from torch_paged.kernels.attention_plan import problem_of
 from torch_paged.kernels.device import device_of
 from torch_paged.kernels.launch_config import AttentionLaunch, attention_launches
 
@@ -47,7 +48,7 @@ def run(launches: tuple[AttentionLaunch, ...], inputs: Arguments, output: Tensor
 
 def shipped(case: Case, inputs: Arguments) -> tuple[AttentionLaunch, ...]:
     query, key_cache, value_cache, table, _, bounds = inputs
-    problem = _problem(query, key_cache, value_cache, table, bounds, case.causal)
+    problem = problem_of(query, key_cache, value_cache, table, bounds, case.causal)
     return attention_launches(problem, device_of(query.device))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch_paged.kernels import append, copy_blocks, gather_blocks, merge_attention, scatter_blocks
 from torch_paged.kernels import attention as attend
 from torch_paged.kernels.attention import launch_attention
-from torch_paged.kernels.copy_blocks import _copy_blocks
+from torch_paged.kernels.copy_blocks import copy_blocks_kernel
 from torch_paged.kernels.launch_config import Device, ShippedVariant, shipped_variants
 
 DEVICES = {
@@ -98,9 +98,9 @@ def _packed(caches: list[torch.Tensor], rows: int) -> torch.Tensor:
 
 def spilling_copy() -> None:
     """A copy whose kernel gets fewer registers than it needs."""
-    launch = _copy_blocks.run
-    _copy_blocks.run = functools.partial(launch, maxnreg=24)
+    launch = copy_blocks_kernel.run
+    copy_blocks_kernel.run = functools.partial(launch, maxnreg=24)
     try:
         copy(3)
     finally:
-        del _copy_blocks.run
+        del copy_blocks_kernel.run

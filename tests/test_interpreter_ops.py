@@ -66,14 +66,14 @@ def test_one_launch_copies_the_blocks_of_all_layers(count, launches):
     pairs = torch.tensor([[4, 0], [1, 3]])
     ops.copy_blocks(caches, pairs)
     reference.copy_blocks(expected, pairs)
-    assert launches == {"_copy_blocks": 1}
+    assert launches == {"copy_blocks_kernel": 1}
     assert all(map(torch.equal, caches, expected))
 
 
 def test_unequal_blocks_take_a_launch_each(launches):
     keys, values = caches_of(3, (5, 4, 2, 16)), caches_of(3, (5, 4, 2, 24))
     ops.copy_blocks([*keys, *values], torch.tensor([[0, 1]]))
-    assert launches == {"_copy_blocks": 2}
+    assert launches == {"copy_blocks_kernel": 2}
 
 
 @pytest.mark.parametrize("slots", [[20, 0], [1 << 40, 19], [-(1 << 62), 3]], ids=str)
@@ -168,18 +168,22 @@ def test_groups_of_head_major_caches_as_the_docstring_says():
 def test_first_call_under_capture_raises(monkeypatch):
     groups = importlib.import_module("torch_paged.kernels.block_groups")
     groups._recent.clear()
-    caches = caches_of(2)
+    caches, told = caches_of(2), []
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda table, stream: told.append((len(table), stream)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: "stream")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="call the operator on the same caches once before"):
         kernels.copy_blocks(caches, torch.tensor([[0, 1]]))
     assert not groups._captured
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     kernels.copy_blocks(caches, torch.empty(0, 2, dtype=torch.int64))
+    assert told == [(2, "stream"), (1, "stream")]  # table and offsets: their memory waits for this stream
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     kernels.copy_blocks(caches, torch.tensor([[0, 1]]))
     assert torch.equal(caches[0][0], caches[0][1])
     assert len(groups._captured) == 1
+    assert len(told) == 2
     groups._captured.clear()
 
 

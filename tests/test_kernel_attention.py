@@ -11,7 +11,8 @@ from torch_paged.testing import assert_within_budget, attention_inputs, low_prec
 
 pytest.importorskip("triton")
 from torch_paged import warmup
-from torch_paged.kernels.attention import _problem, attention, launch_attention
+from torch_paged.kernels.attention import attention, launch_attention
+from torch_paged.kernels.attention_plan import problem_of
 from torch_paged.kernels.device import device_of
 from torch_paged.kernels.launch_config import attention_launches
 
@@ -42,7 +43,7 @@ def arguments(inputs):
 def launch(inputs, **changes):
     """Output and lse of the launches of `inputs`, each with `changes`."""
     query, key_cache, value_cache, block_table, _, cu_seqlens_q = inputs
-    problem = _problem(query, key_cache, value_cache, block_table, cu_seqlens_q, True)
+    problem = problem_of(query, key_cache, value_cache, block_table, cu_seqlens_q, True)
     output = query.new_empty(*query.shape[:2], value_cache.shape[3])
     lse = query.new_empty(query.shape[:2], dtype=torch.float32)
     for item in attention_launches(problem, device_of(query.device)):

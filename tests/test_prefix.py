@@ -83,6 +83,19 @@ def test_no_prefix_is_shared_between_namespaces(manager):
     assert found(manager, PROMPT, "two") == 0
 
 
+class Tenant:
+    """Unequal ones whose hashes collide."""
+
+    def __hash__(self):
+        return hash((None,))
+
+
+def test_namespaces_are_told_apart_by_more_than_their_hash(manager):
+    tenants = Tenant(), Tenant()
+    run(manager, PROMPT, tenants[0])
+    assert [found(manager, PROMPT, tenant) for tenant in (*tenants, None)] == [8, 0, 0]
+
+
 def test_a_half_full_block_of_a_freed_sequence_returns_at_once(manager):
     seq = run(manager, PROMPT)
     half_full = table(manager, seq)[2]
@@ -239,7 +252,8 @@ def test_figures(manager):
         (([1.5],), TypeError, "tokens must be integers, got float64"),
         (([[1]],), ValueError, r"tokens must be flat: \[n\] integers, got shape \[1, 1\]"),
         (([1] * 33,), ValueError, "max_seq_len = 32: the prompt has 33 tokens"),
-        (([1], ["a"]), TypeError, "unhashable type: 'list'"),
+        (([1], ["a"]), TypeError, r"namespace must be hashable, got \['a'\]"),
+        (([1], ("a", [])), TypeError, "namespace must be hashable"),
     ],
 )
 def test_bad_prompts_are_refused(manager, arguments, error, match):

@@ -1,4 +1,4 @@
-"""What needs a process of its own: Triton interprets or compiles, decided when it is first imported."""
+"""What needs a process of its own: Triton interprets, compiles or believes in an absent GPU, for good."""
 
 import os
 import re
@@ -26,3 +26,19 @@ def test_interpreter_suite():
     assert done.returncode == 0, report
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed and int(passed[1]) >= 100, report
+
+
+def test_nothing_compiles_while_serving():
+    """Every kernel that caches of either layout need, at any batch size, is among those that `warmup` compiles."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "tests/identities.py"],
+        cwd=ROOT,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert len(re.findall(r"[1-9]\d* compiled, 0 lacking", done.stdout)) == 25

@@ -51,7 +51,8 @@ class PagedKVCache(nn.Module):
         buckets: increasing sizes. Sequences and tokens of a batch are padded to the smallest that holds them, and the
             tensors of these batches never change their addresses, so CUDA graphs can be replayed on them. What no
             bucket holds is not padded. None: no padding.
-        swap_space: bytes of host memory for sequences that are swapped out. None: as much as there is.
+        swap_space: bytes of host memory for sequences that are swapped out. None: as much as there is. On a GPU it is
+            pinned by PyTorch, which rounds what it allocates up to a power of two.
 
     Raises:
         ValueError, TypeError: an argument is out of its range or of the wrong type.
@@ -157,8 +158,9 @@ class PagedKVCache(nn.Module):
 
         Args:
             tokens: the prompt, on the host: a list, an integer array or a CPU tensor. None: nothing is looked up.
-            namespace: any hashable value, of which None is one. Sequences find prefixes of their own namespace alone.
-                What is not in the tokens but changes keys and values, such as an adapter's name, belongs here.
+            namespace: any hashable value, None too; equal ones are the same. Sequences find prefixes of their own
+                namespace alone. What is not in the tokens but changes keys and values, such as an adapter's name,
+                belongs here.
 
         Raises:
             TypeError: `tokens` are not integers; `namespace` is not hashable.
@@ -219,7 +221,8 @@ class PagedKVCache(nn.Module):
     def swap_in(self, seqs: int | Sequence[int]) -> None:
         """Move sequences back that were swapped out. Those that left together share again what they shared.
 
-        What the prefix cache still holds is not moved. Host memory is given up when all that left together are back.
+        What the prefix cache still holds is not moved. Host memory is given up when all that left together are back or
+        freed.
 
         Raises:
             ValueError: one was freed or is not swapped out.

@@ -1,10 +1,20 @@
 """Writes new keys and values into their cache slots."""
 
+import itertools
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_paged.kernels.vectors import effective_strides, vector_width
+from torch_paged.kernels.launch import Launcher, Plans, layout
+from torch_paged.kernels.vectors import (
+    dense,
+    effective_strides,
+    strides_in_vectors,
+    tile_vectors,
+    vector_offsets,
+    vector_width,
+)
 
 _VECTORS = 512  # moved by one program: 8 KiB in 16-byte vectors, four per thread
 
@@ -16,7 +26,6 @@ def _append_tile(
     cache,
     cache_strides,
     slot_mapping,
-    slot_stride,
     num_rows,
     num_slots,
     NUM_HEADS: tl.constexpr,
@@ -25,65 +34,50 @@ def _append_tile(
     VECTOR: tl.constexpr,
     VECTORS: tl.constexpr,
 ):
-    HEAD_VECTORS: tl.constexpr = HEAD_DIM // VECTOR
-    ROW_VECTORS: tl.constexpr = NUM_HEADS * HEAD_VECTORS
-    # One 64-bit division for the whole tile: the lanes then divide 32-bit numbers.
-    first = tl.program_id(0).to(tl.int64) * VECTORS
-    vector = (first % ROW_VECTORS).to(tl.int32) + tl.arange(0, VECTORS)
-    row = first // ROW_VECTORS + vector // ROW_VECTORS
-    head = (vector % ROW_VECTORS // HEAD_VECTORS).to(tl.int64)
-    dim = (vector % HEAD_VECTORS * VECTOR).to(tl.int64)
-    slot = tl.load(slot_mapping + row * slot_stride, mask=row < num_rows, other=-1)
+    row, head, dim = tile_vectors(NUM_HEADS, HEAD_DIM, VECTOR, VECTORS)
+    slot = tl.load(slot_mapping + row, mask=row < num_rows, other=-1)
     inside = (slot >= 0) & (slot < num_slots)
     slot = tl.where(inside, slot, 0)
-    # [VECTORS, VECTOR]
-    lane = tl.arange(0, VECTOR)[None, :]
-    source = (row * row_strides[0] + head * row_strides[1])[:, None] + (dim[:, None] + lane) * row_strides[2]
+    source = row * row_strides[0] + head * row_strides[1]
     target = slot // BLOCK_SIZE * cache_strides[0] + slot % BLOCK_SIZE * cache_strides[1] + head * cache_strides[2]
-    target = (target + dim)[:, None] + lane
-    # Unspecialised strides hide from the compiler what the launch knows: vectors are contiguous and aligned.
-    source = tl.max_contiguous(tl.multiple_of(source, (1, VECTOR)), (1, VECTOR))
-    target = tl.max_contiguous(tl.multiple_of(target, (1, VECTOR)), (1, VECTOR))
-    tile = tl.load(rows + source, mask=inside[:, None])
+    # [VECTORS, VECTOR]
+    tile = tl.load(rows + vector_offsets(source, dim, row_strides[2], VECTOR), mask=inside[:, None])
+    target = vector_offsets(target, dim, 1, VECTOR)
     tl.store(cache + target, tile.to(cache.dtype.element_ty), mask=inside[:, None])
 
 
-@triton.jit(do_not_specialize=["slot_stride", "num_rows", "num_slots"])
+_STRIDES = [f"{of}_stride{i}" for of in ("key", "value", "key_cache", "value_cache") for i in range(3)]
+
+
+@triton.jit(do_not_specialize=[*_STRIDES, "num_rows", "num_slots"], do_not_specialize_on_alignment=["slot_mapping"])
 def _append(
-    key,
-    value,
-    key_cache,
-    value_cache,
-    slot_mapping,
-    key_strides,
-    value_strides,
-    key_cache_strides,
-    value_cache_strides,
-    slot_stride,
-    num_rows,
-    num_slots,
-    NUM_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    VALUE_HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    VECTOR: tl.constexpr,
-    VECTORS: tl.constexpr,
-):
+    key, value, key_cache, value_cache, slot_mapping,
+    key_stride0, key_stride1, key_stride2, value_stride0, value_stride1, value_stride2,
+    key_cache_stride0, key_cache_stride1, key_cache_stride2,
+    value_cache_stride0, value_cache_stride1, value_cache_stride2,
+    num_rows, num_slots,
+    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    VECTOR: tl.constexpr, VECTORS: tl.constexpr,
+):  # fmt: skip
     """
     cache[slot // BLOCK_SIZE, slot % BLOCK_SIZE] = rows[i]   where 0 <= slot = slot_mapping[i] < num_slots
 
                               row 0            row 1
     grid axis 0, tiles:   |vectors of rows, VECTORS to a tile| next tile |     axis 1: key, value
+
+    Triton would compile a tuple anew for every kind of stride in it.
     """
     if tl.program_id(1) == 0:
         _append_tile(
-            key, key_strides, key_cache, key_cache_strides, slot_mapping, slot_stride, num_rows, num_slots,
-            NUM_HEADS, HEAD_DIM, BLOCK_SIZE, VECTOR, VECTORS,
+            key, (key_stride0, key_stride1, key_stride2),
+            key_cache, (key_cache_stride0, key_cache_stride1, key_cache_stride2),
+            slot_mapping, num_rows, num_slots, NUM_HEADS, HEAD_DIM, BLOCK_SIZE, VECTOR, VECTORS,
         )  # fmt: skip
     else:
         _append_tile(
-            value, value_strides, value_cache, value_cache_strides, slot_mapping, slot_stride, num_rows, num_slots,
-            NUM_HEADS, VALUE_HEAD_DIM, BLOCK_SIZE, VECTOR, VECTORS,
+            value, (value_stride0, value_stride1, value_stride2),
+            value_cache, (value_cache_stride0, value_cache_stride1, value_cache_stride2),
+            slot_mapping, num_rows, num_slots, NUM_HEADS, VALUE_HEAD_DIM, BLOCK_SIZE, VECTOR, VECTORS,
         )  # fmt: skip
 
 
@@ -99,33 +93,43 @@ def append(
         value_cache: `[num_blocks, block_size, num_kv_heads, value_head_dim]`, unit last stride. MUTATED.
         slot_mapping: int64 `[n]` with n <= n'.
     """
-    num_blocks, block_size, num_heads, head_dim = key_cache.shape
-    num_rows, num_slots = slot_mapping.shape[0], num_blocks * block_size
-    if num_rows == 0 or num_slots == 0:
+    if slot_mapping.shape[0] == 0 or key_cache.shape[0] == 0:
         return
     sides = 2
     if value is None or value_cache is None:  # the second half of the grid stays away, its arguments are unused
         sides, value, value_cache = 1, key, key_cache
-    value_head_dim = value_cache.shape[3]
     tensors = (key, value, key_cache, value_cache)
+    metadata = (key.device, sides, slot_mapping.shape[0], *map(layout, tensors))
+    launcher, numbers = _plans.get(metadata) or _plans.remember(metadata, _plan(tensors, slot_mapping.shape[0], sides))
+    launcher(*tensors, dense(slot_mapping), *numbers)
+
+
+_plans: Plans[tuple[Launcher, list[int]]] = Plans()
+
+
+def _plan(tensors: tuple[Tensor, ...], num_rows: int, sides: int) -> tuple[Launcher, list[int]]:
+    """The launch for key, value and their caches, and the numbers among its arguments."""
+    *_, key_cache, value_cache = tensors
+    num_blocks, block_size, num_heads, head_dim = key_cache.shape
+    value_head_dim = value_cache.shape[3]
     strides = [effective_strides(tensor) for tensor in tensors]
     vector = _vector(tensors, strides)
     row_vectors = num_heads * max(head_dim, value_head_dim) // vector
-    _append[(triton.cdiv(num_rows * row_vectors, _VECTORS), sides)](
-        *tensors,
-        slot_mapping,
-        *strides,
-        slot_mapping.stride(0),
-        num_rows,
-        num_slots,
+    constants = dict(
         NUM_HEADS=num_heads,
         HEAD_DIM=head_dim,
         VALUE_HEAD_DIM=value_head_dim,
         BLOCK_SIZE=block_size,
         VECTOR=vector,
         VECTORS=_VECTORS,
-        num_warps=4,
     )
+    grid = (triton.cdiv(num_rows * row_vectors, _VECTORS), sides, 1)
+    numbers = [
+        *itertools.chain.from_iterable(strides_in_vectors(tensor, vector)[:3] for tensor in tensors),
+        num_rows,
+        num_blocks * block_size,
+    ]
+    return Launcher(_append, grid, constants, dict(num_warps=4)), numbers
 
 
 def _vector(tensors: tuple[Tensor, ...], strides: list[tuple[int, ...]]) -> int:

@@ -12,12 +12,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from torch_paged.kernels.attention_combine import LN_2, launch_combine
+from torch_paged.kernels.attention_combine import LN_2
+from torch_paged.kernels.attention_plan import Step, plan, step_of
 from torch_paged.kernels.attention_tiles import attend, load_query, store_rows
-from torch_paged.kernels.device import device_of
-from torch_paged.kernels.launch_config import AttentionLaunch, Problem, attention_launches
+from torch_paged.kernels.launch_config import AttentionLaunch
 from torch_paged.kernels.schedule import deal, key_count, next_sequence, query_range, query_tiles
-from torch_paged.kernels.vectors import effective_strides
+from torch_paged.kernels.vectors import dense
 
 
 @triton.jit
@@ -179,6 +179,29 @@ def _attention(
     tl.store(handoff + 2 * tl.num_programs(0) + program, left_unit)
 
 
+def _take(
+    step: Step,
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor | None,
+    output: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> None:
+    partial = query.new_empty(step.partial_floats, dtype=torch.float32)
+    handoff = query.new_empty(step.handoff_ints, dtype=torch.int32)
+    # For exp2. Not 0, as 0 * -inf is NaN: small enough to leave all visible keys equal.
+    base2_scale = max(scale / math.log(2), 1e-36)
+    step.attend(
+        query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, output, lse, partial, handoff, base2_scale,
+        *step.sizes, *step.layout,
+    )  # fmt: skip
+    step.combine(partial, handoff, cu_seqlens_q, output, lse, *step.sizes)
+
+
 def launch_attention(
     launch: AttentionLaunch,
     query: Tensor,
@@ -191,22 +214,9 @@ def launch_attention(
     lse: Tensor,
     scale: float,
 ) -> None:
-    """Writes the rows of `output` and `lse` whose sequences `launch` serves."""
-    variant = launch.variant
-    num_tokens, num_seqs = query.shape[0], block_table.shape[0]
-    num_blocks, block_size, num_kv_heads, _ = key_cache.shape
-    max_keys = min(block_table.shape[1] * block_size, 2**31 - 1024)
-    partial = query.new_empty(launch.partial_floats, dtype=torch.float32)
-    handoff = query.new_empty(launch.handoff_ints, dtype=torch.int32)
-    # For exp2. Not 0, as 0 * -inf is NaN: small enough to leave all visible keys equal.
-    base2_scale = max(scale / math.log(2), 1e-36)
-    _attention[(launch.programs,)](
-        query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, output, lse, partial, handoff, base2_scale,
-        num_tokens, num_seqs, num_kv_heads, num_blocks, max_keys,
-        effective_strides(query)[:2], effective_strides(key_cache)[:3], effective_strides(value_cache)[:3],
-        block_table.stride(0), V=variant, **launch.options,
-    )  # fmt: skip
-    launch_combine(launch, partial, handoff, cu_seqlens_q, output, lse, num_seqs, num_kv_heads)
+    """Writes the rows of `output` and `lse` whose sequences `launch` serves: for tests and benchmarks."""
+    step = step_of(_attention, launch, query, key_cache, value_cache, block_table)
+    _take(step, query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, output, lse, scale)
 
 
 def attention(
@@ -234,56 +244,16 @@ def attention(
     Returns:
         Output `[num_tokens, num_heads, value_dim]` in query's dtype, and float32 lse `[num_tokens, num_heads]`.
     """
-    problem = _problem(query, key_cache, value_cache, block_table, cu_seqlens_q, causal)
-    output = query.new_empty(problem.num_tokens, problem.num_heads, problem.value_dim)
-    lse = query.new_empty(problem.num_tokens, problem.num_heads, dtype=torch.float32)
-    nothing_to_see = 0 in (key_cache.shape[0], block_table.shape[1])
-    if nothing_to_see or (problem.num_seqs == 0 and cu_seqlens_q is None):
-        return output.zero_(), lse.fill_(float("-inf"))
     if scale < 0:  # the kernel multiplies the largest score of a row, so its factor must not turn the order around
         query, scale = -query, -scale
-    block_table, seq_lens = _dense(block_table), _dense(seq_lens)
-    cu_seqlens_q = None if cu_seqlens_q is None else _dense(cu_seqlens_q)
-    if problem.num_tokens > 0:
-        for launch in attention_launches(problem, device_of(query.device)):
-            launch_attention(
-                launch, query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, output, lse, scale
-            )
+    block_table, seq_lens = dense(block_table), dense(seq_lens)
+    cu_seqlens_q = None if cu_seqlens_q is None else dense(cu_seqlens_q)
+    num_tokens, num_heads, _ = query.shape
+    output = query.new_empty(num_tokens, num_heads, value_cache.shape[3])
+    lse = query.new_empty(num_tokens, num_heads, dtype=torch.float32)
+    steps = plan(_attention, query, key_cache, value_cache, block_table, cu_seqlens_q, causal)
+    if not steps:
+        return output.zero_(), lse.fill_(float("-inf"))
+    for step in steps:
+        _take(step, query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, output, lse, scale)
     return output, lse
-
-
-def _problem(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    block_table: Tensor,
-    cu_seqlens_q: Tensor | None,
-    causal: bool,
-) -> Problem:
-    return Problem(
-        num_tokens=query.shape[0],
-        num_seqs=block_table.shape[0],
-        num_heads=query.shape[1],
-        num_kv_heads=key_cache.shape[2],
-        head_dim=query.shape[2],
-        value_dim=value_cache.shape[3],
-        block_size=key_cache.shape[1],
-        itemsize=query.element_size(),
-        causal=causal,
-        ragged=cu_seqlens_q is not None,
-        aligned=all(_aligned(tensor) for tensor in (query, key_cache, value_cache)),
-        shared_values=key_cache.data_ptr() == value_cache.data_ptr()
-        and key_cache.stride() == value_cache.stride()
-        and key_cache.shape[3] >= value_cache.shape[3],
-    )
-
-
-def _dense(numbers: Tensor) -> Tensor:
-    """`numbers` as the kernels read them, with a unit last stride: itself, unless it is some unusual view."""
-    return numbers if numbers.shape[-1] <= 1 or numbers.stride(-1) == 1 else numbers.contiguous()
-
-
-def _aligned(tensor: Tensor) -> bool:
-    """Whether every row of `tensor` starts at a multiple of 16 bytes."""
-    strides = effective_strides(tensor)[:-1]
-    return tensor.data_ptr() % 16 == 0 and all(stride * tensor.element_size() % 16 == 0 for stride in strides)

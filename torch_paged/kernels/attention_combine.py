@@ -2,10 +2,10 @@
 
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from torch_paged.kernels.attention_tiles import store_rows
+from torch_paged.kernels.launch import Launcher
 from torch_paged.kernels.launch_config import AttentionLaunch
 from torch_paged.kernels.schedule import query_range, query_tiles
 
@@ -76,19 +76,13 @@ def _combine(
     store_rows(output + output_row * DIM, output_rows, result, valid, 0, WIDTH, DIM)
 
 
-def launch_combine(
-    launch: AttentionLaunch,
-    partial: Tensor,
-    handoff: Tensor,
-    cu_seqlens_q: Tensor | None,
-    output: Tensor,
-    lse: Tensor,
-    num_seqs: int,
-    num_kv_heads: int,
-) -> None:
-    """Writes the rows of `output` and `lse` that `launch` left in `partial`, as `handoff` says."""
-    _combine[(launch.programs, launch.combine_programs)](
-        partial, handoff, cu_seqlens_q, output, lse, output.shape[0], num_seqs, num_kv_heads,
-        PROGRAMS=launch.padded_programs, ROWS=launch.combine_rows, PARTS=launch.combine_parts, V=launch.variant,
-        num_warps=4, **launch.overlap_option,
-    )  # fmt: skip
+def combine_launcher(launch: AttentionLaunch) -> Launcher:
+    """Launches the kernel that writes the rows which `launch` left in `partial`, as `handoff` says.
+
+    Its arguments: partial, handoff, cu_seqlens_q, output, lse, num_tokens, num_seqs, num_kv_heads.
+    """
+    constants = dict(
+        PROGRAMS=launch.padded_programs, ROWS=launch.combine_rows, PARTS=launch.combine_parts, V=launch.variant
+    )
+    grid = (launch.programs, launch.combine_programs, 1)
+    return Launcher(_combine, grid, constants, dict(num_warps=4, **launch.overlap_option))

@@ -76,10 +76,13 @@ def _remember(key: _Key, groups: list[BlockGroup], capturing: bool) -> None:
         return
     _recent[key] = groups
     _recent.move_to_end(key)
+    for group in groups:
+        if group.table.is_cuda:  # dropped one day, they are not freed before this stream's launches have read them
+            stream = torch.cuda.current_stream(group.table.device)
+            group.table.record_stream(stream)
+            group.run_offsets.record_stream(stream)
     if len(_recent) > _MAX_RECENT:
-        _, dropped = _recent.popitem(last=False)
-        if any(group.table.is_cuda for group in dropped):
-            torch.cuda.synchronize()  # another stream's launch may still read what is about to be freed
+        _recent.popitem(last=False)
 
 
 def _build(caches: Sequence[Tensor], packed: bool) -> list[BlockGroup]:

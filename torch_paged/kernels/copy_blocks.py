@@ -7,10 +7,13 @@ import triton.language as tl
 from torch import Tensor
 
 from torch_paged.kernels.block_groups import block_groups, cache_base, run_words, word_tiles
+from torch_paged.kernels.launch import launch
 
 
-@triton.jit(do_not_specialize=["pair_stride", "column_stride", "num_blocks"])
-def _copy_blocks(
+@triton.jit(
+    do_not_specialize=["pair_stride", "column_stride", "num_blocks"], do_not_specialize_on_alignment=["block_pairs"]
+)
+def copy_blocks_kernel(
     block_pairs,
     pair_stride,
     column_stride,
@@ -53,7 +56,9 @@ def copy_blocks(caches: Sequence[Tensor], block_pairs: Tensor) -> None:
     """
     for group in block_groups(caches, packed=False):
         tiles = word_tiles(group, group.alignment)
-        _copy_blocks[(block_pairs.shape[0], group.table.shape[0], tiles.tiles)](
+        launch(
+            copy_blocks_kernel,
+            (block_pairs.shape[0], group.table.shape[0], tiles.tiles),
             block_pairs,
             block_pairs.stride(0),
             block_pairs.stride(1),

@@ -9,9 +9,12 @@ import triton.language as tl
 from torch import Tensor
 
 from torch_paged.kernels.block_groups import block_groups, cache_base, run_words, word_tiles
+from torch_paged.kernels.launch import launch
 
 
-@triton.jit(do_not_specialize=["block_stride", "row_words", "num_blocks"])
+@triton.jit(
+    do_not_specialize=["block_stride", "row_words", "num_blocks"], do_not_specialize_on_alignment=["packed", "blocks"]
+)
 def _move_blocks(
     packed,
     blocks,
@@ -42,7 +45,8 @@ def _move_blocks(
         in_cache = cache_base(table, cache, block, WORD, VECTOR) + words
         # The row is the block in one run, after the blocks of the caches before.
         first = tl.load(table + cache * 3 + 2) // (WORD.primitive_bitwidth // 8)
-        in_row = packed.to(tl.pointer_type(WORD)) + tl.multiple_of(row * row_words + first, VECTOR)
+        in_row = tl.multiple_of(packed.to(tl.pointer_type(WORD)), VECTOR * WORD.primitive_bitwidth // 8)
+        in_row += tl.multiple_of(row * row_words + first, VECTOR)
         in_row += run_words(vector, run_offsets, WORD, VECTOR, BLOCK_VECTORS, BLOCK_VECTORS)
         if GATHER:
             tl.store(in_row, tl.load(in_cache, mask=mask), mask=mask)
@@ -82,7 +86,9 @@ def _launch(caches: Sequence[Tensor], blocks: Tensor, packed: Tensor, gather: bo
     for group in block_groups(caches, packed=True):
         row_bytes = math.prod(packed.shape[1:]) * packed.element_size()
         tiles = word_tiles(group, math.gcd(group.alignment, row_bytes, packed.data_ptr()))
-        _move_blocks[(blocks.shape[0], group.table.shape[0], tiles.tiles)](
+        launch(
+            _move_blocks,
+            (blocks.shape[0], group.table.shape[0], tiles.tiles),
             packed.view(-1).view(torch.uint8),
             blocks,
             blocks.stride(0),

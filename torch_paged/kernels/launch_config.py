@@ -192,7 +192,7 @@ def _launch(problem: Problem, device: Device, rows: int, above: int, upto: int) 
         unmasked_first=rows > FEW_ROWS,
         rows_above=above,
         rows_upto=upto,
-        unit_cost=tiles.keys * group,
+        unit_cost=(4 if rows > FEW_ROWS else 2) * tiles.keys * group,
         least_work=2 * tiles.keys * group,
         precision="ieee",
         overlap=device.capability >= 90 and not device.amd,

@@ -5,7 +5,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_paged.kernels.vectors import effective_strides, vector_width
+from torch_paged.kernels.launch import launch
+from torch_paged.kernels.vectors import (
+    effective_strides,
+    strides_in_vectors,
+    tile_vectors,
+    vector_offsets,
+    vector_width,
+)
 
 _VECTORS = 256  # computed by one program: two per thread
 
@@ -13,46 +20,40 @@ _VECTORS = 256  # computed by one program: two per thread
 @triton.jit
 def _load_part(output, lse, output_strides, lse_strides, token, head, dim, mask, VECTOR: tl.constexpr):
     lse = tl.load(lse + token * lse_strides[0] + head * lse_strides[1], mask=mask, other=float("-inf"))
-    start = token * output_strides[0] + head * output_strides[1]
-    # [VECTORS, VECTOR]
-    offsets = start[:, None] + (dim[:, None] + tl.arange(0, VECTOR)[None, :]) * output_strides[2]
-    offsets = tl.max_contiguous(tl.multiple_of(offsets, (1, VECTOR)), (1, VECTOR))
     # A part that saw no key has no say, whatever its rows hold.
     seen = mask & (lse != float("-inf"))
+    # [VECTORS, VECTOR]
+    offsets = vector_offsets(token * output_strides[0] + head * output_strides[1], dim, output_strides[2], VECTOR)
     return tl.load(output + offsets, mask=seen[:, None], other=0.0).to(tl.float32), lse
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+_STRIDES = [f"{of}_{part}_stride{i}" for part in "ab" for of, n in (("output", 3), ("lse", 2)) for i in range(n)]
+
+
+@triton.jit(do_not_specialize=[*_STRIDES, "num_tokens"])
 def _merge_attention(
-    output_a,
-    lse_a,
-    output_b,
-    lse_b,
-    output,
-    lse,
-    output_a_strides,
-    lse_a_strides,
-    output_b_strides,
-    lse_b_strides,
-    num_rows,
-    NUM_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    VECTOR: tl.constexpr,
-    VECTORS: tl.constexpr,
-):
+    output_a, lse_a, output_b, lse_b, output, lse,
+    output_a_stride0, output_a_stride1, output_a_stride2, lse_a_stride0, lse_a_stride1,
+    output_b_stride0, output_b_stride1, output_b_stride2, lse_b_stride0, lse_b_stride1,
+    num_tokens,
+    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, VECTOR: tl.constexpr, VECTORS: tl.constexpr,
+):  # fmt: skip
     """
     lse = log(exp(lse_a) + exp(lse_b))      output = exp(lse_a - lse) * output_a + exp(lse_b - lse) * output_b
 
-    grid: tiles of VECTORS vectors over [num_rows = num_tokens * NUM_HEADS, HEAD_DIM]
+    grid: tiles of VECTORS vectors over [num_tokens, NUM_HEADS, HEAD_DIM]
     """
-    ROW_VECTORS: tl.constexpr = HEAD_DIM // VECTOR
-    first = tl.program_id(0).to(tl.int64) * VECTORS
-    vector = (first % ROW_VECTORS).to(tl.int32) + tl.arange(0, VECTORS)
-    row = first // ROW_VECTORS + vector // ROW_VECTORS
-    token, head, dim = row // NUM_HEADS, row % NUM_HEADS, (vector % ROW_VECTORS * VECTOR).to(tl.int64)
-    mask = row < num_rows
-    tile_a, part_a = _load_part(output_a, lse_a, output_a_strides, lse_a_strides, token, head, dim, mask, VECTOR)
-    tile_b, part_b = _load_part(output_b, lse_b, output_b_strides, lse_b_strides, token, head, dim, mask, VECTOR)
+    token, head, dim = tile_vectors(NUM_HEADS, HEAD_DIM, VECTOR, VECTORS)
+    row = token * NUM_HEADS + head
+    mask = token < num_tokens
+    tile_a, part_a = _load_part(
+        output_a, lse_a, (output_a_stride0, output_a_stride1, output_a_stride2), (lse_a_stride0, lse_a_stride1),
+        token, head, dim, mask, VECTOR,
+    )  # fmt: skip
+    tile_b, part_b = _load_part(
+        output_b, lse_b, (output_b_stride0, output_b_stride1, output_b_stride2), (lse_b_stride0, lse_b_stride1),
+        token, head, dim, mask, VECTOR,
+    )  # fmt: skip
     largest = tl.maximum(part_a, part_b)
     shift = tl.where(largest == float("-inf"), 0.0, largest)
     weight_a, weight_b = tl.exp(part_a - shift), tl.exp(part_b - shift)
@@ -61,7 +62,7 @@ def _merge_attention(
     total = tl.where(empty, 1.0, total)
     # [VECTORS, VECTOR]
     tile = tile_a * (weight_a / total)[:, None] + tile_b * (weight_b / total)[:, None]
-    offsets = tl.multiple_of((row * HEAD_DIM + dim)[:, None] + tl.arange(0, VECTOR)[None, :], (1, VECTOR))
+    offsets = vector_offsets(row * (HEAD_DIM // VECTOR), dim, 1, VECTOR)
     tl.store(output + offsets, tile.to(output.dtype.element_ty), mask=mask[:, None])
     merged = tl.where(empty, float("-inf"), shift + tl.log(total))
     tl.store(lse + row, merged, mask=mask & (dim == 0))
@@ -86,13 +87,17 @@ def merge_attention(output_a: Tensor, lse_a: Tensor, output_b: Tensor, lse_b: Te
     parts = (output_a, lse_a, output_b, lse_b)
     strides = [effective_strides(part) for part in parts]
     vector = _vector(parts, strides)
-    num_rows = num_tokens * num_heads
-    _merge_attention[(triton.cdiv(num_rows * head_dim // vector, _VECTORS),)](
+    launch(
+        _merge_attention,
+        (triton.cdiv(output.numel() // vector, _VECTORS), 1, 1),
         *parts,
         output,
         lse,
-        *strides,
-        num_rows,
+        *strides_in_vectors(output_a, vector),
+        *strides[1],
+        *strides_in_vectors(output_b, vector),
+        *strides[3],
+        num_tokens,
         NUM_HEADS=num_heads,
         HEAD_DIM=head_dim,
         VECTOR=vector,

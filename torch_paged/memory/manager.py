@@ -55,7 +55,8 @@ class MemoryManager:
             ValueError: `max_seqs` are live; there are more tokens than `max_seq_len`.
         """
         s, size = self.sequences, self.block_size
-        hash(namespace)
+        if not _is_hashable(namespace):
+            raise TypeError(f"namespace must be hashable, got {namespace!r}")
         s.require_rows(1)
         tokens = as_integers("tokens", tokens)
         if len(tokens) > s.max_seq_len:
@@ -323,3 +324,11 @@ class MemoryManager:
     def check_integrity(self) -> None:
         """Raise IntegrityError, naming the broken invariant, if the records contradict each other."""
         inspection.check_integrity(self)
+
+
+def _is_hashable(value: object) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True

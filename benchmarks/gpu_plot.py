@@ -1,0 +1,69 @@
+"""Draws what `gpu_attention.py --output FILE` measured: `python benchmarks/gpu_plot.py FILE --output FILE.png`."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+OURS, PEER, LINE = "#2a6f97", "#bc6c25", "#d9d9d9"
+
+
+def panel(axes: Any, bars: dict[str, float], peers: dict[str, dict[str, float]], unit: str, ceiling: float) -> None:
+    """Our figure as a bar, the peers' as marks, the device's ceiling as a line."""
+    names = list(bars)[::-1]
+    axes.barh(names, [bars[name] for name in names], color=OURS, height=0.7, label="torch_paged")
+    markers = dict(zip(sorted({peer for each in peers.values() for peer in each}), "oD^svPX", strict=False))
+    for peer, marker in markers.items():
+        seen = [(each[peer], name) for name, each in peers.items() if peer in each and name in bars]
+        if seen:
+            axes.scatter(*zip(*seen, strict=True), color=PEER, marker=marker, zorder=3, label=peer)
+    axes.axvline(ceiling, color="black", linewidth=1, linestyle=":", label="measured ceiling")
+    for name in names:
+        axes.text(bars[name], name, f" {bars[name]:.0f}", va="center", fontsize=8)
+    axes.set_xlabel(unit)
+    axes.grid(axis="x", color=LINE)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw(report: dict[str, Any]) -> Any:
+    cases, ceilings = report["cases"], report["ceilings"]
+    compute = [name for name in cases if "prefill" in name or "chunk" in name]
+    memory = [name for name in cases if name not in compute]
+    figure, axes = plt.subplots(
+        2, 1, figsize=(9, 3.6 + 0.3 * len(cases)), height_ratios=[max(len(memory), 1), max(len(compute), 3)]
+    )
+    for part, names, key, unit, ceiling in (
+        (axes[0], memory, "gb_s", "GB/s of keys and values", ceilings["read_gb_s"]),
+        (axes[1], compute, "tflop_s", "TFLOP/s of unmasked pairs", ceilings["bf16_tflop_s"]),
+    ):
+        peers = {
+            name: {peer: each[key] for peer, each in cases[name].get("peers", {}).items() if key in each}
+            for name in names
+        }
+        panel(part, {name: cases[name][key] for name in names}, peers, unit, ceiling)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=3, fontsize=8)
+    figure.suptitle(
+        f"Attention on one {report['device']}: PyTorch {report['torch']}, Triton {report['triton']}, {report['date']}"
+    )
+    figure.tight_layout(rect=(0, 0.035, 1, 1))
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("report", type=Path)
+    parser.add_argument("--output", type=Path, help="default: the report's name with .png")
+    options = parser.parse_args()
+    output = options.output or options.report.with_suffix(".png")
+    draw(json.loads(options.report.read_text())).savefig(output, dpi=110)
+    print(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    main()

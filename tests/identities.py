@@ -1,0 +1,155 @@
+"""Which kernels PagedKVCache needs while it serves, and which `warmup` compiled: run as a program, without a GPU.
+
+    python identities.py        one line for each model; exit status 1 if serving needed what `warmup` had not compiled
+
+What is compiled is decided by Triton itself, for a GPU that is not there; the compilation and the launch are left out.
+This process must not use a GPU.
+"""
+
+import itertools
+import sys
+from importlib import import_module
+
+import aot
+import torch
+import triton
+from triton.runtime.jit import JITFunction
+
+import torch_paged
+from torch_paged import PagedKVCache, kernels, ops
+from torch_paged.kernels import attention_plan
+from torch_paged.kernels.launch_config import Device
+
+# Functions of these names hide the modules.
+append, warmup = (import_module(f"torch_paged.kernels.{name}") for name in ("append", "warmup"))
+DTYPE = torch.bfloat16
+H200 = Device(multiprocessors=132, shared_memory=227 * 1024, capability=90)
+MODELS = {
+    f"dim {dim}, {heads}/{kv_heads} heads, block size {block_size}": (heads, kv_heads, dim, value_dim, block_size)
+    for (dim, value_dim), (heads, kv_heads), block_size in itertools.product(
+        [(72, 72), (128, 128), (200, 72)], [(3, 1), (8, 1), (32, 8), (40, 40)], [1, 16]
+    )
+} | {"latent": (16, 1, 576, 512, 64)}
+
+
+class Compiled:
+    """Stands for a compiled kernel that is never launched."""
+
+    module = function = packed_metadata = None
+
+    def launch_metadata(self, *_):
+        return None
+
+    def run(self, *_):
+        pass
+
+
+class FreshDevice(aot._AbsentDevice):
+    """A device for which nothing is compiled yet."""
+
+    def __init__(self, number):
+        super().__init__("sm_90")
+        self.number = number
+
+    def get_current_device(self):
+        return self.number
+
+
+def record_compilations(device):
+    """Makes CPU tensors run the kernels' launch functions; the set of what Triton is asked to compile for `device`."""
+    compiled = set()
+
+    def compile_nothing(self, key, _, device, *__):
+        compiled.add((self.__name__, key))
+        kernel = self.device_caches[device][0][key] = Compiled()
+        return kernel
+
+    triton.runtime.driver.set_active(FreshDevice(device))
+    attention_plan._plans.clear()
+    append._plans.clear()
+    JITFunction._do_compile = compile_nothing
+    for module in (attention_plan, warmup):
+        module.device_of = lambda _: H200
+    ops._cpu_package = lambda: kernels.__name__
+    return compiled
+
+
+def packed_projection(num_tokens, heads, kv_heads, dim, value_dim):
+    """Query, key and value as slices of one matrix."""
+    widths = [heads * dim, kv_heads * dim, kv_heads * value_dim]
+    parts = torch.zeros(num_tokens, sum(widths), dtype=DTYPE).split(widths, 1)
+    return [part.view(num_tokens, n, -1) for part, n in zip(parts, (heads, kv_heads, kv_heads), strict=True)]
+
+
+def projections(num_tokens, heads, kv_heads, dim, value_dim):
+    """Query, key and value as tensors of their own."""
+    shapes = (heads, dim), (kv_heads, dim), (kv_heads, value_dim)
+    return [torch.zeros(num_tokens, *shape, dtype=DTYPE) for shape in shapes]
+
+
+def serve(heads, kv_heads, dim, value_dim, block_size, project):
+    """Steps of one to five sequences, uniform and ragged, with copies on write, and with merged parts."""
+    cache = PagedKVCache(
+        2, kv_heads, dim, value_head_dim=value_dim, block_size=block_size, num_blocks=2048, max_seqs=16,
+        max_seq_len=300, dtype=DTYPE, device="cpu",
+    )  # fmt: skip
+    seqs = [cache.add() for _ in range(5)]
+    steps = [(1, 1), (1, 17), (1, 200), (3, 1), (2, 5), (2, 70), (3, [1, 9, 2]), (1, 1), (4, [1, 1, 1, 1])]
+    for num_seqs, counts in [*steps, (3, [1, 100, 1]), (5, [1, 2, 1, 3, 1]), (5, 1)]:
+        batch = cache.prepare(seqs[:num_seqs], counts)
+        for layer in range(2):
+            cache(layer, *project(len(batch.positions), heads, kv_heads, dim, value_dim), batch)
+        cache.commit(batch)
+    forks = cache.fork(seqs[1], 3)
+    cache.prepare(forks, 1)
+    for num_tokens in (1, 2, 17):
+        part = torch.zeros(num_tokens, heads, value_dim, dtype=DTYPE), torch.zeros(num_tokens, heads)
+        torch_paged.merge_attention(*part, *part)
+
+
+def serve_in_layout(heads, kv_heads, dim, value_dim, block_size, head_major, latent):
+    """The operators on caches of one layout, ids in memory of any alignment, one row or several."""
+
+    def empty(width):
+        if head_major:
+            return torch.zeros(9, kv_heads, block_size, width, dtype=DTYPE).transpose(1, 2)
+        return torch.zeros(9, block_size, kv_heads, width, dtype=DTYPE)
+
+    key_cache = empty(dim)
+    value_cache = key_cache[..., :value_dim] if latent else empty(value_dim)
+    caches = [key_cache, empty(dim)] if latent else [key_cache, value_cache, empty(dim), empty(value_dim)]
+    for rows, first in itertools.product((1, 2, 5), (0, 1)):
+        query, key, value = projections(rows, heads, kv_heads, dim, value_dim)
+        ids = torch.arange(rows + first)[first:]
+        table = torch.zeros((rows + 1) * 3 + first, dtype=torch.int32)[first : first + rows * 3].view(rows, 3)
+        lens = torch.zeros(rows + first, dtype=torch.int32)[first:]
+        torch_paged.append(key, None if latent else value, key_cache, None if latent else value_cache, ids)
+        torch_paged.attention(query, key_cache, value_cache, table, lens)
+        bounds = torch.arange(rows + 1 + first, dtype=torch.int32)[first:].sub_(first)
+        torch_paged.attention(query, key_cache, value_cache, table, lens, cu_seqlens_q=bounds)
+        staging = torch.zeros(rows, sum(cache[0].numel() for cache in caches), dtype=DTYPE)
+        torch_paged.gather_blocks(caches, ids % 5 if rows < 5 else ids - first, staging)
+        torch_paged.scatter_blocks(staging, ids, caches)
+        torch_paged.copy_blocks(caches, torch.full((3,), -1)[first : first + 2].view(1, 2))
+
+
+def missing(model, device):
+    """How many kernels `warmup` compiles for a model, and those that serving it needs beside."""
+    heads, kv_heads, dim, value_dim, block_size = model
+    compiled = record_compilations(device)
+    torch_paged.warmup(heads, kv_heads, dim, value_head_dim=value_dim, block_size=block_size, dtype=DTYPE, device="cpu")
+    warm = set(compiled)
+    for project in (projections, packed_projection):
+        serve(*model, project)
+    for head_major, latent in itertools.product((False, True), (False, True) if value_dim < dim else (False,)):
+        serve_in_layout(*model, head_major, latent)
+    return len(warm), compiled - warm
+
+
+if __name__ == "__main__":
+    failed = False
+    for device, (name, model) in enumerate(MODELS.items()):
+        number, lacking = missing(model, device)
+        print(f"{name}: {number} compiled, {len(lacking)} lacking", *sorted(lacking), sep="\n  ")
+        failed |= bool(lacking)
+    sys.exit(failed)

@@ -1,0 +1,74 @@
+"""Launches, with a stand-in for Triton's kernels: what is refused under capture, and what a repeated call skips."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from torch_paged.kernels.launch import Launcher, Plans, launch
+
+
+class Kernel:
+    """Counts launches through Triton's search and those of what it compiled."""
+
+    def __init__(self, loaded):
+        self.searched = []
+        self.direct = []
+        self.compiled = Compiled(self, loaded)
+
+    def warmup(self, *_, **__):
+        return self.compiled
+
+    def __getitem__(self, grid):
+        def run(*args, **constants):
+            self.searched.append((grid, args, constants))
+            return self.compiled
+
+        return run
+
+
+class Compiled(SimpleNamespace):
+    def __init__(self, kernel, loaded):
+        super().__init__(kernel=kernel, module=1 if loaded else None)
+
+    def __getitem__(self, grid):
+        return lambda *args: self.kernel.direct.append((grid, args))
+
+
+def test_cold_kernel_is_refused_under_capture(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    cold, warm = Kernel(loaded=False), Kernel(loaded=True)
+    with pytest.raises(RuntimeError, match="call the operator with tensors of these dtypes and shapes once before"):
+        launch(cold, (1, 1, 1), 5)
+    assert cold.searched == []
+    launch(warm, (1, 1, 1), 5)
+    assert len(warm.searched) == 1
+
+
+def test_repeated_launches_pass_constants_in_order_and_search_once():
+    kernel = Kernel(loaded=True)
+    launcher = Launcher(kernel, (7, 2, 1), dict(WIDTH=16, ROWS=4), dict(num_warps=4))
+    for argument in (5, 6, 7):
+        launcher(argument)
+    assert kernel.searched == [((7, 2, 1), (5,), dict(WIDTH=16, ROWS=4, num_warps=4))]
+    assert kernel.direct == [((7, 2, 1), (6, 16, 4)), ((7, 2, 1), (7, 16, 4))]
+
+
+def test_what_is_not_on_a_device_is_searched_for_again():
+    kernel = Kernel(loaded=False)
+    launcher = Launcher(kernel, (1, 1, 1), {}, {})
+    launcher(5)
+    launcher(6)
+    assert len(kernel.searched) == 2
+    assert kernel.direct == []
+
+
+def test_plans_are_bounded(monkeypatch):
+    monkeypatch.setattr("torch_paged.kernels.launch._MAX_PLANS", 3)
+    plans = Plans()
+    for number in range(10):
+        assert plans.remember((number,), number) == number
+        assert plans[(number,)] == number
+        assert len(plans) <= 3

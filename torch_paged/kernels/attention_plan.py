@@ -1,0 +1,109 @@
+"""What a call of attention launches: decided by its tensors' metadata, and remembered, as decoding repeats one call."""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from torch_paged.kernels.attention_combine import combine_launcher
+from torch_paged.kernels.device import device_of
+from torch_paged.kernels.launch import Launcher, Plans, layout
+from torch_paged.kernels.launch_config import AttentionLaunch, Problem, attention_launches
+from torch_paged.kernels.vectors import effective_strides
+
+
+class Step(NamedTuple):
+    """One launch of the kernel and of the one that combines, with all that the metadata of a call decide."""
+
+    attend: Launcher
+    combine: Launcher
+    partial_floats: int
+    handoff_ints: int
+    sizes: tuple[int, int, int]  # num_tokens, num_seqs, num_kv_heads
+    layout: tuple[Any, ...]  # the arguments behind these
+
+
+_plans: Plans[tuple[Step, ...]] = Plans()
+
+
+def plan(
+    kernel: Any,
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens_q: Tensor | None,
+    causal: bool,
+) -> tuple[Step, ...]:
+    """The launches of `kernel` for a call, none if no row sees a key; made once for calls that differ in contents."""
+    shared = key_cache.data_ptr() == value_cache.data_ptr()
+    metadata = (
+        query.device, layout(query), layout(key_cache), layout(value_cache), shared,
+        block_table.shape, block_table.stride(), cu_seqlens_q is None, causal,
+    )  # fmt: skip
+    steps = _plans.get(metadata)
+    if steps is None:
+        problem = problem_of(query, key_cache, value_cache, block_table, cu_seqlens_q, causal)
+        served = problem.ragged or problem.num_seqs > 0
+        some = problem.num_tokens > 0 and served and 0 not in (key_cache.shape[0], block_table.shape[1])
+        launches = attention_launches(problem, device_of(query.device)) if some else ()
+        planned = tuple(step_of(kernel, it, query, key_cache, value_cache, block_table) for it in launches)
+        steps = _plans.remember(metadata, planned)
+    return steps
+
+
+def step_of(
+    kernel: Any, launch: AttentionLaunch, query: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor
+) -> Step:
+    """`launch` of `kernel` for a call."""
+    num_blocks, block_size, num_kv_heads, _ = key_cache.shape
+    max_keys = min(block_table.shape[1] * block_size, 2**31 - 1024)
+    return Step(
+        attend=Launcher(kernel, (launch.programs, 1, 1), dict(V=launch.variant), launch.options),
+        combine=combine_launcher(launch),
+        partial_floats=launch.partial_floats,
+        handoff_ints=launch.handoff_ints,
+        sizes=(query.shape[0], block_table.shape[0], num_kv_heads),
+        layout=(
+            num_blocks, max_keys, _query_strides(query), effective_strides(key_cache)[:3],
+            effective_strides(value_cache)[:3], block_table.stride(0),
+        ),
+    )  # fmt: skip
+
+
+def problem_of(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens_q: Tensor | None,
+    causal: bool,
+) -> Problem:
+    """The shapes and layout of a call, from its tensors."""
+    return Problem(
+        num_tokens=query.shape[0],
+        num_seqs=block_table.shape[0],
+        num_heads=query.shape[1],
+        num_kv_heads=key_cache.shape[2],
+        head_dim=query.shape[2],
+        value_dim=value_cache.shape[3],
+        block_size=key_cache.shape[1],
+        itemsize=query.element_size(),
+        causal=causal,
+        ragged=cu_seqlens_q is not None,
+        aligned=all(_aligned(tensor) for tensor in (query, key_cache, value_cache)),
+        shared_values=key_cache.data_ptr() == value_cache.data_ptr()
+        and key_cache.stride() == value_cache.stride()
+        and key_cache.shape[3] >= value_cache.shape[3],
+    )
+
+
+def _query_strides(query: Tensor) -> tuple[int, int]:
+    """Strides of a token and of a head. A single token counts as one of several, whose kernel shall serve it too."""
+    head = effective_strides(query)[1]
+    return (query.shape[1] * query.shape[2] if query.shape[0] == 1 else query.stride(0)), head
+
+
+def _aligned(tensor: Tensor) -> bool:
+    """Whether every row of `tensor` starts at a multiple of 16 bytes."""
+    strides = effective_strides(tensor)[:-1]
+    return tensor.data_ptr() % 16 == 0 and all(stride * tensor.element_size() % 16 == 0 for stride in strides)
