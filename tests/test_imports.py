@@ -57,6 +57,15 @@ def test_imports_run_one_way(path):
     assert outside <= {"memory": {"numpy"}, "kernels": {"torch", "triton"}}.get(here, {"torch", "numpy"})
 
 
+def test_scheduling_knows_no_torch():
+    host = {"requests", "text", "waiting", "residents", "plan", "scheduler", "stream"}
+    for name in host:
+        modules = set(imported(PACKAGE / "serving" / f"{name}.py"))
+        assert not any(module.split(".")[0] == "torch" for module in modules)
+        own = {module.split(".")[2] for module in modules if module.startswith("torch_paged.serving.")}
+        assert own <= host
+
+
 def test_cold_import_without_triton():
     """No triton, no compiler, under 0.3 s more than torch itself (three times that on a busy machine)."""
     script = (

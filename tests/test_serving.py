@@ -125,6 +125,15 @@ def test_samples_of_one_prompt_share_it(ahead, num_blocks):
     assert_empty(engine, cache)
 
 
+def test_prompts_of_any_integers():
+    engine, _, _ = make_engine()
+    prompts = torch.tensor([5, 17, 3]), torch.tensor([5, 17, 3]).numpy(), (5, 17, 3)
+    for prompt in prompts:
+        assert engine.run([Request(prompt=prompt, max_new_tokens=4)])[0].samples[0].written == expected([5, 17, 3], 4)
+    with pytest.raises(TypeError, match="prompt must be integers, got float64"):
+        Request(prompt=[0.5])
+
+
 def test_a_prompt_of_one_token_is_forked_at_once():
     engine, cache, _ = make_engine()
     (generation,) = engine.run([Request(prompt=[9], max_new_tokens=3, samples=3)])
@@ -389,6 +398,7 @@ def test_a_decode_that_raises_ends_its_own_sample():
     ("make", "why"),
     [
         (lambda: Request(prompt=[]), "prompt must have at least one token"),
+        (lambda: Request(prompt=[3, -1]), "prompt must be token ids of at least 0, got .*-1"),
         (lambda: Request(prompt=[1], max_new_tokens=0), "max_new_tokens must be at least 1, got 0"),
         (lambda: Request(prompt=[1], samples=0), "samples must be at least 1, got 0"),
         (lambda: Request(prompt=[1], stop_strings="x"), "stop_strings must be a list of strings, got 'x'"),

@@ -1,18 +1,18 @@
 """Serving: many requests through one model over one PagedKVCache.
 
-requests.py   Request and Sampling, what a caller asks for; Generation and Sample, what comes of it
-text.py       text from tokens as they come, stop strings
-waiting.py    the queue: priority, first come first served, nobody waits for ever
-residents.py  who has a place in the cache: letting in, parting forks, giving way
-plan.py       Plan: one step
-scheduler.py  Scheduler: plans within a budget of tokens, and what comes of them
-sampling.py   from logits to tokens on the device
-engine.py     Engine: the loop that runs plans through the model
-stream.py     what is new of a generation
-asynchronous.py   AsyncEngine: the same for coroutines
-beams.py      beam_search over forks
+requests.py      Request and Sampling, what a caller asks for; Generation and Sample, what comes of it
+text.py          text from tokens as they come, stop strings
+waiting.py       the queue: priority, first come first served, nobody waits for ever
+residents.py     who has a place in the cache: letting in, parting forks, giving way
+plan.py          Plan: one step
+scheduler.py     Scheduler: plans within a budget of tokens, and what comes of them
+stream.py        what is new of a generation
+sampling.py      from logits to tokens on the device
+engine.py        Engine: the loop that runs plans through the model
+asynchronous.py  AsyncEngine: the same for coroutines
+beams.py         beam_search over forks
 
-The first six know no torch.
+The first seven know no torch.
 """
 
 from torch_paged.serving.asynchronous import AsyncEngine

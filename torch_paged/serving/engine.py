@@ -41,6 +41,7 @@ class Engine:
 
     On a GPU the host works one step ahead: while the model runs a step on tokens that have never left the device, the
     host reads the tokens of the step before, and ends, forks and lets in samples. On a CPU the same happens in turn.
+    One thread at a time may use an engine; for coroutines there is AsyncEngine.
 
     Args:
         cache: where the model's layers keep keys and values. Sequences of others may live in it too.

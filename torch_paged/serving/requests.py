@@ -8,12 +8,13 @@ import secrets
 from collections.abc import Hashable, Sequence
 from typing import Any
 
+from torch_paged.memory.arrays import as_integers
 from torch_paged.serving.text import TextStop
 
 _MASK = (1 << 64) - 1
 
 
-def _require(holds: bool, rule: str, actual: Any) -> None:
+def _require(holds: Any, rule: str, actual: Any) -> None:
     if not holds:
         raise ValueError(f"{rule}, got {actual!r}")
 
@@ -55,7 +56,7 @@ class Request:
     """One prompt and how to go on from it.
 
     Attributes:
-        prompt: token ids, at least one.
+        prompt: token ids, at least one: any flat sequence, array or CPU tensor of integers; kept as a list.
         max_new_tokens: at most so many tokens are written, at least 1.
         sampling: how they are drawn.
         samples: continuations, each of its own; the prompt is read once, and its blocks are shared.
@@ -66,6 +67,7 @@ class Request:
 
     Raises:
         ValueError: one of them is out of its range.
+        TypeError: the prompt is not integers.
     """
 
     prompt: Sequence[int]
@@ -78,7 +80,10 @@ class Request:
     namespace: Hashable = None
 
     def __post_init__(self) -> None:
-        _require(len(self.prompt) > 0, "prompt must have at least one token", list(self.prompt))
+        prompt = as_integers("prompt", self.prompt)
+        _require(len(prompt) > 0, "prompt must have at least one token", prompt.tolist())
+        _require(prompt.min() >= 0, "prompt must be token ids of at least 0", prompt.min())
+        object.__setattr__(self, "prompt", prompt.tolist())
         _require(self.max_new_tokens >= 1, "max_new_tokens must be at least 1", self.max_new_tokens)
         _require(self.samples >= 1, "samples must be at least 1", self.samples)
         _require(not isinstance(self.stop_strings, str), "stop_strings must be a list of strings", self.stop_strings)

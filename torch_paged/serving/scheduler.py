@@ -197,27 +197,20 @@ class Scheduler:
                 sample.cached = start
                 sample.length -= plan.writes is None or plan.writes[row]
 
-    def complete(
-        self, plan: Plan, drawn: Sequence[int], logprobs: Sequence[TokenLogprobs] | None = None
-    ) -> list[Sample]:
+    def complete(self, plan: Plan, drawn: Sequence[int], logprobs: Sequence[TokenLogprobs] | None = None) -> None:
         """End the oldest open plan: whoever has read all gets the token that was drawn.
 
         Args:
             plan: the oldest of the open ones.
             drawn: a token for each sample of the plan.
             logprobs: of each, where one of them asked for it.
-
-        Returns:
-            The samples that got a token.
         """
         self._cache.commit(plan.batch, plan.tokens())  # what is unknown still was read for samples that have ended
         self.open_plans.popleft()
-        written: list[Sample] = []
         ended: dict[str, list[Sample]] = {}
         for row, (sample, token) in enumerate(zip(plan.samples, drawn, strict=False)):
             if (plan.writes is None or plan.writes[row]) and sample.finish_reason is None:
                 reason = sample.write(token, logprobs[row] if logprobs is not None else None)
-                written.append(sample)
                 if reason is not None:
                     ended.setdefault(reason, []).append(sample)
         for reason, samples in ended.items():
@@ -226,7 +219,6 @@ class Scheduler:
             for sample in plan.samples:
                 if sample.finish_reason is None:
                     self._residents.part_forks(sample)
-        return written
 
 
 class _Chunks:
