@@ -150,6 +150,31 @@ def test_demo_eager():
     assert "blocks shared" in output
 
 
+def test_parallel_sampling():
+    output = run("parallel_sampling.py", "--samples", "3")
+    assert output.count("--- sample") == 3
+    tokens, slots = re.search(r"(\d+) tokens of 3 samples in (\d+) slots", output).groups()
+    assert int(tokens) > 1.5 * int(slots)
+    assert run("parallel_sampling.py", "--samples", "3") == output  # the same seed
+
+
+def test_beam_search():
+    output = run("beam_search.py", "--beams", "3", "--new-tokens", "12")
+    scores = [float(line.split()[0]) for line in output.splitlines() if re.match(r"\s*-\d", line)]
+    assert len(scores) == 1 + 3
+    assert scores[1] >= scores[0]
+    assert scores[1:] == sorted(scores[1:], reverse=True)
+
+
+@pytest.mark.parametrize("policy", ["wait", "recompute", "swap"])
+def test_serve_under_pressure(policy):
+    output = run("serve_under_pressure.py", "--policy", policy, "--requests", "12", "--blocks", "24")
+    last = output.splitlines()[-2].split()
+    assert last[1:4] == ["0", "0", "0"]
+    assert (int(last[4]) > 0) == (policy != "wait")
+    assert last[5] == "12"
+
+
 def test_shared_prefix():
     output = run("shared_prefix.py")
     assert "check passed" in output

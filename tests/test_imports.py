@@ -28,6 +28,7 @@ ALLOWED = {
     "kernels": set(),
     "reference": set(),
     "testing": set(),
+    "serving": {"batch", "cache", "memory"},
 }
 
 
@@ -54,6 +55,15 @@ def test_imports_run_one_way(path):
     assert own - {here} <= ALLOWED[here]
     outside = {name.split(".")[0] for name in imported(path)} - set(sys.stdlib_module_names) - {"torch_paged"}
     assert outside <= {"memory": {"numpy"}, "kernels": {"torch", "triton"}}.get(here, {"torch", "numpy"})
+
+
+def test_scheduling_knows_no_torch():
+    host = {"requests", "text", "waiting", "residents", "plan", "scheduler", "stream"}
+    for name in host:
+        modules = set(imported(PACKAGE / "serving" / f"{name}.py"))
+        assert not any(module.split(".")[0] == "torch" for module in modules)
+        own = {module.split(".")[2] for module in modules if module.startswith("torch_paged.serving.")}
+        assert own <= host
 
 
 def test_cold_import_without_triton():

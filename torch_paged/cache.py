@@ -60,6 +60,7 @@ class PagedKVCache(nn.Module):
 
     Attributes:
         layers: nn.ModuleList of PagedKVLayer.
+        num_blocks, block_size, max_seqs, max_seq_len, device: as given, or as found from `memory`.
     """
 
     def __init__(
@@ -98,6 +99,8 @@ class PagedKVCache(nn.Module):
             num_blocks = blocks_in(memory, block_size * self._bytes_per_token, device)
         assert num_blocks is not None
         self._manager = MemoryManager(num_blocks, block_size, max_seqs, max_seq_len)
+        self.num_blocks, self.block_size, self.device = num_blocks, block_size, device
+        self.max_seqs, self.max_seq_len = self._manager.sequences.max_seqs, self._manager.sequences.max_seq_len
         with torch.inference_mode(False):  # whatever mode this runs under, the buffers can be written in any
             shapes = [(num_blocks, block_size, num_kv_heads, dim) for dim in (head_dim, value_head_dim)]
             self.layers = nn.ModuleList(

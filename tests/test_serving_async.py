@@ -1,0 +1,119 @@
+"""AsyncEngine: many coroutines, cancelled tasks, errors, and the end."""
+
+import asyncio
+
+import pytest
+from serving_fakes import FakeModel, expected, make_cache
+
+from torch_paged.serving import AsyncEngine, Engine, Request
+
+PROMPTS = [[5, 17, 3], [11] * 9, list(range(1, 31)), [8]]
+
+
+def make_engine(model=None, **options):
+    cache = make_cache(**options)
+    return Engine(cache, model or FakeModel(cache), token_budget=16), cache
+
+
+async def collect(serving, prompt, count=12):
+    return [piece.token async for piece in serving.stream(Request(prompt=prompt, max_new_tokens=count))]
+
+
+def test_many_coroutines():
+    engine, cache = make_engine(num_blocks=14)
+
+    async def main():
+        async with AsyncEngine(engine) as serving:
+            first = await asyncio.gather(*(collect(serving, prompt) for prompt in PROMPTS))
+            await asyncio.sleep(0.01)  # idle: the next request wakes it
+            return first, await collect(serving, [9])
+
+    first, last = asyncio.run(main())
+    assert first == [expected(prompt, 12) for prompt in PROMPTS]
+    assert last == expected([9], 12)
+    assert cache.num_free_blocks == cache.num_blocks
+
+
+@pytest.mark.parametrize("pieces", [0, 1, 3])
+def test_a_cancelled_task_frees_its_blocks(pieces):
+    """Before the request is submitted, and after some pieces; the others go on, and the engine is idle in the end."""
+    engine, cache = make_engine()
+    seen = []
+
+    async def watch(serving):
+        async for piece in serving.stream(Request(prompt=[1, 2, 3], max_new_tokens=50)):
+            seen.append(piece.token)
+
+    async def main():
+        async with AsyncEngine(engine) as serving:
+            task = asyncio.create_task(watch(serving))
+            other = asyncio.create_task(collect(serving, [8]))
+            await asyncio.sleep(0)
+            while len(seen) < pieces:
+                await asyncio.sleep(0.001)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            result = await other
+            while engine.busy:
+                await asyncio.sleep(0.001)
+            assert cache.num_free_blocks == cache.num_blocks
+            return result
+
+    assert asyncio.run(main()) == expected([8], 12)
+    assert pieces <= len(seen) < 50
+    cache.check_integrity()
+
+
+def test_a_request_that_cannot_be_served_raises_where_it_is_awaited():
+    engine, _ = make_engine()
+
+    async def main():
+        async with AsyncEngine(engine) as serving:
+            with pytest.raises(ValueError, match="take 98 places, max_seq_len is 64"):
+                await collect(serving, [1] * 49, 50)
+            with pytest.raises(ValueError, match="stop_strings need an Engine with decode="):
+                async for _ in serving.stream(Request(prompt=[1], stop_strings=["x"])):
+                    pass
+            return await collect(serving, [8])
+
+    assert asyncio.run(main()) == expected([8], 12)
+
+
+def test_a_step_that_raises_ends_its_requests_and_no_others():
+    engine, cache = make_engine()
+    model, calls = engine._model, iter(range(1000))
+
+    def failing(tokens, batch):
+        if next(calls) == 5:
+            raise ArithmeticError("a fault")
+        return model(tokens, batch)
+
+    engine._model = failing
+
+    async def main():
+        async with AsyncEngine(engine) as serving:
+            results = await asyncio.gather(*(collect(serving, p) for p in PROMPTS), return_exceptions=True)
+            return results, await collect(serving, [8])
+
+    results, last = asyncio.run(main())
+    assert [type(result) for result in results] == [ArithmeticError] * len(PROMPTS)
+    assert last == expected([8], 12)
+    assert cache.num_free_blocks == cache.num_blocks
+    cache.check_integrity()
+
+
+def test_leaving_cancels_what_is_under_way():
+    engine, cache = make_engine()
+
+    async def main():
+        async with AsyncEngine(engine) as serving:
+            stream = serving.stream(Request(prompt=[1, 2, 3], max_new_tokens=50))
+            assert (await anext(stream)).token == expected([1, 2, 3], 1)[0]
+        rest = [piece async for piece in stream]
+        assert rest[-1].finish_reason == "cancelled"
+        with pytest.raises(RuntimeError, match="serves within `async with` alone"):
+            await collect(serving, [1])
+
+    asyncio.run(main())
+    assert cache.num_free_blocks == cache.num_blocks

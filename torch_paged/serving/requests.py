@@ -1,0 +1,219 @@
+"""What a caller asks for, and what comes of it: Request, then Generation and its Samples."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import secrets
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+from torch_paged.memory.arrays import as_integers
+from torch_paged.serving.text import TextStop
+
+_MASK = (1 << 64) - 1
+
+
+def _require(holds: Any, rule: str, actual: Any) -> None:
+    if not holds:
+        raise ValueError(f"{rule}, got {actual!r}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a token is drawn from the model's distribution.
+
+    Attributes:
+        temperature: divides the logits; 0: the most likely token, and nothing below counts.
+        top_k: only the k most likely tokens; 0: all.
+        top_p: of these, only the fewest whose probabilities add up to at least this, 0 to 1.
+        min_p: of these, only tokens at least this share as likely as the most likely one, 0 to 1.
+        seed: the same seed draws the same tokens, whatever else is in the batch; None: a random one.
+        logprobs: None: no log-probabilities; n: that of the token and those of the n most likely ones. They are the
+            model's own, before temperature and the cuts.
+
+    Raises:
+        ValueError: one of them is out of its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.temperature < math.inf, "temperature must be at least 0 and finite", self.temperature)
+        _require(self.top_k >= 0, "top_k must be at least 0", self.top_k)
+        _require(0 < self.top_p <= 1, "top_p must lie in (0, 1]", self.top_p)
+        _require(0 <= self.min_p <= 1, "min_p must lie in [0, 1]", self.min_p)
+        _require(self.logprobs is None or self.logprobs >= 0, "logprobs must be None or at least 0", self.logprobs)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """One prompt and how to go on from it.
+
+    Attributes:
+        prompt: token ids, at least one: any flat sequence, array or CPU tensor of integers; kept as a list.
+        max_new_tokens: at most so many tokens are written, at least 1.
+        sampling: how they are drawn.
+        samples: continuations, each of its own; the prompt is read once, and its blocks are shared.
+        stop_tokens: a sample ends with the first of these, which is its last token and not in its text.
+        stop_strings: a sample ends where its text has one of these, which is cut off. Needs the engine's `decode`.
+        priority: the higher, the sooner.
+        namespace: prompts find cached prefixes of their own namespace alone.
+
+    Raises:
+        ValueError: one of them is out of its range.
+        TypeError: the prompt is not integers.
+    """
+
+    prompt: Sequence[int]
+    max_new_tokens: int = 64
+    sampling: Sampling = Sampling()
+    samples: int = 1
+    stop_tokens: Sequence[int] = ()
+    stop_strings: Sequence[str] = ()
+    priority: float = 0.0
+    namespace: Hashable = None
+
+    def __post_init__(self) -> None:
+        prompt = as_integers("prompt", self.prompt)
+        _require(len(prompt) > 0, "prompt must have at least one token", prompt.tolist())
+        _require(prompt.min() >= 0, "prompt must be token ids of at least 0", prompt.min())
+        object.__setattr__(self, "prompt", prompt.tolist())
+        _require(self.max_new_tokens >= 1, "max_new_tokens must be at least 1", self.max_new_tokens)
+        _require(self.samples >= 1, "samples must be at least 1", self.samples)
+        _require(not isinstance(self.stop_strings, str), "stop_strings must be a list of strings", self.stop_strings)
+        _require(all(self.stop_strings), "stop_strings must not be empty", self.stop_strings)
+        _require(math.isfinite(self.priority), "priority must be finite", self.priority)
+
+
+class TokenLogprobs:
+    """Of one token: its own log-probability, and the most likely tokens with theirs, the likeliest first."""
+
+    __slots__ = ("logprob", "top")
+
+    def __init__(self, logprob: float, top: list[tuple[int, float]]) -> None:
+        self.logprob = logprob
+        self.top = top
+
+
+class Sample:
+    """One continuation of a request's prompt. Read it freely; the scheduler alone writes.
+
+    Example: a prompt of 5 tokens of which a step has been launched that reads the last 2; its token is not known yet:
+
+        tokens [p p p p p]    length 6    cached 5    unread 1
+
+    Attributes:
+        tokens: the prompt and what was written so far.
+        logprobs: of each written token, where the request asked for them.
+        text: of the written tokens but a stop token, as far as they make whole characters, where the engine has a
+            `decode`.
+        finish_reason: None as long as it goes on, then "stop" (a stop token or string), "length", "cancelled" or
+            "error".
+        error: what went wrong, with the finish reason "error".
+        seq: its sequence in the cache, -1 without one.
+        length: tokens that exist, on the device or here.
+        cached: tokens that the cache holds, those of launched steps included.
+        forks: the samples that part from this one when its prompt is read, all but the last token.
+    """
+
+    __slots__ = (
+        "cached", "error", "finish_reason", "forks", "generation", "index", "key", "length", "limit", "logprobs",
+        "row", "seed", "seq", "state", "stop_tokens", "text", "tokens",
+    )  # fmt: skip
+
+    def __init__(self, generation: Generation, index: int, seed: int) -> None:
+        request = generation.request
+        self.generation = generation
+        self.index = index
+        self.seed = _signed(_mix(seed + index * 0x9E3779B97F4A7C15))
+        self.tokens = list(request.prompt)
+        self.logprobs: list[TokenLogprobs] = []
+        self.text: TextStop | None = None
+        self.finish_reason: str | None = None
+        self.error: BaseException | None = None
+        self.stop_tokens = frozenset(request.stop_tokens)
+        self.length = len(self.tokens)
+        self.limit = self.length + request.max_new_tokens
+        self.cached = 0
+        self.seq = -1
+        self.row = -1
+        self.forks: list[Sample] = []
+        self.key: tuple[float, int, int] = (0.0, 0, 0)
+        self.state = "new"
+
+    @property
+    def written(self) -> list[int]:
+        """The tokens written so far."""
+        return self.tokens[len(self.generation.request.prompt) :]
+
+    @property
+    def unread(self) -> int:
+        """Tokens that the next steps shall read. The last one of a prompt is left for each fork to read."""
+        return self.length - self.cached - bool(self.forks)
+
+    def write(self, token: int, logprobs: TokenLogprobs | None) -> str | None:
+        """Append a token that was drawn; the reason to end, if there is one."""
+        self.tokens.append(token)
+        if logprobs is not None and self.generation.request.sampling.logprobs is not None:
+            self.logprobs.append(logprobs)
+        if token in self.stop_tokens:
+            return "stop"
+        try:
+            stopped = self.text is not None and self.text.feed(token)
+        except Exception as error:  # the caller's decode: this sample's trouble alone
+            self.error = error
+            return "error"
+        if stopped:
+            return "stop"
+        return "length" if len(self.tokens) == self.limit else None
+
+    def end(self, reason: str, error: BaseException | None) -> None:
+        """Nothing follows."""
+        self.finish_reason, self.error = reason, error or self.error
+        if self.text is not None and self.error is None:
+            try:
+                self.text.finish()
+            except Exception as broken:
+                self.finish_reason, self.error = "error", broken
+
+
+class Generation:
+    """A submitted request.
+
+    Attributes:
+        request: as submitted.
+        samples: its continuations.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        seed = request.sampling.seed
+        seed = secrets.randbits(64) if seed is None else _mix(seed)
+        self.samples = [Sample(self, index, seed) for index in range(request.samples)]
+
+    @property
+    def finished(self) -> bool:
+        return all(sample.finish_reason is not None for sample in self.samples)
+
+    @property
+    def error(self) -> BaseException | None:
+        """What went wrong with one of the samples, if anything did."""
+        return next((sample.error for sample in self.samples if sample.error is not None), None)
+
+
+def _mix(value: int) -> int:
+    """A 64-bit number in which every bit depends on all of `value`'s (the finaliser of SplitMix64)."""
+    value &= _MASK
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _MASK
+    return value ^ (value >> 31)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value

@@ -1,0 +1,214 @@
+"""Who has a place in the cache: letting samples in, parting forks, and giving way when blocks run out."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from torch_paged.memory import OutOfBlocks
+from torch_paged.serving.requests import Sample
+from torch_paged.serving.waiting import WaitingQueue
+
+_FAILED_SWAP = (RuntimeError, MemoryError)  # of a device, of the blocks, of the host's memory
+
+
+class Residents:
+    """The running samples, and the queue of those that are not: without blocks, or with theirs in host memory.
+
+        waiting --admit--> running --release--> finished
+           ^                  |
+           +----- preempt ----+        "recompute": without blocks; "swap": its blocks go to host memory
+
+    A sample's `state` says where it is: "waiting" (in the queue; swapped if it has a `seq`), "running", "forking" (its
+    leader has yet to read the prompt) or "finished".
+
+    Attributes:
+        running: in the order in which they were let in.
+        queue: the others.
+        preemptions: how often a running sample gave way.
+    """
+
+    def __init__(self, cache: Any, policy: str, max_running: int, reserve: int, patience: float) -> None:
+        self.running: list[Sample] = []
+        self.queue = WaitingQueue(patience)
+        self.preemptions = 0
+        self._cache = cache
+        self._block_size: int = cache.block_size
+        self._policy = policy
+        self._max_running = max_running
+        self._reserve = reserve  # blocks that admission leaves free
+        self._running_rows = 0  # of the cache, those of forks to come included
+        self._swapped_rows = 0
+        self._crowded = False  # since one gave way, none has ended: who is let in would be the next to give way
+
+    def blocks(self, tokens: int) -> int:
+        """Blocks that so many tokens take."""
+        return -(-tokens // self._block_size)
+
+    def admit(self, outstanding: int, in_flight: bool) -> tuple[list[Sample], int]:
+        """Let the head of the queue in if there is room.
+
+        Args:
+            outstanding: blocks that others let in before have yet to take.
+            in_flight: whether open steps may still hold blocks of finished samples.
+
+        Returns:
+            It and its forks, if they have parted already, and the blocks that they have yet to take; nobody and 0
+            where there is no room.
+
+        Raises:
+            ValueError: nothing runs, and others hold all rows of the cache.
+        """
+        head = self.queue.head()
+        if head is None or (self._crowded and self.running) or not self._has_rows(head):
+            return [], 0
+        room = self._cache.num_free_blocks - self._reserve - outstanding
+        if self._policy == "wait":
+            promised = sum(self._most_blocks(sample) for sample in [*self.running, head])
+            room = math.inf if promised <= self._cache.num_blocks - self._reserve else -1
+        if not self.running:
+            room = math.inf  # what does not fit even so fits never
+        needed = self._swap_in(head, room, in_flight) if head.seq >= 0 else self._add(head, room, in_flight)
+        if needed is None:
+            return [], 0
+        self.queue.pop()
+        head.state = "running"
+        self._running_rows += _rows(head)
+        self.running.append(head)
+        return [head, *self.part_forks(head)], needed
+
+    def _has_rows(self, head: Sample) -> bool:
+        """Whether one more can run. If only swapped samples stand in the way, the last of them give up their rows."""
+        rows = _rows(head)
+        if self._running_rows + rows > self._max_running:
+            return False
+        lacking = self._running_rows + self._swapped_rows + rows - self._cache.max_seqs
+        if head.seq >= 0 or lacking <= 0:
+            return True
+        if self.running:
+            return False
+        swapped = sorted((sample for sample in self.queue if sample.seq >= 0), key=lambda sample: sample.key)
+        self.release(swapped[-lacking:])
+        return True
+
+    def _add(self, head: Sample, room: float, in_flight: bool) -> int | None:
+        """Give a sample a new sequence; the blocks that it needs on top of its cached prefix."""
+        try:
+            seq = self._cache.add(head.tokens, head.generation.request.namespace)
+        except ValueError:  # others have taken the cache's rows
+            if self.running or in_flight:
+                return None
+            raise
+        cached: int = self._cache.length(seq)
+        needed = self.blocks(head.length) - cached // self._block_size + len(head.forks)
+        if needed > room:
+            self._cache.free(seq)
+            return None
+        head.seq, head.cached = seq, cached
+        return needed
+
+    def _swap_in(self, head: Sample, room: float, in_flight: bool) -> int | None:
+        if self.blocks(head.length) > room:
+            return None
+        try:
+            self._cache.swap_in([head.seq])
+        except _FAILED_SWAP as error:
+            if isinstance(error, OutOfBlocks) and (self.running or in_flight):
+                return None
+            self.release([head])  # its tokens are known: it reads them again
+            return self._add(head, room, in_flight)
+        self._swapped_rows -= _rows(head)
+        return 1 + len(head.forks)
+
+    def _most_blocks(self, sample: Sample) -> int:
+        """Blocks that a sample and its forks may come to hold."""
+        return self.blocks(sample.limit - 1) * _rows(sample)
+
+    def part_forks(self, sample: Sample) -> list[Sample]:
+        """The forks of a sample whose prompt is in the cache but for its last token: they run from now on."""
+        if not sample.forks or sample.unread > 0:
+            return []
+        forks, sample.forks = sample.forks, []
+        try:
+            seqs = self._cache.fork(sample.seq, len(forks))
+        except ValueError:  # others have taken the cache's rows
+            for fork in forks:  # each reads the prompt alone, then
+                fork.state = "waiting"
+                self.queue.push(fork)
+            self._running_rows -= len(forks)
+            return []
+        for fork, seq in zip(forks, seqs, strict=True):
+            fork.seq, fork.cached, fork.state = seq, sample.cached, "running"
+        self.running += forks
+        return forks
+
+    def make_room(self, shortage: OutOfBlocks) -> Sample | None:
+        """With nothing in flight, the running samples with the greatest keys give way. One that runs alone cannot:
+        it is returned."""
+        oldest, *others = sorted(self.running, key=lambda sample: sample.key)
+        if not others:
+            return oldest
+        victims, missing = [], shortage.needed - shortage.free
+        while others and missing > 0:
+            victims.append(others.pop())
+            missing -= self.blocks(victims[-1].length)
+        self._preempt(victims)
+        return None
+
+    def _preempt(self, victims: list[Sample]) -> None:
+        self.preemptions += len(victims)
+        self._crowded = True
+        # Samples of one request leave together, so that what they share is moved once.
+        for _, group in itertools.groupby(victims, key=lambda sample: sample.generation):
+            samples = list(group)
+            if not (self._policy == "swap" and self._swap_out(samples)):
+                self.release(samples)
+        for sample in victims:
+            sample.state = "waiting"
+            self.queue.push(sample)
+        self._forget_gone()
+
+    def _swap_out(self, samples: list[Sample]) -> bool:
+        """Move running samples to host memory. False: that failed, and nothing has changed."""
+        try:
+            self._cache.swap_out([sample.seq for sample in samples])
+        except _FAILED_SWAP:
+            return False
+        rows = sum(map(_rows, samples))
+        self._running_rows -= rows
+        self._swapped_rows += rows
+        return True
+
+    def release(self, samples: Iterable[Sample]) -> None:
+        """Take the sequences of running and swapped samples from them."""
+        held = [sample for sample in samples if sample.seq >= 0]
+        if not held:
+            return
+        self._cache.free([sample.seq for sample in held])
+        for sample in held:
+            if sample.state == "running":
+                self._running_rows -= _rows(sample)
+            else:
+                self._swapped_rows -= _rows(sample)
+            sample.seq, sample.cached = -1, 0
+
+    def end(self, samples: list[Sample]) -> None:
+        """Forget samples for good, wherever they are."""
+        for sample in samples:
+            if sample.state == "waiting":
+                self.queue.remove(sample)
+        self.release(samples)
+        self._crowded = False
+        for sample in samples:
+            sample.state = "finished"
+        self._forget_gone()
+
+    def _forget_gone(self) -> None:
+        self.running = [sample for sample in self.running if sample.state == "running"]
+
+
+def _rows(sample: Sample) -> int:
+    """Rows of the cache that a sample takes, those of its forks to come included."""
+    return 1 + len(sample.forks)

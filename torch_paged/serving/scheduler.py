@@ -1,0 +1,253 @@
+"""The scheduler: who takes part in the next step, and what comes of it. No torch in here."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from torch_paged.memory import OutOfBlocks
+from torch_paged.serving.plan import Plan
+from torch_paged.serving.requests import Generation, Sample, TokenLogprobs
+from torch_paged.serving.residents import Residents
+
+POLICIES = ("wait", "recompute", "swap")
+
+
+class Load(NamedTuple):
+    """What the scheduler has on its hands.
+
+    Attributes:
+        running: samples that take part in steps.
+        waiting: samples without a place in the cache, for the first time or again; forks of a prompt that is yet to
+            be read count with it.
+        swapped: samples whose blocks lie in host memory.
+        preemptions: how often a running sample gave way, so far.
+    """
+
+    running: int
+    waiting: int
+    swapped: int
+    preemptions: int
+
+
+class Scheduler:
+    """Continuous batching over a PagedKVCache, within a budget of tokens a step.
+
+    A step takes one token of every running sample that writes, then chunks of the prompts of those that read, then
+    of those that it lets in from the queue. A plan is opened by `schedule`, and ended by `complete` or `undo`; the
+    next one may be scheduled before the last one's results are known, as lengths need no tokens.
+
+    Where a step does not fit into the free blocks and nothing is in flight, the running samples with the greatest
+    keys (see WaitingQueue) give way, as many as it takes; the least key never does, so it comes to its end. A sample
+    that does not fit alone fails, and the others go on.
+
+    Args:
+        cache: a PagedKVCache, or whatever has its methods.
+        token_budget: tokens a step, at most.
+        max_running: samples that run at the same time, at most; None: as many as cache and budget allow.
+        policy: "wait": a sample is let in when all that the running ones may come to need is there, so that none has
+            to give way. "recompute" and "swap": when what it needs now is there; one that gives way later reads its
+            tokens again, or has its blocks kept in host memory.
+        watermark: share of the blocks that admission leaves free, 0 to 1, unless nothing else runs.
+        patience: how many later requests of a priority higher by one may go first.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        cache: Any,
+        *,
+        token_budget: int = 512,
+        max_running: int | None = None,
+        policy: str = "recompute",
+        watermark: float = 0.02,
+        patience: float = 1000.0,
+    ) -> None:
+        if policy not in POLICIES:
+            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
+        if token_budget < 1:
+            raise ValueError(f"token_budget must be at least 1, got {token_budget}")
+        if max_running is not None and max_running < 1:
+            raise ValueError(f"max_running must be at least 1, got {max_running}")
+        if not 0 <= watermark < 1:
+            raise ValueError(f"watermark must lie in [0, 1), got {watermark}")
+        self.open_plans: deque[Plan] = deque()
+        self._cache = cache
+        self._budget = token_budget
+        self._max_running = min(max_running or cache.max_seqs, cache.max_seqs, token_budget)
+        reserve = math.ceil(watermark * cache.num_blocks)
+        self._residents = Residents(cache, policy, self._max_running, reserve, patience)
+
+    @property
+    def load(self) -> Load:
+        residents = self._residents
+        swapped = sum(sample.seq >= 0 for sample in residents.queue)
+        return Load(len(residents.running), len(residents.queue) - swapped, swapped, residents.preemptions)
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is left to do."""
+        return bool(self._residents.running or self.open_plans or len(self._residents.queue))
+
+    def submit(self, generation: Generation) -> None:
+        """Queue a request. One that could never run is finished at once, with its error."""
+        leader, *forks = generation.samples
+        leader.forks = forks
+        error = self._why_never(leader)
+        if error is not None:
+            self.finish([leader], "error", error)
+            return
+        self._residents.queue.give_keys(generation.samples)
+        for sample in forks:
+            sample.state = "forking"
+        leader.state = "waiting"
+        self._residents.queue.push(leader)
+
+    def _why_never(self, sample: Sample) -> ValueError | None:
+        cached = sample.limit - 1  # the last token is written, never read
+        if cached > self._cache.max_seq_len:
+            return ValueError(f"prompt and new tokens take {cached} places, max_seq_len is {self._cache.max_seq_len}")
+        blocks = self._residents.blocks(cached)
+        if blocks > self._cache.num_blocks:
+            return ValueError(f"prompt and new tokens take {blocks} blocks, the cache has {self._cache.num_blocks}")
+        if 1 + len(sample.forks) > self._max_running:
+            return ValueError(f"{1 + len(sample.forks)} samples cannot run at once, {self._max_running} can")
+        return None
+
+    def cancel(self, generation: Generation) -> None:
+        """End what has not ended of a request, whatever it is at. Its blocks are free once no open step reads them."""
+        self.finish(generation.samples, "cancelled")
+
+    def finish(self, samples: Iterable[Sample], reason: str, error: BaseException | None = None) -> None:
+        """End samples, with the forks that have not parted from them. Those that have ended before stay as they are."""
+        samples = [each for sample in samples for each in (sample, *sample.forks)]
+        ending = [sample for sample in dict.fromkeys(samples) if sample.finish_reason is None]
+        for sample in ending:
+            sample.end(reason, error)
+        if ending:
+            self._residents.end(ending)
+
+    def fail(self, error: BaseException) -> None:
+        """End everything with an error."""
+        self.finish([*self._residents.running, *self._residents.queue], "error", error)
+
+    def schedule(self) -> Plan | None:
+        """Open the next step. None: there is nothing to do before the open ones end, or nothing at all."""
+        gave_way = False
+        while True:
+            samples, counts, writes = self._select(admit=not gave_way)
+            if not samples:
+                return None
+            try:
+                batch = self._cache.prepare([sample.seq for sample in samples], counts)
+            except OutOfBlocks as shortage:
+                if self.open_plans:
+                    return None  # their ends free blocks perhaps, and nobody gives way while in flight
+                self._make_room(shortage)
+                gave_way = True
+                continue
+            plan = Plan(batch, samples, counts, [sample.cached for sample in samples], writes)
+            _account(plan)
+            self.open_plans.append(plan)
+            return plan
+
+    def _select(self, admit: bool) -> tuple[list[Sample], int | list[int], list[bool] | None]:
+        """Who takes part, how many tokens each reads, and who has read all then: as in Plan."""
+        samples, reading = [], []
+        for sample in self._residents.running:
+            if sample.length < sample.limit:
+                if sample.length - sample.cached == 1 and not sample.forks:
+                    samples.append(sample)
+                else:
+                    reading.append(sample)
+        if not reading and not (admit and len(self._residents.queue)):
+            return samples, 1, None
+        chunks = _Chunks(samples, self._budget)
+        reading.sort(key=lambda sample: sample.key)
+        chunks.take(reading)
+        blocks = self._residents.blocks
+        outstanding = sum(blocks(sample.length) - blocks(sample.cached) for sample in reading)
+        while admit and chunks.budget > 0:
+            admitted, needed = self._residents.admit(outstanding, bool(self.open_plans))
+            if not admitted:
+                break
+            outstanding += needed
+            chunks.take(admitted)
+        if len(chunks.counts) == chunks.num_writers:
+            return samples, 1, None
+        writes = [n == sample.length - sample.cached for sample, n in zip(samples, chunks.counts, strict=True)]
+        return samples, chunks.counts, writes
+
+    def _make_room(self, shortage: OutOfBlocks) -> None:
+        alone = self._residents.make_room(shortage)
+        if alone is not None:
+            error = RuntimeError(f"a sample of {alone.length} tokens does not fit into the cache alone: {shortage}")
+            self.finish([alone], "error", error)
+
+    def undo(self, plan: Plan) -> None:
+        """Roll back the newest open plan, after the model raised for instance: its samples are as before it."""
+        self._cache.rollback(plan.batch)
+        self.open_plans.pop()
+        for row, (sample, start) in enumerate(zip(plan.samples, plan.starts, strict=True)):
+            if sample.finish_reason is None:
+                sample.cached = start
+                sample.length -= plan.writes is None or plan.writes[row]
+
+    def complete(self, plan: Plan, drawn: Sequence[int], logprobs: Sequence[TokenLogprobs] | None = None) -> None:
+        """End the oldest open plan: whoever has read all gets the token that was drawn.
+
+        Args:
+            plan: the oldest of the open ones.
+            drawn: a token for each sample of the plan.
+            logprobs: of each, where one of them asked for it.
+        """
+        self._cache.commit(plan.batch, plan.tokens())  # what is unknown still was read for samples that have ended
+        self.open_plans.popleft()
+        ended: dict[str, list[Sample]] = {}
+        for row, (sample, token) in enumerate(zip(plan.samples, drawn, strict=False)):
+            if (plan.writes is None or plan.writes[row]) and sample.finish_reason is None:
+                reason = sample.write(token, logprobs[row] if logprobs is not None else None)
+                if reason is not None:
+                    ended.setdefault(reason, []).append(sample)
+        for reason, samples in ended.items():
+            self.finish(samples, reason)
+        if plan.writes is not None:
+            for sample in plan.samples:
+                if sample.finish_reason is None:
+                    self._residents.part_forks(sample)
+
+
+class _Chunks:
+    """Tokens that samples read in a step, one for each of those given at first."""
+
+    def __init__(self, samples: list[Sample], budget: int) -> None:
+        self.samples = samples
+        self.counts = [1] * len(samples)
+        self.num_writers = len(samples)
+        self.budget = budget - len(samples)
+
+    def take(self, samples: list[Sample]) -> None:
+        """Give each of these a chunk of what it has not read, as far as the budget goes."""
+        for sample in samples:
+            count = min(sample.unread, self.budget)
+            if count > 0:
+                self.samples.append(sample)
+                self.counts.append(count)
+                self.budget -= count
+
+
+def _account(plan: Plan) -> None:
+    """Note that a plan was opened: what it reads counts as cached, and what it writes exists."""
+    if plan.writes is None:
+        for sample in plan.samples:
+            sample.cached += 1
+            sample.length += 1
+        return
+    assert isinstance(plan.counts, list)
+    for sample, count, writes in zip(plan.samples, plan.counts, plan.writes, strict=True):
+        sample.cached += count
+        sample.length += writes
