@@ -143,7 +143,7 @@ def planted(kind, target="sm_90", **changes):
         pytest.param(planted("decode", num_stages=1), 0, "16-byte asynchronous copies", id="no-pipeline"),
         pytest.param(planted("decode", num_stages=2), 0, "more than one tile of keys in flight", id="two-stages"),
         pytest.param(planted("decode", num_warps=8), 0, "registers for all programs", id="too-many-warps"),
-        pytest.param(planted("decode", block_m=64), 0, "shared memory for all programs", id="too-many-rows"),
+        pytest.param(planted("decode", num_stages=5), 0, "shared memory for all programs", id="five-stages"),
     ],
 )
 def test_spoilt_attention_is_found_out(variant, misaligned, fault, workers):
