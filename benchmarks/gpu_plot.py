@@ -24,7 +24,7 @@ def panel(axes: Any, bars: dict[str, float], peers: dict[str, dict[str, float]],
             axes.scatter(*zip(*seen, strict=True), color=PEER, marker=marker, zorder=3, label=peer)
     axes.axvline(ceiling, color="black", linewidth=1, linestyle=":", label="measured ceiling")
     for name in names:
-        axes.text(bars[name], name, f" {bars[name]:.0f}", va="center", fontsize=8)
+        axes.text(0, name, f" {bars[name]:.0f}", va="center", fontsize=8, color="white")
     axes.set_xlabel(unit)
     axes.grid(axis="x", color=LINE)
     axes.set_axisbelow(True)
