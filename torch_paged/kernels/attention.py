@@ -4,16 +4,16 @@ One kernel serves decode, prefill and everything between. Its work is dealt out 
 program leaves unfinished because its piece ends inside a unit, a second small kernel combines.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from torch_paged.kernels.attention_combine import LN_2
-from torch_paged.kernels.attention_plan import Step, plan, step_of
+from torch_paged.kernels.attention_combine import finish
+from torch_paged.kernels.attention_logits import LN_2, LOG2_E
+from torch_paged.kernels.attention_plan import Step, base2_factors, options_of, plan, step_of
+from torch_paged.kernels.attention_stored import normalise, static_scale
 from torch_paged.kernels.attention_tiles import attend, load_query, store_rows
 from torch_paged.kernels.launch_config import AttentionLaunch
 from torch_paged.kernels.schedule import deal, key_count, next_sequence, query_range, query_tiles
@@ -32,8 +32,8 @@ def _visible(token, queries, keys, V: tl.constexpr):
 
 
 @triton.jit
-def _nothing_seen(V: tl.constexpr):
-    """Maximum, sum and the two pieces of the output of rows that have seen no key; an absent piece is anything."""
+def _nothing_seen(value_scale, head, V: tl.constexpr):
+    """State of rows that have seen no key (see `attend`); an absent piece is anything."""
     BLOCK_M: tl.constexpr = V.block_m
     V0: tl.constexpr = V.value_widths[0]
     V1: tl.constexpr = V.value_widths[1]
@@ -43,17 +43,28 @@ def _nothing_seen(V: tl.constexpr):
     output1 = total
     if V1 > 0:
         output1 = tl.zeros([BLOCK_M, V1], tl.float32)
+    unit = 2.0**-126 if V.has.value.scale == "token" else static_scale(value_scale, head, V.has.value)
+    return largest, total, output0, output1, unit
+
+
+@triton.jit
+def _in_units_of_one(state, V: tl.constexpr):
+    """`state` without its unit."""
+    largest, total, output0, output1, unit = state
+    if V.has.value.scale != "":
+        output0 *= unit
+        output1 *= unit
     return largest, total, output0, output1
 
 
 @triton.jit
-def _write_output(output, lse, state, first_row, row, valid, V: tl.constexpr):
-    """Writes the finished rows `first_row + row`; those that saw no key are zeros and -inf."""
+def _write_output(output, lse, state, sink, first_row, row, valid, V: tl.constexpr):
+    """Writes the finished rows `first_row + row`; those that saw no key are zeros and -inf, or their sink."""
     V0: tl.constexpr = V.value_widths[0]
     V1: tl.constexpr = V.value_widths[1]
-    largest, total, output0, output1 = state
-    factor = 1.0 / tl.where(total > 0, total, 1.0)
-    tl.store(lse + first_row + row, (largest + tl.log2(total)) * LN_2, mask=valid)
+    largest, total, output0, output1 = _in_units_of_one(state, V)
+    factor, row_lse = finish(largest, total, sink, V)
+    tl.store(lse + first_row + row, row_lse, mask=valid)
     base = output + first_row * V.value_dim
     store_rows(base, row, output0 * factor[:, None], valid, 0, V0, V.value_dim)
     if V1 > 0:
@@ -73,7 +84,7 @@ def _write_partial(partial, state, slot, lane, valid, V: tl.constexpr):
     """Leaves `state` in a slot of the workspace."""
     V0: tl.constexpr = V.value_widths[0]
     V1: tl.constexpr = V.value_widths[1]
-    largest, total, output0, output1 = state
+    largest, total, output0, output1 = _in_units_of_one(state, V)
     first_row = slot * V.block_m
     _write_sums(partial, largest, total, first_row + lane, valid, V)
     base = partial + first_row * V.value_dim
@@ -82,14 +93,88 @@ def _write_partial(partial, state, slot, lane, valid, V: tl.constexpr):
         store_rows(base, lane, output1, valid, V0, V1, V.value_dim)
 
 
+@triton.jit
+def _rows_of(packed, first_token, head, queries, keys, alibi_slopes, window, V: tl.constexpr):
+    """What `logits` knows of every row; what no option asks for is anything."""
+    token = first_token + packed // V.group
+    visible = _visible(token, queries, keys, V)
+    position = visible
+    slopes = visible
+    if V.has.alibi:
+        position = keys - queries + token
+        slopes = tl.load(alibi_slopes + head * V.group + packed % V.group) * LOG2_E
+    return visible, position, slopes, window
+
+
+@triton.jit
+def _first_seen(token, queries, keys, window, V: tl.constexpr):
+    """The first key that query `token` of a sequence sees, and with it every later one."""
+    if V.has.window:
+        first = tl.maximum(_visible(token, queries, keys, V) - window, 0)
+    else:
+        first = 0
+    return first
+
+
+@triton.jit
+def _sinks_of(packed, head, sequence, num_seqs, sinks, V: tl.constexpr):
+    """Sinks of the rows, to base 2: -inf for rows of no sequence, anything without the option."""
+    sink = packed
+    if V.has.sinks:
+        row_sinks = sinks + head * V.group + packed % V.group
+        sink = tl.load(row_sinks, mask=sequence < num_seqs, other=float("-inf")) * LOG2_E
+    return sink
+
+
+@triton.jit
+def _attend_unit(
+    state, query, caches, cache_strides, table, first, last, bounds, rows, span, num_blocks, factor, cap,
+    V: tl.constexpr,
+):  # fmt: skip
+    """`attend` over key tiles [first, last); with no mask between the `bounds`, where every row sees every key.
+
+    tiles     first ---- masked ---- bounds[0] ---- unmasked ---- bounds[1] ---- masked ---- last
+    """
+    masked = first
+    if V.unmasked_first:
+        unmasked = first
+        if V.has.window:
+            unmasked = tl.minimum(tl.maximum(bounds[0], first), last)
+            state = attend(
+                state, query, caches, cache_strides, table, first, unmasked, rows, span, num_blocks, factor, cap,
+                True, V,
+            )  # fmt: skip
+        masked = tl.minimum(tl.maximum(bounds[1], unmasked), last)
+        state = attend(
+            state, query, caches, cache_strides, table, unmasked, masked, rows, span, num_blocks, factor, cap, False, V
+        )
+    return attend(
+        state, query, caches, cache_strides, table, masked, last, rows, span, num_blocks, factor, cap, True, V
+    )
+
+
+@triton.jit
+def _of_head(key_cache, value_cache, key_scale, value_scale, strides, head, V: tl.constexpr):
+    """Keys and values of one head and, where tokens have them, their scales."""
+    key_cache += head.to(tl.int64) * strides[0][2]
+    value_cache += head.to(tl.int64) * strides[1][2]
+    if V.has.key.scale == "token":
+        key_scale += head.to(tl.int64) * strides[2][2]
+    if V.has.value.scale == "token":
+        value_scale += head.to(tl.int64) * strides[3][2]
+    return key_cache, value_cache, key_scale, value_scale
+
+
 @triton.jit(
-    do_not_specialize=["num_tokens", "num_seqs", "num_kv_heads", "num_blocks", "max_keys", "table_stride"],
-    do_not_specialize_on_alignment=["block_table", "seq_lens", "cu_seqlens_q"],
-)
+    do_not_specialize=["num_tokens", "num_seqs", "num_kv_heads", "num_blocks", "max_keys", "table_stride", "window"],
+    do_not_specialize_on_alignment=[
+        "block_table", "seq_lens", "cu_seqlens_q", "alibi_slopes", "sinks", "key_scale", "value_scale",
+    ],
+)  # fmt: skip
 def _attention(
     query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, output, lse, partial, handoff, scale,
-    num_tokens, num_seqs, num_kv_heads, num_blocks, max_keys, query_strides, key_strides, value_strides, table_stride,
-    V: tl.constexpr,
+    num_tokens, num_seqs, num_kv_heads, num_blocks, max_keys, query_strides, cache_strides, table_stride,
+    window, alibi_slopes, sinks, key_scale, value_scale, V: tl.constexpr,
 ):  # fmt: skip
     """Grid: one persistent program per resident thread block, each with an equal piece of the row of all units.
 
@@ -112,7 +197,7 @@ def _attention(
     left_unit = 0
 
     sequence, unit, first, units, end_tile = deal(
-        seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V
+        seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V, window
     )
     # What each thread's position alone decides would otherwise be computed before this loop, and kept in registers.
     for index in tl.range(0, units, disable_licm=True):
@@ -128,9 +213,12 @@ def _attention(
         first_token = first_row // V.group
         # Rows are (query token, head of the group), packed: a tile may begin amid the heads of a token.
         rows = tl.minimum(queries * V.group - first_row, BLOCK_M)
+        last_token = (first_row + rows - 1) // V.group
         packed = first_row % V.group + lane
-        visible = _visible(first_token + packed // V.group, queries, keys, V)
-        key_tiles = tl.maximum(tl.cdiv(_visible((first_row + rows - 1) // V.group, queries, keys, V), TILE), 1)
+        its_rows = _rows_of(packed, first_token, head, queries, keys, alibi_slopes, window, V)
+        low = _first_seen(first_token, queries, keys, window, V)
+        skipped = low // TILE  # tiles that no row sees; `first` and `end_tile` count from the first that one does
+        key_tiles = tl.maximum(tl.cdiv(_visible(last_token, queries, keys, V), TILE) - skipped, 1)
         last = tl.minimum(tl.where(index == units - 1, end_tile, key_tiles), key_tiles)
         if first < last:
             valid = lane < rows
@@ -142,26 +230,30 @@ def _attention(
             query1 = query0
             if K1 > 0:
                 query1 = load_query(query_head + query_rows, valid, K0, K1, V)
-            state = _nothing_seen(V)
-            key_head = key_cache + head.to(tl.int64) * key_strides[2]
-            value_head = value_cache + head.to(tl.int64) * value_strides[2]
-            table = block_table + sequence.to(tl.int64) * table_stride
-            masked = first
-            if V.unmasked_first:
-                unmasked = _visible(first_token, queries, keys, V) // TILE
-                masked = tl.minimum(tl.maximum(unmasked, first), last)
-                state = attend(
-                    state, (query0, query1), key_head, value_head, key_strides, value_strides, table, first, masked,
-                    visible, keys, num_blocks, scale, False, V,
-                )  # fmt: skip
-            state = attend(
-                state, (query0, query1), key_head, value_head, key_strides, value_strides, table, masked, last,
-                visible, keys, num_blocks, scale, True, V,
+            its_query = (query0, query1)
+            factor = scale
+            cap = scale
+            if V.has.softcap:
+                factor, cap = scale
+            if V.has.normalised:
+                its_query, power = normalise(query0, query1, V)
+                factor = factor * power
+            if V.has.key.scale == "one" or V.has.key.scale == "head":
+                factor = factor * static_scale(key_scale, head, V.has.key)
+            state = _nothing_seen(value_scale, head, V)
+            state = _attend_unit(
+                state, its_query,
+                _of_head(key_cache, value_cache, key_scale, value_scale, cache_strides, head, V), cache_strides,
+                block_table + sequence.to(tl.int64) * table_stride, first + skipped, last + skipped,
+                (tl.cdiv(_first_seen(last_token, queries, keys, window, V), TILE),
+                 _visible(first_token, queries, keys, V) // TILE),
+                its_rows, (low, keys), num_blocks, factor, cap, V,
             )  # fmt: skip
             if (first == 0) & (last == key_tiles):
                 first_output = (start + first_token).to(tl.int64) * num_heads + head * V.group
                 output_row = packed // V.group * num_heads + packed % V.group
-                _write_output(output, lse, state, first_output, output_row, valid, V)
+                sink = _sinks_of(packed, head, sequence, num_seqs, sinks, V)
+                _write_output(output, lse, state, sink, first_output, output_row, valid, V)
             else:
                 begun_here = first == 0
                 _write_partial(partial, state, 2 * program + begun_here.to(tl.int32), lane, valid, V)
@@ -191,16 +283,19 @@ def _take(
     output: Tensor,
     lse: Tensor,
     scale: float,
+    options: AttentionOptions,
 ) -> None:
     partial = query.new_empty(step.partial_floats, dtype=torch.float32)
     handoff = query.new_empty(step.handoff_ints, dtype=torch.int32)
-    # For exp2. Not 0, as 0 * -inf is NaN: small enough to leave all visible keys equal.
-    base2_scale = max(scale / math.log(2), 1e-36)
+    if step.key_bytes:
+        key_cache = key_cache.view(torch.uint8)
+    if step.value_bytes:
+        value_cache = value_cache.view(torch.uint8)
     step.attend(
-        query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, output, lse, partial, handoff, base2_scale,
-        *step.sizes, *step.layout,
+        query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, output, lse, partial, handoff,
+        base2_factors(scale, options.softcap), *step.sizes, *step.layout, *options_of(options),
     )  # fmt: skip
-    step.combine(partial, handoff, cu_seqlens_q, output, lse, *step.sizes)
+    step.combine(partial, handoff, cu_seqlens_q, output, lse, options.sinks, *step.sizes)
 
 
 def launch_attention(
@@ -214,10 +309,11 @@ def launch_attention(
     output: Tensor,
     lse: Tensor,
     scale: float,
+    options: AttentionOptions = PLAIN,
 ) -> None:
     """Writes the rows of `output` and `lse` whose sequences `launch` serves: for tests and benchmarks."""
-    step = step_of(_attention, launch, query, key_cache, value_cache, block_table)
-    _take(step, query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, output, lse, scale)
+    step = step_of(_attention, launch, query, key_cache, value_cache, block_table, options)
+    _take(step, query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, output, lse, scale, options)
 
 
 def attention(
@@ -235,7 +331,8 @@ def attention(
 
     Args:
         query: `[num_tokens, num_heads, head_dim]`, unit last stride.
-        key_cache: `[num_blocks, block_size, num_kv_heads, head_dim]`, query's dtype, unit last stride.
+        key_cache: `[num_blocks, block_size, num_kv_heads, head_dim]`, query's dtype, float8_e4m3fn, float8_e5m2 or
+            int8, unit last stride.
         value_cache: `[num_blocks, block_size, num_kv_heads, value_dim]`, likewise; may be a view of `key_cache`.
         block_table: int32 `[num_seqs, max_blocks]`. An id out of range reads some other block, never faults.
         seq_lens: int32 `[num_seqs]`.
@@ -247,8 +344,6 @@ def attention(
     Returns:
         Output `[num_tokens, num_heads, value_dim]` in query's dtype, and float32 lse `[num_tokens, num_heads]`.
     """
-    if options != PLAIN or not query.dtype == key_cache.dtype == value_cache.dtype:
-        raise NotImplementedError(f"not supported here yet: {options}, caches of {key_cache.dtype}")
     if scale < 0:  # the kernel multiplies the largest score of a row, so its factor must not turn the order around
         query, scale = -query, -scale
     block_table, seq_lens = dense(block_table), dense(seq_lens)
@@ -256,9 +351,20 @@ def attention(
     num_tokens, num_heads, _ = query.shape
     output = query.new_empty(num_tokens, num_heads, value_cache.shape[3])
     lse = query.new_empty(num_tokens, num_heads, dtype=torch.float32)
-    steps = plan(_attention, query, key_cache, value_cache, block_table, cu_seqlens_q, causal)
+    steps = plan(_attention, query, key_cache, value_cache, block_table, cu_seqlens_q, causal, options)
     if not steps:
-        return output.zero_(), lse.fill_(float("-inf"))
+        return output.zero_(), lse.copy_(_lse_of_no_key(num_tokens, block_table, cu_seqlens_q, options.sinks))
     for step in steps:
-        _take(step, query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, output, lse, scale)
+        _take(step, query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, output, lse, scale, options)
     return output, lse
+
+
+def _lse_of_no_key(num_tokens: int, block_table: Tensor, cu_seqlens_q: Tensor | None, sinks: Tensor | None) -> Tensor:
+    """What the rows' lse is where there is no key: `[num_tokens, num_heads]`, or what expands to it."""
+    nothing = torch.full((), -torch.inf, device=block_table.device)
+    if sinks is None or block_table.shape[0] == 0:
+        return nothing
+    if cu_seqlens_q is None:
+        return sinks
+    row = torch.arange(num_tokens, device=block_table.device)
+    return torch.where((row < cu_seqlens_q[-1])[:, None], sinks, nothing)

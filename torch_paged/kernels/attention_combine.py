@@ -4,20 +4,34 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from torch_paged.kernels.attention_logits import LN_2, LOG2_E
 from torch_paged.kernels.attention_tiles import store_rows
 from torch_paged.kernels.launch import Launcher
 from torch_paged.kernels.launch_config import AttentionLaunch
 from torch_paged.kernels.schedule import query_range, query_tiles
 
-LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+@triton.jit
+def finish(largest, total, sink, V: tl.constexpr):
+    """What a row's sum of weighted values is multiplied by, and its lse: a sink, to base 2, enters here, once."""
+    if V.has.sinks:
+        larger = tl.maximum(largest, sink)
+        shift = tl.where(larger == float("-inf"), 0.0, larger)
+        decay = tl.exp2(largest - shift)
+        total = total * decay + tl.exp2(sink - shift)
+        factor = decay / tl.where(total > 0, total, 1.0)
+        largest = larger
+    else:
+        factor = 1.0 / tl.where(total > 0, total, 1.0)
+    return factor, (largest + tl.log2(total)) * LN_2
 
 
 @triton.jit(
     do_not_specialize=["num_tokens", "num_seqs", "num_kv_heads"],
-    do_not_specialize_on_alignment=["cu_seqlens_q"],
+    do_not_specialize_on_alignment=["cu_seqlens_q", "sinks"],
 )
 def _combine(
-    partial, handoff, cu_seqlens_q, output, lse, num_tokens, num_seqs, num_kv_heads,
+    partial, handoff, cu_seqlens_q, output, lse, sinks, num_tokens, num_seqs, num_kv_heads,
     PROGRAMS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """output = sum_i 2^(m_i - m) acc_i / sum_i 2^(m_i - m) l_i, with m = max_i m_i, over the parts i of a unit.
@@ -71,15 +85,19 @@ def _combine(
     packed = first_row % V.group + lane
     output_row = (start + first_row // V.group).to(tl.int64) * num_heads + unit // tiles * V.group
     output_rows = packed // V.group * num_heads + packed % V.group
-    tl.store(lse + output_row + output_rows, (largest + tl.log2(total)) * LN_2, mask=valid)
-    result = result / tl.where(total > 0, total, 1.0)[:, None]
-    store_rows(output + output_row * DIM, output_rows, result, valid, 0, WIDTH, DIM)
+    sink = largest
+    if V.has.sinks:
+        row_sinks = sinks + unit // tiles * V.group + packed % V.group
+        sink = tl.load(row_sinks, mask=valid & (sequence < num_seqs), other=float("-inf")) * LOG2_E
+    row_factor, row_lse = finish(largest, total, sink, V)
+    tl.store(lse + output_row + output_rows, row_lse, mask=valid)
+    store_rows(output + output_row * DIM, output_rows, result * row_factor[:, None], valid, 0, WIDTH, DIM)
 
 
 def combine_launcher(launch: AttentionLaunch) -> Launcher:
     """Launches the kernel that writes the rows which `launch` left in `partial`, as `handoff` says.
 
-    Its arguments: partial, handoff, cu_seqlens_q, output, lse, num_tokens, num_seqs, num_kv_heads.
+    Its arguments: partial, handoff, cu_seqlens_q, output, lse, sinks, num_tokens, num_seqs, num_kv_heads.
     """
     constants = dict(
         PROGRAMS=launch.padded_programs, ROWS=launch.combine_rows, PARTS=launch.combine_parts, V=launch.variant

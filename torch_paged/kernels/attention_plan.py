@@ -1,14 +1,21 @@
 """What a call of attention launches: decided by its tensors' metadata, and remembered, as decoding repeats one call."""
 
+import math
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from torch_paged.kernels.attention_combine import combine_launcher
 from torch_paged.kernels.device import device_of
+from torch_paged.kernels.features import Features, Stored
 from torch_paged.kernels.launch import Launcher, Plans, layout
 from torch_paged.kernels.launch_config import AttentionLaunch, Problem, attention_launches
-from torch_paged.kernels.vectors import effective_strides
+from torch_paged.kernels.vectors import dense, effective_strides
+from torch_paged.options import PLAIN, AttentionOptions
+
+_STORED = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2", torch.int8: "int8"}
+_LIMIT = 2**31 - 1
 
 
 class Step(NamedTuple):
@@ -20,6 +27,8 @@ class Step(NamedTuple):
     handoff_ints: int
     sizes: tuple[int, int, int]  # num_tokens, num_seqs, num_kv_heads
     layout: tuple[Any, ...]  # the arguments behind these
+    key_bytes: bool  # whether the kernel takes the key cache as bytes
+    value_bytes: bool
 
 
 _plans: Plans[tuple[Step, ...]] = Plans()
@@ -33,29 +42,48 @@ def plan(
     block_table: Tensor,
     cu_seqlens_q: Tensor | None,
     causal: bool,
+    options: AttentionOptions,
 ) -> tuple[Step, ...]:
     """The launches of `kernel` for a call, none if no row sees a key; made once for calls that differ in contents."""
     shared = key_cache.data_ptr() == value_cache.data_ptr()
     metadata = (
         query.device, layout(query), layout(key_cache), layout(value_cache), shared,
-        block_table.shape, block_table.stride(), cu_seqlens_q is None, causal,
+        block_table.shape, block_table.stride(), cu_seqlens_q is None, causal, _metadata(options),
     )  # fmt: skip
     steps = _plans.get(metadata)
     if steps is None:
-        problem = problem_of(query, key_cache, value_cache, block_table, cu_seqlens_q, causal)
+        problem = problem_of(query, key_cache, value_cache, block_table, cu_seqlens_q, causal, options)
         served = problem.ragged or problem.num_seqs > 0
         some = problem.num_tokens > 0 and served and 0 not in (key_cache.shape[0], block_table.shape[1])
         launches = attention_launches(problem, device_of(query.device)) if some else ()
-        planned = tuple(step_of(kernel, it, query, key_cache, value_cache, block_table) for it in launches)
+        planned = tuple(step_of(kernel, it, query, key_cache, value_cache, block_table, options) for it in launches)
         steps = _plans.remember(metadata, planned)
     return steps
 
 
+def _metadata(options: AttentionOptions) -> tuple[Any, ...] | None:
+    """What of `options` decides which kernel runs and how it reads them."""
+    if options is PLAIN:
+        return None
+    given = (options.sliding_window is not None, options.softcap > 0, *(tensor is not None for tensor in options[2:4]))
+    return given + tuple(None if scale is None else (scale.shape, scale.stride()) for scale in options[4:])
+
+
 def step_of(
-    kernel: Any, launch: AttentionLaunch, query: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor
+    kernel: Any,
+    launch: AttentionLaunch,
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    options: AttentionOptions,
 ) -> Step:
     """`launch` of `kernel` for a call."""
     num_blocks, block_size, num_kv_heads, _ = key_cache.shape
+    cache_strides = tuple(effective_strides(cache)[:3] for cache in (key_cache, value_cache))
+    scale_caches = options.key_scale_cache, options.value_scale_cache
+    if scale_caches != (None, None):
+        cache_strides += tuple((0, 0, 0) if scales is None else effective_strides(scales) for scales in scale_caches)
     max_keys = min(block_table.shape[1] * block_size, 2**31 - 1024)
     return Step(
         attend=Launcher(kernel, (launch.programs, 1, 1), dict(V=launch.variant), launch.options),
@@ -64,10 +92,60 @@ def step_of(
         handoff_ints=launch.handoff_ints,
         sizes=(query.shape[0], block_table.shape[0], num_kv_heads),
         layout=(
-            num_blocks, max_keys, _query_strides(query), effective_strides(key_cache)[:3],
-            effective_strides(value_cache)[:3], block_table.stride(0),
+            num_blocks, max_keys, _query_strides(query), cache_strides, block_table.stride(0),
         ),
+        key_bytes=launch.variant.has.key.bytes,
+        value_bytes=launch.variant.has.value.bytes,
     )  # fmt: skip
+
+
+def base2_factors(scale: float, softcap: float) -> float | tuple[float, float]:
+    """`factor` and `cap` of `logits`, with which a logit to base 2 is `cap * tanh(factor * q.k)`; without a cap, one.
+
+    No factor is 0, as 0 * -inf is NaN: one this small leaves all visible keys equal.
+    """
+    if not softcap:
+        return max(scale / math.log(2), 1e-36)
+    softcap = min(max(softcap, 1e-20), 1e20)  # beyond these it is as good as 0 or off, and float32 would overflow
+    return scale / softcap, softcap / math.log(2)
+
+
+def options_of(options: AttentionOptions) -> tuple[Any, ...]:
+    """The last arguments of attention, those of `options` that do not change a layout."""
+    if options is PLAIN:
+        return None, None, None, None, None
+    window, _, slopes, sinks, key_scale, value_scale, key_scale_cache, value_scale_cache = options
+    return (
+        None if window is None else min(window, _LIMIT),
+        None if slopes is None else dense(slopes),
+        None if sinks is None else dense(sinks),
+        dense(key_scale) if key_scale is not None else key_scale_cache,
+        dense(value_scale) if value_scale is not None else value_scale_cache,
+    )
+
+
+def features_of(query: Tensor, key_cache: Tensor, value_cache: Tensor, options: AttentionOptions) -> Features:
+    """Which options a call has."""
+    key = _stored(query, key_cache, options.key_scale, options.key_scale_cache)
+    return Features(
+        window=options.sliding_window is not None,
+        softcap=options.softcap > 0,
+        alibi=options.alibi_slopes is not None,
+        sinks=options.sinks is not None,
+        key=key,
+        value=_stored(query, value_cache, options.value_scale, options.value_scale_cache),
+        normalised=key.float8 and query.dtype == torch.bfloat16,
+    )
+
+
+def _stored(query: Tensor, cache: Tensor, scale: Tensor | None, scale_cache: Tensor | None) -> Stored:
+    if cache.dtype == query.dtype:
+        return Stored()
+    if scale_cache is not None:
+        kind = "token"
+    else:
+        kind = "" if scale is None else "head" if scale.dim() else "one"
+    return Stored(_STORED[cache.dtype], kind)
 
 
 def problem_of(
@@ -77,6 +155,7 @@ def problem_of(
     block_table: Tensor,
     cu_seqlens_q: Tensor | None,
     causal: bool,
+    options: AttentionOptions = PLAIN,
 ) -> Problem:
     """The shapes and layout of a call, from its tensors."""
     return Problem(
@@ -92,8 +171,10 @@ def problem_of(
         ragged=cu_seqlens_q is not None,
         aligned=all(_aligned(tensor) for tensor in (query, key_cache, value_cache)),
         shared_values=key_cache.data_ptr() == value_cache.data_ptr()
+        and key_cache.dtype == value_cache.dtype
         and key_cache.stride() == value_cache.stride()
         and key_cache.shape[3] >= value_cache.shape[3],
+        features=features_of(query, key_cache, value_cache, options),
     )
 
 

@@ -3,30 +3,48 @@
 import triton
 import triton.language as tl
 
+from torch_paged.kernels.attention_logits import logits, sees
+from torch_paged.kernels.attention_stored import widen
+
 
 @triton.jit
-def _block_ids(table, tile, keys, V: tl.constexpr):
+def _present(position, span, V: tl.constexpr):
+    """Whether some query row of the unit sees the key at `position`: `span` is the first and the one past the last."""
+    low, keys = span
+    present = position < keys
+    if V.has.window:
+        present = present & (position >= low)
+    return present
+
+
+@triton.jit
+def _block_ids(table, tile, span, V: tl.constexpr):
     """Block ids of one tile of keys: one, one per block, or one per key. Entries of no use are not read."""
+    low, keys = span
     TILE: tl.constexpr = V.tile
     if V.paging == "one":
         entry = tile * TILE // V.block_size
         used = tile * TILE < keys
+        if V.has.window:
+            used = used & (tile * TILE + TILE > low)
     elif V.paging == "several":
         entry = tile * (TILE // V.block_size) + tl.arange(0, TILE // V.block_size)
         used = entry * V.block_size < keys
+        if V.has.window:
+            used = used & (entry * V.block_size + V.block_size > low)
     else:
         position = tile * TILE + tl.arange(0, TILE)
         entry = position // V.block_size
-        used = position < keys
+        used = _present(position, span, V)
     return tl.load(table + entry, mask=used, other=0)
 
 
 @triton.jit
 def _load_rows(
-    cache, strides, ids, tile, keys,
+    cache, strides, ids, tile, span,
     COLUMN: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, MASK: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    """[TILE, WIDTH] of a cache from column COLUMN on; zeros past column DIM and, if MASK, past the last key."""
+    """[TILE, WIDTH] of a cache from column COLUMN on; zeros past column DIM and, if MASK, for keys that none sees."""
     TILE: tl.constexpr = V.tile
     BLOCK: tl.constexpr = V.block_size
     column = COLUMN + tl.arange(0, WIDTH)
@@ -48,7 +66,7 @@ def _load_rows(
     else:
         pointers = cache + offsets
     if MASK:
-        present = (tile * TILE + tl.arange(0, TILE) < keys)[:, None]
+        present = _present(tile * TILE + tl.arange(0, TILE), span, V)[:, None]
         rows = tl.load(pointers, mask=present & (column < DIM)[None, :], other=0.0)
     elif COLUMN + WIDTH > DIM:
         rows = tl.load(pointers, mask=(column < DIM)[None, :], other=0.0)
@@ -58,13 +76,29 @@ def _load_rows(
 
 
 @triton.jit
+def _token_scales(scales, strides, ids, tile, span, V: tl.constexpr):
+    """[TILE] scales of the tokens of a tile; 0 for those that none sees."""
+    TILE: tl.constexpr = V.tile
+    BLOCK: tl.constexpr = V.block_size
+    blocks = ids.to(tl.int64) * strides[0]
+    if V.paging == "several":
+        slots = tl.arange(0, BLOCK).to(tl.int64) * strides[1]
+        offsets = tl.reshape(blocks[:, None] + slots[None, :], (TILE,))
+    else:
+        offsets = blocks + ((tile * TILE + tl.arange(0, TILE)) % BLOCK).to(tl.int64) * strides[1]
+    return tl.load(scales + offsets, mask=_present(tile * TILE + tl.arange(0, TILE), span, V), other=0.0)
+
+
+@triton.jit
 def attend(
-    state, query, key_cache, value_cache, key_strides, value_strides, table,
-    first, last, visible, keys, num_blocks, scale, MASK: tl.constexpr, V: tl.constexpr,
+    state, query, caches, cache_strides, table, first, last, rows, span, num_blocks, factor, cap,
+    MASK: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """Online softmax, in powers of two, over key tiles [first, last).
 
-    `state` is every row's maximum and sum, and the two pieces of its output; `visible` its number of visible keys.
+    `state` is every row's maximum and sum, and the two pieces of its output, multiples of a fifth number, their unit;
+    `rows` what each row sees (see `logits`), `span` what any sees; `caches` keys and values and, where tokens have
+    them, their scales, all of one head.
     """
     TILE: tl.constexpr = V.tile
     K0: tl.constexpr = V.key_widths[0]
@@ -73,25 +107,34 @@ def attend(
     V1: tl.constexpr = V.value_widths[1]
     PRECISION: tl.constexpr = V.precision
     LOAD_MASK: tl.constexpr = MASK and V.shared_values
-    largest, total, output0, output1 = state
+    key_cache, value_cache, key_scales, value_scales = caches
+    largest, total, output0, output1, unit = state
     query0, query1 = query
-    next_ids = _block_ids(table, first, keys, V)
+    next_ids = _block_ids(table, first, span, V)
     for tile in tl.range(first, last, num_stages=V.num_stages):
         # Ids are loaded one tile ahead, as a load that feeds a load in the same iteration would cost a pipeline stage,
         # and carried as they come: if anything but the next iteration used them, nothing here would be pipelined.
         ids = tl.minimum(tl.maximum(next_ids, 0), num_blocks - 1)
-        next_ids = _block_ids(table, tile + 1, keys, V)
+        next_ids = _block_ids(table, tile + 1, span, V)
         # Keys past the last one need no mask, as their scores get one.
         # [TILE, K0]
-        key0 = _load_rows(key_cache, key_strides, ids, tile, keys, 0, K0, V.head_dim, LOAD_MASK, V)
+        key0 = _load_rows(key_cache, cache_strides[0], ids, tile, span, 0, K0, V.head_dim, LOAD_MASK, V)
+        key0 = widen(key0, query0.dtype, V.has.key)
         # [BLOCK_M, TILE]
         scores = tl.dot(query0, tl.trans(key0), input_precision=PRECISION)
         if K1 > 0:
-            key1 = _load_rows(key_cache, key_strides, ids, tile, keys, K0, K1, V.head_dim, LOAD_MASK, V)
+            key1 = _load_rows(key_cache, cache_strides[0], ids, tile, span, K0, K1, V.head_dim, LOAD_MASK, V)
+            key1 = widen(key1, query0.dtype, V.has.key)
             scores += tl.dot(query1, tl.trans(key1), input_precision=PRECISION)
+        scale = factor
+        if V.has.logits:
+            if V.has.key.scale == "token":
+                scores *= _token_scales(key_scales, cache_strides[2], ids, tile, span, V)[None, :]
+            scores = logits(scores, tile, rows, factor, cap, V)
+            scale = 1.0
         if MASK:
             position = tile * TILE + tl.arange(0, TILE)
-            scores = tl.where(position[None, :] < visible[:, None], scores, float("-inf"))
+            scores = tl.where(sees(position[None, :], rows, V), scores, float("-inf"))
         larger = tl.maximum(largest, tl.max(scores, 1) * scale)
         # A row that has seen no key yet has no maximum to subtract: -inf - -inf would be NaN.
         shift = tl.where(larger == float("-inf"), 0.0, larger) if MASK else larger
@@ -99,17 +142,26 @@ def attend(
         decay = tl.exp2(largest - shift)
         total = total * decay + tl.sum(weights, 1)
         largest = larger
+        if V.has.value.scale == "token":
+            # Weights times their tokens' scales keep below 1, and so in any type, as multiples of the largest scale.
+            scales = _token_scales(value_scales, cache_strides[3], ids, tile, span, V)
+            larger_unit = tl.maximum(unit, tl.max(tl.abs(scales), 0))
+            weights *= (scales * (1.0 / larger_unit))[None, :]
+            decay *= unit / larger_unit
+            unit = larger_unit
         # [TILE, V0]
         if V.shared_values:
             value0 = key0
         else:
-            value0 = _load_rows(value_cache, value_strides, ids, tile, keys, 0, V0, V.value_dim, MASK, V)
+            value0 = _load_rows(value_cache, cache_strides[1], ids, tile, span, 0, V0, V.value_dim, MASK, V)
+            value0 = widen(value0, query0.dtype, V.has.value)
         weights = weights.to(value0.dtype)
         output0 = tl.dot(weights, value0, output0 * decay[:, None], input_precision=PRECISION)
         if V1 > 0:
-            value1 = _load_rows(value_cache, value_strides, ids, tile, keys, V0, V1, V.value_dim, MASK, V)
+            value1 = _load_rows(value_cache, cache_strides[1], ids, tile, span, V0, V1, V.value_dim, MASK, V)
+            value1 = widen(value1, query0.dtype, V.has.value)
             output1 = tl.dot(weights, value1, output1 * decay[:, None], input_precision=PRECISION)
-    return largest, total, output0, output1
+    return largest, total, output0, output1, unit
 
 
 @triton.jit

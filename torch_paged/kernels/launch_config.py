@@ -5,8 +5,10 @@ Everything here can be computed and tested on a machine without a GPU.
 
 import functools
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
+
+from torch_paged.kernels.features import PLAIN_FEATURES, Features, Stored
 
 WORKSPACE_LIMIT = 64 * 2**20  # bytes
 
@@ -55,6 +57,22 @@ class Problem:
     ragged: bool  # cu_seqlens_q is given
     aligned: bool = True  # every row of query and caches starts at a multiple of 16 bytes
     shared_values: bool = False  # value_cache is key_cache[..., :value_dim]
+    features: Features = PLAIN_FEATURES
+
+    @property
+    def plain(self) -> bool:
+        """Whether no option is given and the caches hold query's dtype."""
+        return self.features == PLAIN_FEATURES
+
+    @property
+    def key_itemsize(self) -> int:
+        """Bytes of a stored number."""
+        return 1 if self.features.key.dtype else self.itemsize
+
+    @property
+    def value_itemsize(self) -> int:
+        """Bytes of a stored number."""
+        return 1 if self.features.value.dtype else self.itemsize
 
 
 @dataclass(frozen=True)
@@ -86,6 +104,7 @@ class Variant:
     unit_cost: int  # fixed cost of a unit, in keys times group
     least_work: int  # work below which a program's piece is not divided further, in keys times group
     precision: str  # of float32 products: "ieee" is true float32
+    has: Features
     overlap: bool  # begins while the kernel before it ends, and waits for its results (Hopper and later)
 
 
@@ -195,6 +214,7 @@ def _launch(problem: Problem, device: Device, rows: int, above: int, upto: int) 
         unit_cost=(4 if rows > FEW_ROWS else 2) * tiles.keys * group,
         least_work=2 * tiles.keys * group,
         precision="ieee",
+        has=_features(problem.features, device),
         overlap=device.capability >= 90 and not device.amd,
     )
     combine_rows = 1 if tiles.rows <= 16 else 4
@@ -208,6 +228,17 @@ def _launch(problem: Problem, device: Device, rows: int, above: int, upto: int) 
         combine_rows=combine_rows,
         combine_parts=max(2, min(32, 4096 // variant.value_width)) if combine_rows == 1 else 1,
     )
+
+
+def _features(features: Features, device: Device) -> Features:
+    """`features` as `device` serves them: e4m3 is a type of NVIDIA's from compute capability 8.9 on."""
+    if device.capability >= 89 and not device.amd:
+        return features
+    key, value = (
+        replace(stored, dtype="e4m3 bits") if stored.dtype == "e4m3" else stored
+        for stored in (features.key, features.value)
+    )
+    return replace(features, key=key, value=value)
 
 
 def _max_registers(problem: Problem, device: Device, tiles: Tiles) -> int | None:
@@ -263,7 +294,7 @@ def _fit(problem: Problem, device: Device, tiles: Tiles) -> Tiles:
 def _shared_memory(problem: Problem, device: Device, tiles: Tiles) -> int:
     """Bytes of shared memory that the compiler was seen to use, or a little more."""
     keys, values = sum(split_dim(problem.head_dim)), sum(split_dim(problem.value_dim))
-    row = (keys if _shares_tiles(problem) else keys + values) * problem.itemsize
+    row = keys * problem.key_itemsize + (0 if _shares_tiles(problem) else values * problem.value_itemsize)
     # From Hopper on, products of many rows read their operands from shared memory while the next tile is loaded.
     from_shared = tiles.rows >= 64 and device.capability >= 90 and not device.amd
     buffers = max(tiles.num_stages - 1 + from_shared, 1)

@@ -10,8 +10,8 @@ Worked example: 2 KV heads, one query each for sequences of 128 and 64 keys, til
     keys      0......64......128    0......64......128    0......64             0......64
     program   |----- 0 -----|------- 1 --------|------------- 2 -----------|-------- 3 ----------|
 
-A position is (sequence, unit of the sequence, key tile of the unit). Sequence number `num_seqs` stands for the rows
-past `cu_seqlens_q[-1]`: queries without keys.
+A position is (sequence, unit of the sequence, key tile of the unit, counted from the first that it sees). Sequence
+number `num_seqs` stands for the rows past `cu_seqlens_q[-1]`: queries without keys.
 """
 
 import triton
@@ -56,33 +56,44 @@ def query_tiles(queries, V: tl.constexpr):
 
 
 @triton.jit
-def _work(tile, queries, keys, V: tl.constexpr):
+def _work(tile, queries, keys, window, V: tl.constexpr):
     """Cost of the query tiles before `tile`: the keys that each of them sees, times the group, plus a fixed part."""
     tile = tile.to(tl.int64)
+    if V.has.window and V.single_tile:
+        keys = tl.minimum(keys, queries - 1 + tl.minimum(window, keys))
     if V.causal and not V.single_tile:
         seen = tl.maximum(keys - queries, 0).to(tl.int64) * V.group
         work = tile * (seen + V.unit_cost) + tile * (tile + 1) // 2 * V.block_m
+        if V.has.window:
+            # From the tile on that stands `seen + tile * V.block_m` behind the first key, more than the window does,
+            # each sees a window and itself.
+            most = window.to(tl.int64) * V.group
+            growing = tl.minimum(tl.maximum(tl.cdiv(most - seen, V.block_m), 0), tile)
+            work = tile * (V.unit_cost + V.block_m) + (tile - growing) * most
+            work += growing * seen + growing * (growing - 1) // 2 * V.block_m
     else:
         work = tile * (keys.to(tl.int64) * V.group + V.unit_cost)
     return work
 
 
 @triton.jit
-def _sequence_work(sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V: tl.constexpr):
+def _sequence_work(
+    sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, window, V: tl.constexpr
+):
     """Work and number of the units of `sequence`."""
     _, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
     keys = key_count(sequence, seq_lens, num_seqs, max_keys)
     tiles = query_tiles(queries, V)
-    return _work(tiles, queries, keys, V) * num_kv_heads, tiles * num_kv_heads
+    return _work(tiles, queries, keys, window, V) * num_kv_heads, tiles * num_kv_heads
 
 
 @triton.jit
-def _position(offset, sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys, V: tl.constexpr):
+def _position(offset, sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys, window, V: tl.constexpr):
     """Unit and key tile that stand `offset` into the work of `sequence`."""
     _, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
     keys = key_count(sequence, seq_lens, num_seqs, max_keys)
     tiles = query_tiles(queries, V)
-    head_work = _work(tiles, queries, keys, V)
+    head_work = _work(tiles, queries, keys, window, V)
     # Dividing 64-bit numbers is a slow call, so estimate and correct: at most one off, as there are few heads.
     head = (offset.to(tl.float32) / tl.maximum(head_work, 1).to(tl.float32)).to(tl.int32)
     head -= (head * head_work > offset).to(tl.int32)
@@ -94,10 +105,10 @@ def _position(offset, sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, ma
         high = tl.maximum(tiles, 1)
         while high - low > 1:
             middle = (low + high) // 2
-            inside = _work(middle, queries, keys, V) <= offset
+            inside = _work(middle, queries, keys, window, V) <= offset
             low = tl.where(inside, middle, low)
             high = tl.where(inside, high, middle)
-        offset -= _work(low, queries, keys, V)
+        offset -= _work(low, queries, keys, window, V)
     return head * tiles + low, tl.cdiv(offset, V.group * V.tile).to(tl.int32)
 
 
@@ -119,14 +130,16 @@ def next_sequence(sequence, cu_seqlens_q, num_tokens, num_seqs, V: tl.constexpr)
 
 
 @triton.jit
-def deal(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V: tl.constexpr):
+def deal(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V: tl.constexpr, window=0):
     """Where this program's piece begins, how many units it touches, and the key tile at which the last of them ends."""
     lane = tl.arange(0, SEQUENCES)
     # A ragged batch has a row more: what stands past the last sequence.
     num_rows = num_seqs + 1 if V.ragged else num_seqs
     work = tl.zeros([SEQUENCES], tl.int64)
     for first in range(0, num_rows, SEQUENCES):
-        more, _ = _sequence_work(first + lane, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
+        more, _ = _sequence_work(
+            first + lane, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, window, V
+        )
         work += more
     total = tl.sum(work)
     needed = tl.minimum(tl.maximum(tl.cdiv(total, V.least_work), 1), tl.num_programs(0))
@@ -143,7 +156,7 @@ def deal(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V
     units = begin_sequence
     for first in range(0, num_rows, SEQUENCES):
         work, count = _sequence_work(
-            first + lane, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V
+            first + lane, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, window, V
         )
         after = before + tl.cumsum(work)
         begin_sequence += tl.sum((after <= begin).to(tl.int32))
@@ -156,10 +169,10 @@ def deal(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V
     begin_sequence = tl.minimum(begin_sequence, num_rows)
     end_sequence = tl.minimum(end_sequence, num_rows)
     begin_unit, begin_tile = _position(
-        begin - begin_before, begin_sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys, V
+        begin - begin_before, begin_sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys, window, V
     )
     end_unit, end_tile = _position(
-        end - end_before, end_sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys, V
+        end - end_before, end_sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys, window, V
     )
     units += end_unit - begin_unit
     # A piece that ends between two units ends with the whole of the first.

@@ -22,7 +22,7 @@ def effective_strides(tensor: Tensor) -> tuple[int, ...]:
 
 def dense(numbers: Tensor) -> Tensor:
     """`numbers` as kernels read ids and lengths, with a unit last stride: itself, unless it is some unusual view."""
-    return numbers if numbers.shape[-1] <= 1 or numbers.stride(-1) == 1 else numbers.contiguous()
+    return numbers if numbers.dim() == 0 or numbers.shape[-1] <= 1 or numbers.stride(-1) == 1 else numbers.contiguous()
 
 
 @triton.jit

@@ -1,0 +1,42 @@
+"""Which options of attention a kernel is compiled for; their values are arguments of the launch."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How a cache holds its numbers: true value = stored * scale."""
+
+    dtype: str = ""  # "": query's; "e4m3", "e5m2", "int8"; "e4m3 bits": bytes that the kernel itself must decode
+    scale: str = ""  # "": 1; "one" for all, one a "head", or one a "token" and head
+
+    @property
+    def float8(self) -> bool:
+        """Whether the numbers widen to float16: bfloat16 would cost a conversion each."""
+        return self.dtype.startswith("e")
+
+    @property
+    def bytes(self) -> bool:
+        """Whether the kernel takes the cache as bytes."""
+        return self.dtype == "e4m3 bits"
+
+
+@dataclass(frozen=True)
+class Features:
+    """Options that are present."""
+
+    window: bool = False
+    softcap: bool = False
+    alibi: bool = False
+    sinks: bool = False
+    key: Stored = Stored()
+    value: Stored = Stored()
+    normalised: bool = False  # query rows are brought into float16's range
+
+    @property
+    def logits(self) -> bool:
+        """Whether a logit is more than a positive multiple of a product, so that it must stand before its maximum."""
+        return self.softcap or self.alibi or self.normalised or self.key.scale != ""
+
+
+PLAIN_FEATURES = Features()
