@@ -11,7 +11,10 @@ from torch_paged.kernels import append, copy_blocks, gather_blocks, merge_attent
 from torch_paged.kernels import attention as attend
 from torch_paged.kernels.attention import launch_attention
 from torch_paged.kernels.copy_blocks import copy_blocks_kernel
-from torch_paged.kernels.launch_config import Device, ShippedVariant, shipped_variants
+from torch_paged.kernels.features import Features
+from torch_paged.kernels.launch_config import Device
+from torch_paged.kernels.shipped import ShippedVariant, shipped_option_variants, shipped_variants
+from torch_paged.options import PLAIN, AttentionOptions
 
 DEVICES = {
     "sm_80": Device(multiprocessors=108, shared_memory=163 * 1024, capability=80),
@@ -20,11 +23,33 @@ DEVICES = {
     "gfx942": Device(multiprocessors=304, shared_memory=64 * 1024, capability=94, amd=True),
 }
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+_STORED = {
+    "e4m3": torch.float8_e4m3fn,
+    "e4m3 bits": torch.float8_e4m3fn,
+    "e5m2": torch.float8_e5m2,
+    "int8": torch.int8,
+}
 
 
 def shipped(target: str) -> dict[str, ShippedVariant]:
     """What is compiled ahead of time for `target`, by name."""
-    return {variant.name: variant for variant in shipped_variants(DEVICES[target])}
+    device = DEVICES[target]
+    return {variant.name: variant for variant in (*shipped_variants(device), *shipped_option_variants(device))}
+
+
+def _options(has: Features, heads: int, num_heads: int, scale_cache: torch.Tensor) -> AttentionOptions:
+    scales = {"": None, "one": torch.ones(()), "head": torch.ones(heads), "token": scale_cache}
+    given = {
+        f"{side}_scale{'_cache' if stored.scale == 'token' else ''}": scales[stored.scale]
+        for side, stored in (("key", has.key), ("value", has.value))
+    }
+    return AttentionOptions(
+        sliding_window=128 if has.window else None,
+        softcap=30.0 * has.softcap,
+        alibi_slopes=torch.ones(num_heads) if has.alibi else None,
+        sinks=torch.ones(num_heads) if has.sinks else None,
+        **given,
+    )
 
 
 def attention_launch(variant: ShippedVariant, misaligned: int = 0) -> None:
@@ -33,14 +58,17 @@ def attention_launch(variant: ShippedVariant, misaligned: int = 0) -> None:
     heads, tokens = 2, 8
     query = torch.zeros(tokens, heads * v.group, v.head_dim, dtype=dtype)
     caches = [
-        torch.zeros(3, v.block_size, heads, dim + misaligned, dtype=dtype)[..., :dim]
-        for dim in (v.head_dim, v.value_dim)
+        torch.zeros(3, v.block_size, heads, dim + misaligned, dtype=_STORED.get(stored.dtype, dtype))[..., :dim]
+        for dim, stored in ((v.head_dim, v.has.key), (v.value_dim, v.has.value))
     ]
+    options = (
+        _options(v.has, heads, heads * v.group, torch.ones(3, v.block_size, heads)) if v.has != Features() else PLAIN
+    )
     output = torch.empty(tokens, heads * v.group, v.value_dim, dtype=dtype)
     lse = torch.empty(tokens, heads * v.group)
     table, lens = torch.zeros(4, 5, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
     bounds = torch.zeros(5, dtype=torch.int32) if v.ragged else None
-    launch_attention(variant.launch, query, *caches, table, lens, bounds, output, lse, 0.125)
+    launch_attention(variant.launch, query, *caches, table, lens, bounds, output, lse, 0.125, options)
 
 
 def attention(num_seqs: int, num_tokens: int, width: int, num_blocks: int, ragged: bool) -> None:
@@ -49,7 +77,7 @@ def attention(num_seqs: int, num_tokens: int, width: int, num_blocks: int, ragge
     cache = torch.zeros(num_blocks, 16, 2, 64, dtype=torch.bfloat16)
     table, lens = torch.zeros(num_seqs, width, dtype=torch.int32), torch.zeros(num_seqs, dtype=torch.int32)
     bounds = torch.zeros(num_seqs + 1, dtype=torch.int32) if ragged else None
-    attend(query, cache, cache.clone(), table, lens, bounds, 0.125, True)
+    attend(query, cache, cache.clone(), table, lens, bounds, 0.125, True, PLAIN)
 
 
 def append_rows(rows: int, dtype: str = "bf16", heads: int = 8, dims: tuple[int, int] = (128, 128)) -> None:

@@ -16,6 +16,7 @@ import torch
 from triton.runtime.interpreter import GridExecutor
 
 from torch_paged import kernels, reference
+from torch_paged.kernels.vectors import common_vector
 from torch_paged.testing import attention_inputs
 
 pytestmark = pytest.mark.interpreter
@@ -201,7 +202,5 @@ def test_first_call_under_capture_raises(monkeypatch):
 )
 def test_vectors_are_as_wide_as_strides_allow(rows, width):
     """The interpreter takes any width; on a GPU, too wide a vector would be a misaligned access."""
-    module = importlib.import_module("torch_paged.kernels.append")
     cache = torch.zeros(3, 2, *rows.shape[1:], dtype=rows.dtype)
-    tensors = (rows, rows, cache, cache)
-    assert module._vector(tensors, [module.effective_strides(tensor) for tensor in tensors]) == width
+    assert common_vector((rows, rows, cache, cache)) == width

@@ -10,9 +10,9 @@ from torch_paged.kernels.launch_config import (
     Device,
     Problem,
     attention_launches,
-    shipped_variants,
     split_dim,
 )
+from torch_paged.kernels.shipped import shipped_variants
 
 DEVICES = {
     "sm_80": Device(108, 164 * 1024, 80),

@@ -5,6 +5,16 @@ from torch_paged.kernels.attention import attention
 from torch_paged.kernels.copy_blocks import copy_blocks
 from torch_paged.kernels.gather_blocks import gather_blocks, scatter_blocks
 from torch_paged.kernels.merge_attention import merge_attention
+from torch_paged.kernels.rotary_append import rotary_append
 from torch_paged.kernels.warmup import warmup
 
-__all__ = ["append", "attention", "copy_blocks", "gather_blocks", "merge_attention", "scatter_blocks", "warmup"]
+__all__ = [
+    "append",
+    "attention",
+    "copy_blocks",
+    "gather_blocks",
+    "merge_attention",
+    "rotary_append",
+    "scatter_blocks",
+    "warmup",
+]

@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from torch_paged.kernels.attention_combine import finish
-from torch_paged.kernels.attention_logits import LN_2, LOG2_E
+from torch_paged.kernels.attention_logits import LOG2_E
 from torch_paged.kernels.attention_plan import Step, base2_factors, options_of, plan, step_of
 from torch_paged.kernels.attention_stored import normalise, static_scale
 from torch_paged.kernels.attention_tiles import attend, load_query, store_rows
@@ -43,7 +43,8 @@ def _nothing_seen(value_scale, head, V: tl.constexpr):
     output1 = total
     if V1 > 0:
         output1 = tl.zeros([BLOCK_M, V1], tl.float32)
-    unit = 2.0**-126 if V.has.value.scale == "token" else static_scale(value_scale, head, V.has.value)
+    VALUE: tl.constexpr = V.has.value
+    unit = 2.0**-126 if VALUE.scale == "token" else static_scale(value_scale, head, VALUE)
     return largest, total, output0, output1, unit
 
 
@@ -155,14 +156,16 @@ def _attend_unit(
 
 @triton.jit
 def _of_head(key_cache, value_cache, key_scale, value_scale, strides, head, V: tl.constexpr):
-    """Keys and values of one head and, where tokens have them, their scales."""
+    """Keys and values of one head and, where tokens have them, their scales, else anything."""
     key_cache += head.to(tl.int64) * strides[0][2]
     value_cache += head.to(tl.int64) * strides[1][2]
+    key_scales = key_cache
+    value_scales = value_cache
     if V.has.key.scale == "token":
-        key_scale += head.to(tl.int64) * strides[2][2]
+        key_scales = key_scale + head.to(tl.int64) * strides[2][2]
     if V.has.value.scale == "token":
-        value_scale += head.to(tl.int64) * strides[3][2]
-    return key_cache, value_cache, key_scale, value_scale
+        value_scales = value_scale + head.to(tl.int64) * strides[3][2]
+    return key_cache, value_cache, key_scales, value_scales
 
 
 @triton.jit(
@@ -186,6 +189,7 @@ def _attention(
     TILE: tl.constexpr = V.tile
     K0: tl.constexpr = V.key_widths[0]
     K1: tl.constexpr = V.key_widths[1]
+    KEY: tl.constexpr = V.has.key
     num_heads = num_kv_heads * V.group
     if V.overlap:
         gdc_launch_dependents()
@@ -238,8 +242,8 @@ def _attention(
             if V.has.normalised:
                 its_query, power = normalise(query0, query1, V)
                 factor = factor * power
-            if V.has.key.scale == "one" or V.has.key.scale == "head":
-                factor = factor * static_scale(key_scale, head, V.has.key)
+            if KEY.scale == "one" or KEY.scale == "head":
+                factor = factor * static_scale(key_scale, head, KEY)
             state = _nothing_seen(value_scale, head, V)
             state = _attend_unit(
                 state, its_query,

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from torch_paged.kernels.attention_combine import combine_launcher
 from torch_paged.kernels.device import device_of
-from torch_paged.kernels.features import Features, Stored
+from torch_paged.kernels.features import Features
 from torch_paged.kernels.launch import Launcher, Plans, layout
 from torch_paged.kernels.launch_config import AttentionLaunch, Problem, attention_launches
+from torch_paged.kernels.storage import stored_in
 from torch_paged.kernels.vectors import dense, effective_strides
 from torch_paged.options import PLAIN, AttentionOptions
 
-_STORED = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2", torch.int8: "int8"}
 _LIMIT = 2**31 - 1
 
 
@@ -113,10 +113,10 @@ def base2_factors(scale: float, softcap: float) -> float | tuple[float, float]:
 def options_of(options: AttentionOptions) -> tuple[Any, ...]:
     """The last arguments of attention, those of `options` that do not change a layout."""
     if options is PLAIN:
-        return None, None, None, None, None
+        return 0, None, None, None, None
     window, _, slopes, sinks, key_scale, value_scale, key_scale_cache, value_scale_cache = options
     return (
-        None if window is None else min(window, _LIMIT),
+        0 if window is None else min(window, _LIMIT),
         None if slopes is None else dense(slopes),
         None if sinks is None else dense(sinks),
         dense(key_scale) if key_scale is not None else key_scale_cache,
@@ -126,26 +126,16 @@ def options_of(options: AttentionOptions) -> tuple[Any, ...]:
 
 def features_of(query: Tensor, key_cache: Tensor, value_cache: Tensor, options: AttentionOptions) -> Features:
     """Which options a call has."""
-    key = _stored(query, key_cache, options.key_scale, options.key_scale_cache)
+    key = stored_in(key_cache, query.dtype, options.key_scale, options.key_scale_cache)
     return Features(
         window=options.sliding_window is not None,
         softcap=options.softcap > 0,
         alibi=options.alibi_slopes is not None,
         sinks=options.sinks is not None,
         key=key,
-        value=_stored(query, value_cache, options.value_scale, options.value_scale_cache),
+        value=stored_in(value_cache, query.dtype, options.value_scale, options.value_scale_cache),
         normalised=key.float8 and query.dtype == torch.bfloat16,
     )
-
-
-def _stored(query: Tensor, cache: Tensor, scale: Tensor | None, scale_cache: Tensor | None) -> Stored:
-    if cache.dtype == query.dtype:
-        return Stored()
-    if scale_cache is not None:
-        kind = "token"
-    else:
-        kind = "" if scale is None else "head" if scale.dim() else "one"
-    return Stored(_STORED[cache.dtype], kind)
 
 
 def problem_of(

@@ -106,6 +106,8 @@ def attend(
     V0: tl.constexpr = V.value_widths[0]
     V1: tl.constexpr = V.value_widths[1]
     PRECISION: tl.constexpr = V.precision
+    KEY: tl.constexpr = V.has.key
+    VALUE: tl.constexpr = V.has.value
     LOAD_MASK: tl.constexpr = MASK and V.shared_values
     key_cache, value_cache, key_scales, value_scales = caches
     largest, total, output0, output1, unit = state
@@ -119,16 +121,16 @@ def attend(
         # Keys past the last one need no mask, as their scores get one.
         # [TILE, K0]
         key0 = _load_rows(key_cache, cache_strides[0], ids, tile, span, 0, K0, V.head_dim, LOAD_MASK, V)
-        key0 = widen(key0, query0.dtype, V.has.key)
+        key0 = widen(key0, query0.dtype, KEY)
         # [BLOCK_M, TILE]
         scores = tl.dot(query0, tl.trans(key0), input_precision=PRECISION)
         if K1 > 0:
             key1 = _load_rows(key_cache, cache_strides[0], ids, tile, span, K0, K1, V.head_dim, LOAD_MASK, V)
-            key1 = widen(key1, query0.dtype, V.has.key)
+            key1 = widen(key1, query0.dtype, KEY)
             scores += tl.dot(query1, tl.trans(key1), input_precision=PRECISION)
         scale = factor
         if V.has.logits:
-            if V.has.key.scale == "token":
+            if KEY.scale == "token":
                 scores *= _token_scales(key_scales, cache_strides[2], ids, tile, span, V)[None, :]
             scores = logits(scores, tile, rows, factor, cap, V)
             scale = 1.0
@@ -142,7 +144,7 @@ def attend(
         decay = tl.exp2(largest - shift)
         total = total * decay + tl.sum(weights, 1)
         largest = larger
-        if V.has.value.scale == "token":
+        if VALUE.scale == "token":
             # Weights times their tokens' scales keep below 1, and so in any type, as multiples of the largest scale.
             scales = _token_scales(value_scales, cache_strides[3], ids, tile, span, V)
             larger_unit = tl.maximum(unit, tl.max(tl.abs(scales), 0))
@@ -154,12 +156,12 @@ def attend(
             value0 = key0
         else:
             value0 = _load_rows(value_cache, cache_strides[1], ids, tile, span, 0, V0, V.value_dim, MASK, V)
-            value0 = widen(value0, query0.dtype, V.has.value)
+            value0 = widen(value0, query0.dtype, VALUE)
         weights = weights.to(value0.dtype)
         output0 = tl.dot(weights, value0, output0 * decay[:, None], input_precision=PRECISION)
         if V1 > 0:
             value1 = _load_rows(value_cache, cache_strides[1], ids, tile, span, V0, V1, V.value_dim, MASK, V)
-            value1 = widen(value1, query0.dtype, V.has.value)
+            value1 = widen(value1, query0.dtype, VALUE)
             output1 = tl.dot(weights, value1, output1 * decay[:, None], input_precision=PRECISION)
     return largest, total, output0, output1, unit
 

@@ -16,6 +16,21 @@ class Stored:
         return self.dtype.startswith("e")
 
     @property
+    def largest(self) -> float:
+        """The largest finite number that can be stored."""
+        return {"e4m3": 448.0, "e5m2": 57344.0, "int8": 127.0}[self.dtype]
+
+    @property
+    def smallest_normal(self) -> float:
+        """The smallest float8 above which steps grow."""
+        return 2.0**-6 if self.dtype == "e4m3" else 2.0**-14
+
+    @property
+    def mantissa(self) -> int:
+        """Bits of a float8 behind its leading one."""
+        return 3 if self.dtype == "e4m3" else 2
+
+    @property
     def bytes(self) -> bool:
         """Whether the kernel takes the cache as bytes."""
         return self.dtype == "e4m3 bits"

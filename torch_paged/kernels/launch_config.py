@@ -4,11 +4,10 @@ Everything here can be computed and tested on a machine without a GPU.
 """
 
 import functools
-import itertools
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from torch_paged.kernels.features import PLAIN_FEATURES, Features, Stored
+from torch_paged.kernels.features import PLAIN_FEATURES, Features
 
 WORKSPACE_LIMIT = 64 * 2**20  # bytes
 
@@ -299,40 +298,3 @@ def _shared_memory(problem: Problem, device: Device, tiles: Tiles) -> int:
     from_shared = tiles.rows >= 64 and device.capability >= 90 and not device.amd
     buffers = max(tiles.num_stages - 1 + from_shared, 1)
     return buffers * tiles.keys * row + tiles.rows * (keys + tiles.keys) * problem.itemsize + 1024
-
-
-@dataclass(frozen=True)
-class ShippedVariant:
-    """A launch that is compiled ahead of time, by name."""
-
-    name: str
-    dtype: str  # of query and caches, as the compiler spells it
-    launch: AttentionLaunch
-
-
-SHIPPED_HEAD_DIMS = (64, 80, 128, 256)
-SHIPPED_BLOCK_SIZES = (1, 16, 64)
-SHIPPED_DTYPES = {"fp16": 2, "bf16": 2, "fp32": 4}
-
-
-def shipped_variants(device: Device) -> list[ShippedVariant]:
-    """Everything that is compiled ahead of time for `device`: 32 query heads over 8 KV heads, causal."""
-    shipped = []
-    for dtype, head_dim, block_size in itertools.product(SHIPPED_DTYPES, SHIPPED_HEAD_DIMS, SHIPPED_BLOCK_SIZES):
-        for kind, num_tokens, ragged in (("decode", 8, False), ("prefill", 4096, False), ("mixed", 4096, True)):
-            problem = Problem(
-                num_tokens=num_tokens,
-                num_seqs=8,
-                num_heads=32,
-                num_kv_heads=8,
-                head_dim=head_dim,
-                value_dim=head_dim,
-                block_size=block_size,
-                itemsize=SHIPPED_DTYPES[dtype],
-                causal=True,
-                ragged=ragged,
-            )
-            for launch in attention_launches(problem, device):
-                name = f"{kind}-{dtype}-dim{head_dim}-block{block_size}-rows{launch.variant.block_m}"
-                shipped.append(ShippedVariant(name, dtype, launch))
-    return shipped

@@ -1,7 +1,7 @@
 """Vectors of elements: how wide they can be, and which row and columns each of them is."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import triton
 import triton.language as tl
@@ -18,6 +18,15 @@ def vector_width(itemsize: int, numbers: Iterable[int]) -> int:
 def effective_strides(tensor: Tensor) -> tuple[int, ...]:
     """Strides of `tensor`, 0 along dimensions of size 1, where any stride is legal and none counts."""
     return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def common_vector(tensors: Sequence[Tensor], *numbers: int) -> int:
+    """Elements that are contiguous and aligned alike in every one of `tensors`, and divide `numbers`."""
+    strides = [effective_strides(tensor) for tensor in tensors]
+    if any(last != 1 for *_, last in strides):
+        return 1
+    rows = [number for tensor, (*rest, _) in zip(tensors, strides, strict=True) for number in (*rest, tensor.shape[-1])]
+    return vector_width(min(tensor.element_size() for tensor in tensors), [*rows, *numbers])
 
 
 def dense(numbers: Tensor) -> Tensor:

@@ -1,0 +1,83 @@
+"""What is compiled ahead of time: a selection of all launches, for tests."""
+
+import itertools
+from dataclasses import dataclass
+
+from torch_paged.kernels.features import PLAIN_FEATURES, Features, Stored
+from torch_paged.kernels.launch_config import AttentionLaunch, Device, Problem, attention_launches
+
+
+@dataclass(frozen=True)
+class ShippedVariant:
+    """A launch that is compiled ahead of time, by name."""
+
+    name: str
+    dtype: str  # of query and, without quantisation, caches, as the compiler spells it
+    launch: AttentionLaunch
+
+
+SHIPPED_HEAD_DIMS = (64, 80, 128, 256)
+SHIPPED_BLOCK_SIZES = (1, 16, 64)
+SHIPPED_DTYPES = {"fp16": 2, "bf16": 2, "fp32": 4}
+
+
+# What models use: gpt-oss, Gemma 2, BLOOM; and caches of every type.
+SHIPPED_OPTIONS = {
+    "window-sinks": (Features(window=True, sinks=True), "bf16", 64),
+    "window-softcap": (Features(window=True, softcap=True), "bf16", 256),
+    "alibi": (Features(alibi=True), "fp16", 128),
+    "e4m3": (Features(key=Stored("e4m3", "one"), value=Stored("e4m3", "one"), normalised=True), "bf16", 128),
+    "e5m2": (Features(key=Stored("e5m2", "head"), value=Stored("e5m2", "head")), "fp16", 128),
+    "int8-token": (Features(key=Stored("int8", "token"), value=Stored("int8", "token")), "bf16", 128),
+}
+_KINDS = (("decode", 8, False), ("prefill", 4096, False), ("mixed", 4096, True))
+
+
+def shipped_variants(device: Device) -> list[ShippedVariant]:
+    """Everything without options that is compiled ahead of time for `device`: 32 query heads, 8 KV heads, causal."""
+    return [
+        variant
+        for dtype, dim, block_size in itertools.product(SHIPPED_DTYPES, SHIPPED_HEAD_DIMS, SHIPPED_BLOCK_SIZES)
+        for kind in _KINDS
+        for variant in _variants(device, "", PLAIN_FEATURES, dtype, dim, block_size, *kind)
+    ]
+
+
+def shipped_option_variants(device: Device) -> list[ShippedVariant]:
+    """The same for `SHIPPED_OPTIONS`."""
+    return [
+        variant
+        for name, (features, dtype, dim) in SHIPPED_OPTIONS.items()
+        for kind in _KINDS[:2]
+        for variant in _variants(device, f"{name}-", features, dtype, dim, 16, *kind)
+    ]
+
+
+def _variants(
+    device: Device,
+    prefix: str,
+    features: Features,
+    dtype: str,
+    dim: int,
+    block_size: int,
+    kind: str,
+    num_tokens: int,
+    ragged: bool,
+) -> list[ShippedVariant]:
+    problem = Problem(
+        num_tokens=num_tokens,
+        num_seqs=8,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=dim,
+        value_dim=dim,
+        block_size=block_size,
+        itemsize=SHIPPED_DTYPES[dtype],
+        causal=True,
+        ragged=ragged,
+        features=features,
+    )
+    return [
+        ShippedVariant(f"{prefix}{kind}-{dtype}-dim{dim}-block{block_size}-rows{launch.variant.block_m}", dtype, launch)
+        for launch in attention_launches(problem, device)
+    ]
