@@ -38,7 +38,7 @@ def shipped(target: str) -> dict[str, ShippedVariant]:
 
 
 def _options(has: Features, heads: int, num_heads: int, scale_cache: torch.Tensor) -> AttentionOptions:
-    scales = {"": None, "one": torch.ones(()), "head": torch.ones(heads), "token": scale_cache}
+    scales = {"": None, "scalar": torch.ones(()), "head": torch.ones(heads), "token": scale_cache}
     given = {
         f"{side}_scale{'_cache' if stored.scale == 'token' else ''}": scales[stored.scale]
         for side, stored in (("key", has.key), ("value", has.value))

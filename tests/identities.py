@@ -21,7 +21,9 @@ from torch_paged.kernels import attention_plan
 from torch_paged.kernels.launch_config import Device
 
 # Functions of these names hide the modules.
-append, warmup = (import_module(f"torch_paged.kernels.{name}") for name in ("append", "warmup"))
+append, rotary_append, warmup = (
+    import_module(f"torch_paged.kernels.{name}") for name in ("append", "rotary_append", "warmup")
+)
 DTYPE = torch.bfloat16
 H200 = Device(multiprocessors=132, shared_memory=227 * 1024, capability=90)
 MODELS = {
@@ -30,6 +32,15 @@ MODELS = {
         [(72, 72), (128, 128), (200, 72)], [(3, 1), (8, 1), (32, 8), (40, 40)], [1, 16]
     )
 } | {"latent": (16, 1, 576, 512, 64)}
+
+OPTIONS = {
+    "window, sinks": dict(sliding_window=True, sinks=True),
+    "softcap, ALiBi": dict(softcap=True, alibi_slopes=True),
+    "float8, rotary": dict(cache_dtype=torch.float8_e4m3fn, rotary_dim=64),
+    "float8, one scale": dict(cache_dtype=torch.float8_e5m2, scales="scalar"),
+    "float8, scales of heads": dict(cache_dtype=torch.float8_e4m3fn, scales="head"),
+    "int8, scales of tokens, rotary": dict(cache_dtype=torch.int8, scales="token", rotary_dim=128, sliding_window=True),
+}
 
 
 class Compiled:
@@ -66,7 +77,8 @@ def record_compilations(device):
 
     triton.runtime.driver.set_active(FreshDevice(device))
     attention_plan._plans.clear()
-    append._plans.clear()
+    for plans in (append._plans, append._quantising_plans, rotary_append._plans):
+        plans.clear()
     JITFunction._do_compile = compile_nothing
     for module in (attention_plan, warmup):
         module.device_of = lambda _: H200
@@ -133,6 +145,51 @@ def serve_in_layout(heads, kv_heads, dim, value_dim, block_size, head_major, lat
         torch_paged.copy_blocks(caches, torch.full((3,), -1)[first : first + 2].view(1, 2))
 
 
+def serve_with(heads, kv_heads, dim, value_dim, block_size, options, head_major):
+    """Attention, append and rotary_append with `options` of `warmup`, of any values, in one layout."""
+    cache_dtype, scales = options.get("cache_dtype", DTYPE), options.get("scales")
+    slots = (9, kv_heads, block_size) if head_major else (9, block_size, kv_heads)
+
+    def empty(*width, dtype=cache_dtype):
+        cache = torch.zeros(*slots, *width, dtype=dtype)
+        return cache.transpose(1, 2) if head_major else cache
+
+    caches = empty(dim), empty(value_dim)
+    for first, rows in itertools.product((0, 1), (1, 2, 5, 64)):
+        per_head = torch.ones(heads + first)[first:]
+        scale = {"scalar": torch.ones(2)[first], "head": torch.ones(kv_heads + first)[first:]}.get(scales)
+        written = {f"{side}_scale": scale for side in ("key", "value")}
+        if scales == "token":
+            written = {f"{side}_scale_cache": empty(dtype=torch.float32) for side in ("key", "value")}
+        query, key, value = projections(rows, heads, kv_heads, dim, value_dim)
+        ids = torch.arange(rows + first)[first:] % 9
+        torch_paged.append(key, value, *caches, ids, **written)
+        if "rotary_dim" in options:
+            angles = torch.zeros(9, options["rotary_dim"] // 2)
+            torch_paged.rotary_append(query, key, value, angles, angles, ids, *caches, ids, **written)
+        for bounds in (None, torch.tensor([0, rows], dtype=torch.int32)):
+            torch_paged.attention(
+                query, *caches, torch.zeros(1, 5, dtype=torch.int32), torch.tensor([5], dtype=torch.int32),
+                cu_seqlens_q=bounds, sliding_window=(7, 16)[first] if "sliding_window" in options else None,
+                softcap=2.0 + first if "softcap" in options else 0.0,
+                alibi_slopes=per_head if "alibi_slopes" in options else None,
+                sinks=per_head if "sinks" in options else None, **written,
+            )  # fmt: skip
+
+
+def missing_with(model, options, device):
+    """The same for a model whose attention has options."""
+    heads, kv_heads, dim, value_dim, block_size = model
+    compiled = record_compilations(device)
+    torch_paged.warmup(
+        heads, kv_heads, dim, value_head_dim=value_dim, block_size=block_size, dtype=DTYPE, device="cpu", **options
+    )
+    warm = set(compiled)
+    for head_major in (False, True):
+        serve_with(*model, options, head_major)
+    return len(warm), compiled - warm
+
+
 def missing(model, device):
     """How many kernels `warmup` compiles for a model, and those that serving it needs beside."""
     heads, kv_heads, dim, value_dim, block_size = model
@@ -148,8 +205,10 @@ def missing(model, device):
 
 if __name__ == "__main__":
     failed = False
-    for device, (name, model) in enumerate(MODELS.items()):
-        number, lacking = missing(model, device)
+    cases = [(name, model, {}) for name, model in MODELS.items()]
+    cases += [(name, (32, 8, 128, 128, 16), options) for name, options in OPTIONS.items()]
+    for device, (name, model, options) in enumerate(cases):
+        number, lacking = missing(model, device) if not options else missing_with(model, options, device)
         print(f"{name}: {number} compiled, {len(lacking)} lacking", *sorted(lacking), sep="\n  ")
         failed |= bool(lacking)
     sys.exit(failed)

@@ -210,12 +210,12 @@ def _package(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-def warmup(device: torch.device, *model: Any) -> int:
+def warmup(device: torch.device, *model: Any, **options: Any) -> int:
     """Compile the kernels for a model; on a device without Triton there is nothing to compile."""
     if device.type == "cpu" and _cpu_package() == "torch_paged.cpu":
         return 0
     with torch.cuda.device(device if device.type == "cuda" else -1):
-        done: int = _package("torch_paged.kernels").warmup(*model)
+        done: int = _package("torch_paged.kernels").warmup(device, *model, **options)
     return done
 
 

@@ -242,7 +242,7 @@ def _attention(
             if V.has.normalised:
                 its_query, power = normalise(query0, query1, V)
                 factor = factor * power
-            if KEY.scale == "one" or KEY.scale == "head":
+            if KEY.scale == "scalar" or KEY.scale == "head":
                 factor = factor * static_scale(key_scale, head, KEY)
             state = _nothing_seen(value_scale, head, V)
             state = _attend_unit(

@@ -52,7 +52,7 @@ def normalise(query0, query1, V: tl.constexpr):
 @triton.jit
 def static_scale(scale, head, S: tl.constexpr):
     """The scale of one head's stored numbers; 1 where tokens have their own."""
-    if S.scale == "one":
+    if S.scale == "scalar":
         factor = tl.load(scale)
     elif S.scale == "head":
         factor = tl.load(scale + head)

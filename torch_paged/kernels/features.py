@@ -8,7 +8,7 @@ class Stored:
     """How a cache holds its numbers: true value = stored * scale."""
 
     dtype: str = ""  # "": query's; "e4m3", "e5m2", "int8"; "e4m3 bits": bytes that the kernel itself must decode
-    scale: str = ""  # "": 1; "one" for all, one a "head", or one a "token" and head
+    scale: str = ""  # "": 1; "scalar" for all, one a "head", or one a "token" and head
 
     @property
     def float8(self) -> bool:

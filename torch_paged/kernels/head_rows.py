@@ -121,7 +121,7 @@ def magnitude(tile):
 @triton.jit
 def scale_of_heads(largest, scale, strides, slot, head, inside, S: tl.constexpr):
     """[ITEMS] scales that stored numbers shall have; a token's own is made of its `largest` magnitude and WRITTEN."""
-    if S.stored.scale == "one":
+    if S.stored.scale == "scalar":
         factor = tl.load(scale + head * 0)
     elif S.stored.scale == "head":
         factor = tl.load(scale + head)

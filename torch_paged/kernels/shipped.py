@@ -26,7 +26,7 @@ SHIPPED_OPTIONS = {
     "window-sinks": (Features(window=True, sinks=True), "bf16", 64),
     "window-softcap": (Features(window=True, softcap=True), "bf16", 256),
     "alibi": (Features(alibi=True), "fp16", 128),
-    "e4m3": (Features(key=Stored("e4m3", "one"), value=Stored("e4m3", "one"), normalised=True), "bf16", 128),
+    "e4m3": (Features(key=Stored("e4m3", "scalar"), value=Stored("e4m3", "scalar"), normalised=True), "bf16", 128),
     "e5m2": (Features(key=Stored("e5m2", "head"), value=Stored("e5m2", "head")), "fp16", 128),
     "int8-token": (Features(key=Stored("int8", "token"), value=Stored("int8", "token")), "bf16", 128),
 }

@@ -15,7 +15,7 @@ def stored_in(cache: Tensor, dtype: torch.dtype, scale: Tensor | None, scale_cac
     if scale_cache is not None:
         kind = "token"
     else:
-        kind = "" if scale is None else "head" if scale.dim() else "one"
+        kind = "" if scale is None else "head" if scale.dim() else "scalar"
     return Stored(_NAMES[cache.dtype], kind)
 
 

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,35 +16,49 @@ from torch_paged.kernels.device import device_of
 from torch_paged.kernels.gather_blocks import gather_blocks, scatter_blocks
 from torch_paged.kernels.launch_config import MANY_ROWS, AttentionLaunch, attention_launches
 from torch_paged.kernels.merge_attention import merge_attention
-from torch_paged.options import PLAIN
+from torch_paged.kernels.rotary_append import rotary_append
+from torch_paged.options import AttentionOptions
 
 
 def warmup(
+    device: torch.device,
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
     value_head_dim: int,
     block_size: int,
     dtype: torch.dtype,
-    device: torch.device | str,
+    *,
+    cache_dtype: torch.dtype,
+    scales: str | None,
+    rotary_dim: int | None,
+    interleaved: bool,
     causal: bool,
     progress: Callable[[int, int], None] | None,
+    **options: bool,
 ) -> int:
     """Launches each kernel on tiny zeros, for decode, several tokens, prefill and ragged batches; returns how many.
 
     Caches are head-major, as PagedKVCache makes them, and token-major; values are a cache of their own and, where keys
     have more columns, also a view of the keys. Triton compiles only what differs.
     """
-    sizes = [(2, num_kv_heads, block_size, dim) for dim in (head_dim, value_head_dim)]
-    head_major = [torch.zeros(size, dtype=dtype, device=device).transpose(1, 2) for size in sizes]
+    sizes = [(2, num_kv_heads, block_size, dim) for dim in (head_dim, value_head_dim, 1)]
+    types = (cache_dtype, cache_dtype, torch.float32)
+    head_major = [
+        torch.zeros(size, dtype=it, device=device).transpose(1, 2) for size, it in zip(sizes, types, strict=True)
+    ]
     token_major = [cache.contiguous() for cache in head_major]
-    batches = []
-    for keys, values in (head_major, token_major):
-        _write(keys, values)
+    given = _options(num_heads, device, **options)
+    batches: list[tuple[_Model, Tensor, Tensor, int, bool]] = []
+    for keys, values, ones in (head_major, token_major):
+        model = _Model(num_heads, dtype, causal, _scaled(given, scales, ones[..., 0]))
+        _write(model, keys, values)
+        if rotary_dim is not None:
+            _rotate_and_write(model, keys, values, rotary_dim, interleaved)
         for its_values in [values] if value_head_dim >= head_dim else [values, keys[..., :value_head_dim]]:
-            batches += [(keys, its_values, *kind) for kind in _kinds(num_heads, keys, its_values, causal)]
-    for done, (keys, values, queries, ragged) in enumerate(batches, 1):
-        output, lse = attention(*_batch(num_heads, keys, values, queries, ragged), 1.0, causal, PLAIN)
+            batches += [(model, keys, its_values, *kind) for kind in _kinds(model, keys, its_values)]
+    for done, batch in enumerate(batches, 1):
+        output, lse = attention(*_batch(*batch), 1.0, causal, model.options)
         if done == 1:
             merge_attention(output, lse, output, lse)
         if progress is not None:
@@ -51,23 +66,61 @@ def warmup(
     return len(batches)
 
 
+class _Model(NamedTuple):
+    """What a model brings to the caches."""
+
+    num_heads: int
+    dtype: torch.dtype
+    causal: bool
+    options: AttentionOptions
+
+    @property
+    def scales(self) -> tuple[Tensor | None, ...]:
+        """As `append` takes them."""
+        return self.options[4:]
+
+
 _Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]
 
 
-def _batch(num_heads: int, keys: Tensor, values: Tensor, queries: int, ragged: bool) -> _Batch:
+def _options(
+    num_heads: int, device: torch.device, *, sliding_window: bool, softcap: bool, alibi_slopes: bool, sinks: bool
+) -> AttentionOptions:
+    """Any values of the options that are on."""
+    per_head = torch.zeros(num_heads, device=device)
+    return AttentionOptions(
+        sliding_window=1 if sliding_window else None,
+        softcap=1.0 if softcap else 0.0,
+        alibi_slopes=per_head if alibi_slopes else None,
+        sinks=per_head if sinks else None,
+    )
+
+
+def _scaled(options: AttentionOptions, kind: str | None, of_tokens: Tensor) -> AttentionOptions:
+    """`options` with scales of both caches."""
+    if kind is None:
+        return options
+    if kind == "token":
+        return options._replace(key_scale_cache=of_tokens, value_scale_cache=of_tokens)
+    scale = of_tokens[0, 0].contiguous() if kind == "head" else of_tokens[0, 0, 0]
+    return options._replace(key_scale=scale, value_scale=scale)
+
+
+def _batch(model: _Model, keys: Tensor, values: Tensor, queries: int, ragged: bool) -> _Batch:
     """Arguments of attention for one sequence with so many queries."""
     table = torch.zeros(1, 1, dtype=torch.int32, device=keys.device)
     bounds = torch.tensor([0, queries], dtype=torch.int32, device=keys.device) if ragged else None
-    return keys.new_zeros(queries, num_heads, keys.shape[3]), keys, values, table, table[0], bounds
+    query = torch.zeros(queries, model.num_heads, keys.shape[3], dtype=model.dtype, device=keys.device)
+    return query, keys, values, table, table[0], bounds
 
 
-def _kinds(num_heads: int, keys: Tensor, values: Tensor, causal: bool) -> list[tuple[int, bool]]:
+def _kinds(model: _Model, keys: Tensor, values: Tensor) -> list[tuple[int, bool]]:
     """Numbers of queries, uniform and ragged, that between them need every launch there is."""
-    query, _, _, table, _, _ = _batch(num_heads, keys, values, 1, False)
-    problem = problem_of(query, keys, values, table, None, causal)
+    query, _, _, table, _, _ = _batch(model, keys, values, 1, False)
+    problem = problem_of(query, keys, values, table, None, model.causal, model.options)
     kinds: list[tuple[int, bool]] = []
     known: set[AttentionLaunch] = set()
-    for ragged, queries in itertools.product((False, True), range(1, MANY_ROWS * keys.shape[2] // num_heads + 2)):
+    for ragged, queries in itertools.product((False, True), range(1, MANY_ROWS * keys.shape[2] // model.num_heads + 2)):
         launches = attention_launches(replace(problem, num_tokens=queries, ragged=ragged), device_of(keys.device))
         compiled = {replace(launch, unit_rows=0) for launch in launches}  # which decides a grid alone
         if not compiled <= known:
@@ -76,16 +129,38 @@ def _kinds(num_heads: int, keys: Tensor, values: Tensor, causal: bool) -> list[t
     return kinds
 
 
-def _write(keys: Tensor, values: Tensor) -> None:
+def _rows(model: _Model, *caches: Tensor) -> list[Tensor]:
+    """Two rows for each of the caches."""
+    return [torch.zeros(2, cache.shape[2], cache.shape[3], dtype=model.dtype, device=cache.device) for cache in caches]
+
+
+def _write(model: _Model, keys: Tensor, values: Tensor) -> None:
     """Writes nothing, in every way that caches of two layers can be written."""
     num_heads, block_size = keys.shape[2], keys.shape[1]
-    new_keys, new_values = (cache.new_zeros(2, num_heads, cache.shape[3]) for cache in (keys, values))
+    new_keys, new_values = _rows(model, keys, values)
     nowhere = torch.full((2,), -1, device=keys.device)
-    append(new_keys, new_values, keys, values, nowhere)
-    append(new_keys, None, keys, None, nowhere)
+    append(new_keys, new_values, keys, values, nowhere, *model.scales)
+    append(new_keys, None, keys, None, nowhere, *_key_alone(model.scales))
     # The second layer's blocks stand elsewhere in a packed row. A latent cache is its keys alone.
     for caches in ([keys, values] * 2, [keys] * 2):
         rows = keys.new_empty(2, sum(cache.shape[3] for cache in caches) * num_heads * block_size)
         copy_blocks(caches, nowhere[:0].view(0, 2))
         gather_blocks(caches, nowhere, rows)
         scatter_blocks(rows, nowhere, caches)
+
+
+def _rotate_and_write(model: _Model, keys: Tensor, values: Tensor, rotary_dim: int, interleaved: bool) -> None:
+    """Rotates, and writes nothing."""
+    new_keys, new_values = _rows(model, keys, values)
+    query = new_keys.new_zeros(2, model.num_heads, keys.shape[3])
+    nowhere = torch.full((2,), -1, device=keys.device)
+    for dtype in {torch.float32, model.dtype}:
+        angles = torch.zeros(2, rotary_dim // 2, dtype=dtype, device=keys.device)
+        arguments = (angles, angles, nowhere)
+        rotary_append(query, new_keys, new_values, *arguments, keys, values, nowhere, interleaved, *model.scales)
+        rotary_append(query, new_keys, None, *arguments, keys, None, nowhere, interleaved, *_key_alone(model.scales))
+
+
+def _key_alone(scales: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Scales without those of values."""
+    return scales[0], None, scales[2], None
