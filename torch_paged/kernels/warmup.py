@@ -58,7 +58,7 @@ def warmup(
         for its_values in [values] if value_head_dim >= head_dim else [values, keys[..., :value_head_dim]]:
             batches += [(model, keys, its_values, *kind) for kind in _kinds(model, keys, its_values)]
     for done, batch in enumerate(batches, 1):
-        output, lse = attention(*_batch(*batch), 1.0, causal, model.options)
+        output, lse = attention(*_batch(*batch), 1.0, causal, batch[0].options)
         if done == 1:
             merge_attention(output, lse, output, lse)
         if progress is not None:
