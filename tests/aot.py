@@ -39,6 +39,7 @@ _SASS = {
     "wgmma": r"\b[HQI]GMMA\b",
     "tcgen05": r"\bUT[CHQ]\w*MMA\b",
     "spill": r"\b(?:STL|LDL)\b",
+    "all": r"^\s+/\*[0-9a-f]{4,5}\*/",
 }
 _AMDGCN = {
     "load128": r"\b(?:global|buffer|flat)_load_dwordx4\b",
@@ -48,6 +49,7 @@ _AMDGCN = {
     "store_narrow": r"\b(?:global|buffer|flat)_store_(?:byte|short|dword|dwordx2)\b",
     "tensor_core": r"\bv_mfma_",
     "spill": r"\bscratch_(?:load|store)",
+    "all": r"^\t[a-z]\w+",
 }
 
 
@@ -130,7 +132,7 @@ def _read(compiled: Any) -> Kernel:
         shared_memory=compiled.metadata.shared,
         buffers=min(copies, default=0),
         pending=max(pending, default=0),
-        instructions={name: len(re.findall(pattern, code)) for name, pattern in patterns.items()},
+        instructions={name: len(re.findall(pattern, code, re.MULTILINE)) for name, pattern in patterns.items()},
     )
 
 

@@ -7,7 +7,7 @@ import functools
 
 import torch
 
-from torch_paged.kernels import append, copy_blocks, gather_blocks, merge_attention, scatter_blocks
+from torch_paged.kernels import append, copy_blocks, gather_blocks, merge_attention, rotary_append, scatter_blocks
 from torch_paged.kernels import attention as attend
 from torch_paged.kernels.attention import launch_attention
 from torch_paged.kernels.copy_blocks import copy_blocks_kernel
@@ -78,6 +78,39 @@ def attention(num_seqs: int, num_tokens: int, width: int, num_blocks: int, ragge
     table, lens = torch.zeros(num_seqs, width, dtype=torch.int32), torch.zeros(num_seqs, dtype=torch.int32)
     bounds = torch.zeros(num_seqs + 1, dtype=torch.int32) if ragged else None
     attend(query, cache, cache.clone(), table, lens, bounds, 0.125, True, PLAIN)
+
+
+def attention_with_options(num_seqs: int, window: int, softcap: float) -> None:
+    """A decode step with a window, a softcap and per-head numbers anywhere in memory."""
+    query = torch.zeros(num_seqs, 8, 64, dtype=torch.bfloat16)
+    cache = torch.zeros(9, 16, 2, 64, dtype=torch.int8)
+    table, lens = torch.zeros(num_seqs, 5, dtype=torch.int32), torch.zeros(num_seqs, dtype=torch.int32)
+    first = window % 3
+    per_head, scale = torch.ones(8 + first)[first:], torch.ones(2 + first)[first:]
+    options = AttentionOptions(window, softcap, per_head, per_head, scale, scale)
+    attend(query, cache, cache.clone(), table, lens, None, 0.125, True, options)
+
+
+def _written_scales(kind: str) -> list[torch.Tensor | None]:
+    static = torch.ones(()) if kind == "scalar" else None
+    of_tokens = torch.ones(7, 16, 8) if kind == "token" else None
+    return [static, static, of_tokens, of_tokens]
+
+
+def append_quantised(rows: int, stored: str, kind: str) -> None:
+    """Keys and values of one packed projection into quantised caches."""
+    key, value = torch.zeros(rows, 2, 8, 128, dtype=torch.bfloat16).unbind(1)
+    caches = [torch.zeros(7, 16, 8, 128).to(_STORED[stored]) for _ in range(2)]
+    append(key, value, *caches, torch.zeros(rows, dtype=torch.int64), *_written_scales(kind))
+
+
+def rotate(rows: int, interleaved: bool, stored: str) -> None:
+    """Queries, keys and values of 32 and 8 heads; `stored` in scales of their own, or as they are."""
+    query, key = (torch.zeros(rows, heads, 128, dtype=torch.bfloat16) for heads in (32, 8))
+    caches = [torch.zeros(7, 16, 8, 128).to(_STORED.get(stored, torch.bfloat16)) for _ in range(2)]
+    angles, ids = torch.zeros(64, 64), torch.zeros(rows, dtype=torch.int64)
+    scales = _written_scales("token" if stored else "")
+    rotary_append(query, key, key.clone(), angles, angles, ids, *caches, ids, interleaved, *scales)
 
 
 def append_rows(rows: int, dtype: str = "bf16", heads: int = 8, dims: tuple[int, int] = (128, 128)) -> None:

@@ -16,6 +16,9 @@ from dataclasses import replace
 
 import aot
 import aot_calls as calls
+import triton
+
+from torch_paged.kernels.shipped import shipped_variants
 
 pytestmark = pytest.mark.aot
 NVIDIA = ("sm_80", "sm_90", "sm_100")
@@ -33,7 +36,9 @@ def attention_faults(target, variant, kernel):
         demands["matrix unit"] = count[MATRIX_UNIT[target] if many_rows else "tensor_core"] > 0
     if target in NVIDIA:
         resident = max(1, launch.programs // calls.DEVICES[target].multiprocessors)
-        demands["16-byte asynchronous copies"] = count["async128"] > 0 and count["async_narrow"] == 0
+        # Values of one byte come 8 of them at a time, and tokens' scales one by one.
+        narrow = 0 if plain_caches(launch.variant.has) else 2 * count["async128"] + 6
+        demands["16-byte asynchronous copies"] = 0 < count["async128"] and count["async_narrow"] <= narrow
         demands["registers for all programs"] = resident * register_share(kernel, launch.num_warps) <= REGISTER_FILE
         demands["shared memory for all programs"] = (
             resident * kernel.shared_memory <= calls.DEVICES[target].shared_memory
@@ -43,6 +48,10 @@ def attention_faults(target, variant, kernel):
     else:
         demands["16-byte loads"] = count["load128"] > 0 and count["load_element"] == 0
     return [what for what, met in demands.items() if not met]
+
+
+def plain_caches(features):
+    return not (features.key.dtype or features.value.dtype)
 
 
 def register_share(kernel, num_warps):
@@ -63,8 +72,15 @@ def copying_faults(kernel, narrow_stores=0):
     return [what for what, met in demands.items() if not met]
 
 
+PLAIN_NAMES = {variant.name for target in aot.TARGETS for variant in shipped_variants(calls.DEVICES[target])}
+# On sm_90 all options, elsewhere those that ask for other code there.
+OPTIONS_ELSEWHERE = {"sm_80": {"e4m3", "window"}, "sm_100": {"e4m3", "int8"}, "gfx942": {"e4m3", "e5m2"}}
+
+
 def selected(target, name):
     """Whether a variant belongs to the selection: an orthogonal array over its properties, another for each target."""
+    if name not in PLAIN_NAMES:
+        return target == "sm_90" or name.split("-")[0] in OPTIONS_ELSEWHERE[target]
     kind, dtype, dim, block, _ = name.split("-")
     k = ("decode", "prefill", "mixed").index(kind)
     d = ("fp16", "bf16", "fp32").index(dtype)
@@ -96,6 +112,16 @@ COPYING = [
         (calls.merge, 5, "fp32", 80),
     ]
 ]
+QUANTISING = [
+    pytest.param((target, call, *arguments), id="-".join(map(str, (target, call.__name__, *arguments[1:]))))
+    for target in aot.TARGETS
+    for call, *arguments in [
+        (calls.append_quantised, 5, "e4m3", "token"),
+        (calls.append_quantised, 5, "int8", "scalar"),
+        (calls.rotate, 5, False, ""),
+        (calls.rotate, 5, True, "e4m3"),
+    ]
+]
 
 
 @pytest.fixture(scope="session")
@@ -122,6 +148,40 @@ def test_shipped_attention(job, workers):
 def test_copying_kernels(job, workers):
     (kernel,) = workers.submit(*job).result()
     assert copying_faults(kernel, narrow_stores=2 if job[1] is calls.merge else 0) == [], kernel
+
+
+@pytest.mark.parametrize("job", QUANTISING)
+def test_quantising_kernels(job, workers):
+    """Few registers and wide loads; what is stored is narrower, and shared memory is for sums over a row."""
+    (kernel,) = workers.submit(*job).result()
+    assert kernel.instructions["spill"] == 0, kernel
+    assert kernel.instructions["load128"] > 0, kernel
+    assert kernel.registers <= 128, kernel
+
+
+# Registers and instructions before there were options, of Triton 3.6.
+PLAIN_LIMITS = {
+    ("sm_80", "decode-bf16-dim128-block16-rows16"): (218, 2008),
+    ("sm_90", "decode-bf16-dim128-block16-rows16"): (223, 2048),
+    ("sm_100", "decode-bf16-dim128-block16-rows16"): (223, 2048),
+    ("gfx942", "decode-bf16-dim128-block16-rows16"): (168, 2478),
+    ("sm_80", "prefill-fp16-dim64-block64-rows128"): (255, 2792),
+}
+
+
+@pytest.mark.skipif(not triton.__version__.startswith("3.6."), reason="the figures are of Triton 3.6")
+@pytest.mark.parametrize(
+    "job",
+    [
+        pytest.param((target, calls.attention_launch, calls.shipped(target)[name]), id=f"{target}-{name}")
+        for target, name in PLAIN_LIMITS
+    ],
+)
+def test_options_that_are_off_cost_nothing(job, workers):
+    attention, _ = workers.submit(*job).result()
+    registers, instructions = PLAIN_LIMITS[job[0], job[2].name]
+    assert attention.registers <= registers, attention
+    assert attention.instructions["all"] <= instructions, attention
 
 
 def planted(kind, target="sm_90", **changes):
@@ -173,6 +233,11 @@ LENGTHS = {
         ],
         [(batch, tokens, 5, 9, True) for batch, tokens in ((1, 64), (16, 100), (3, 300), (2, 4096))],
     ],
+    calls.attention_with_options: [
+        [(batch, window, softcap) for batch in (1, 16) for window, softcap in ((1, 1.0), (16, 30.0), (1000, 50.5))]
+    ],
+    calls.append_quantised: [[(rows, "e4m3", kind) for rows in (1, 2, 16, 37, 4096)] for kind in ("scalar", "token")],
+    calls.rotate: [[(rows, False, "e4m3") for rows in (1, 2, 16, 37)]],
     calls.append_rows: [[(rows,) for rows in (1, 2, 16, 37, 4096)]],
     calls.copy: [[(pairs,) for pairs in (1, 2, 16, 37)]],
     calls.gather: [[(rows,) for rows in (1, 2, 16, 37)]],

@@ -86,7 +86,10 @@ def _token_scales(scales, strides, ids, tile, span, V: tl.constexpr):
         offsets = tl.reshape(blocks[:, None] + slots[None, :], (TILE,))
     else:
         offsets = blocks + ((tile * TILE + tl.arange(0, TILE)) % BLOCK).to(tl.int64) * strides[1]
-    return tl.load(scales + offsets, mask=_present(tile * TILE + tl.arange(0, TILE), span, V), other=0.0)
+    # Each is loaded once and summed with nothing: the compiler would have every thread load all those that its scores
+    # need, being so few.
+    present = _present(tile * TILE + tl.arange(0, TILE), span, V)[:, None] & (tl.arange(0, 2) == 0)[None, :]
+    return tl.sum(tl.load(tl.broadcast_to((scales + offsets)[:, None], (TILE, 2)), mask=present, other=0.0), 1)
 
 
 @triton.jit

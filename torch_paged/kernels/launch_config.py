@@ -64,6 +64,11 @@ class Problem:
         return self.features == PLAIN_FEATURES
 
     @property
+    def plain_caches(self) -> bool:
+        """Whether both caches hold query's dtype."""
+        return not (self.features.key.dtype or self.features.value.dtype)
+
+    @property
     def key_itemsize(self) -> int:
         """Bytes of a stored number."""
         return 1 if self.features.key.dtype else self.itemsize
@@ -268,13 +273,16 @@ def _tiles(problem: Problem, device: Device, rows: int) -> Tiles:
         return Tiles(32, keys, 8, 2, 1) if many and width <= 256 else Tiles(16, keys, warps, 3, 8 // warps)
     keys = 128 if width <= 64 else 64 if width <= 128 else 32
     if rows <= 16:
-        return Tiles(16, keys if width <= 256 else 16, 4, 3, 2)
+        # Of tiles of half the bytes, more are on their way.
+        return Tiles(16, keys if width <= 256 else 16, 4, 3 if problem.plain_caches else 4, 2)
     if width > 256:
         return Tiles(32, 16, 8, 3, 1)
     if many:
         # Only Hopper keeps the operands of its products out of registers and the results in as few as it can.
         fewer = device.capability != 90 or (width > 128 and _paging(problem.block_size, keys) == "any")
-        rows = FEW_ROWS if device.capability != 90 and width > 128 else MANY_ROWS
+        # Before Hopper, numbers are widened in registers.
+        fewer_rows = width > 128 or (device.capability < 90 and not problem.plain_caches)
+        rows = FEW_ROWS if device.capability != 90 and fewer_rows else MANY_ROWS
         return Tiles(rows, min(keys, 64) if fewer else keys, 8, 2 if fewer else 3, 1)
     return Tiles(FEW_ROWS, keys, 4, 3, 2) if width <= 128 else Tiles(FEW_ROWS, keys, 8, 3, 1)
 
