@@ -231,6 +231,20 @@ def test_window_over_many_blocks(window, stored, device):
     check(inputs, sliding_window=window, **scales)
 
 
+@pytest.mark.parametrize("stored", ["plain", "int8-token"])
+@pytest.mark.parametrize(
+    "options",
+    [dict(sliding_window=200), dict(sliding_window=1000), dict(softcap=1.5), dict(softcap=1.5, causal=False), {}],
+    ids=str,
+)
+def test_more_queries_and_keys_than_the_cpu_takes_at_once(options, stored):
+    """In a window of 1000, a chunk of keys is hidden from some of the queries that go with others that see it."""
+    inputs = attention_inputs([300, 1], [1500, 2500], block_size=64, sliding_window=options.get("sliding_window"))
+    inputs, scales = quantised(inputs, *STORED[stored])
+    check(inputs, **options, **scales)
+    check(inputs, **options, **scales, alibi_slopes=slopes_of(4, "cpu"), sinks=sinks_of(4, "cpu"))
+
+
 def test_window_of_more_than_32_bits(device):
     check(attention_inputs(**BATCHES["mixed"], device=device), sliding_window=1 << 40)
 

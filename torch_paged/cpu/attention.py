@@ -31,14 +31,14 @@ from torch_paged.options import AttentionOptions
 _TILE_QUERIES = 128
 
 
-class _Rows(NamedTuple):
-    """Runs of queries: which sequence is theirs, where they end, and how many they are; their keys, [n] each."""
+class _Runs(NamedTuple):
+    """Runs of queries of one sequence each: a sequence's, or a tile of them."""
 
-    sequences: Tensor
-    ends: Tensor
-    counts: Tensor
-    lens: Tensor
-    stands: Tensor  # one more than the position of the last query
+    counts: Tensor  # [n], queries
+    ends: Tensor  # [n], where they end
+    block_table: Tensor  # [n, max_blocks_per_seq]
+    lens: Tensor  # [n], keys of the table
+    stands: Tensor  # [n], one more than the last query's position among them
 
 
 def attention(
@@ -64,23 +64,24 @@ def attention(
     chunks = _chunks(query, key_cache, value_cache, scale, causal, options)
     # Queries that would stand before the first key see nothing; without a mask, those of an empty sequence.
     seeing = torch.minimum(counts, seq_lens) if causal else counts * (seq_lens > 0)
-    rows = _Rows(torch.arange(len(ends)), ends, seeing, seq_lens, seq_lens)
+    runs = _Runs(seeing, ends, block_table, seq_lens, seq_lens)
     if chunks.mask:
-        rows = _tiles(rows, causal)
-    for count in rows.counts.unique().tolist():
+        runs = _behind_window(_tiles(runs, causal), options.sliding_window, key_cache.shape[1])
+    for count in runs.counts.unique().tolist():
         if count == 0:
             continue
-        members = rows.counts == count
-        group_rows = _Rows(*(column[members] for column in rows))
-        tokens = (group_rows.ends[:, None] + torch.arange(-count, 0)).flatten()
-        queries = query[tokens].view(len(group_rows.ends), count, num_heads, -1).transpose(1, 2)
+        members = (runs.counts == count).nonzero()[:, 0]
+        tokens = (runs.ends[members, None] + torch.arange(-count, 0)).flatten()
+        queries = query[tokens].view(len(members), count, num_heads, -1).transpose(1, 2)
         queries = queries.to(chunks.key.dtype).contiguous()
-        group = Group(queries, block_table[group_rows.sequences], group_rows.lens, group_rows.stands)
+        lens = runs.lens[members]
+        stands = runs.stands[members] if chunks.mask else lens
+        group = Group(queries, runs.block_table[members], lens, stands)
         square = count if causal and count > 1 and not chunks.mask else 0
-        parts = [*chunks.prefixes(group, group.lens - square)]
+        parts = [*chunks.prefixes(group, lens - square)]
         if square:
             parts += chunks.squares(group)
-        group_output, group_lse = _with_sinks(*_merge(parts, len(queries)), options.sinks)
+        group_output, group_lse = _with_sinks(*_merge(parts, len(members)), options.sinks)
         output[tokens] = group_output.transpose(1, 2).flatten(0, 1).to(output.dtype)
         lse[tokens] = group_lse.transpose(1, 2).flatten(0, 1)
     return output, lse
@@ -106,16 +107,27 @@ def _queries(num_tokens: int, seq_lens: Tensor, cu_seqlens_q: Tensor | None) -> 
     return counts.cumsum(0), counts
 
 
-def _tiles(rows: _Rows, causal: bool) -> _Rows:
+def _tiles(runs: _Runs, causal: bool) -> _Runs:
     """Every run cut, from its end, into runs of at most a tile: of keys, causally, those up to the last query."""
-    rows = _Rows(*(column.long() for column in rows))
-    pieces = -(-rows.counts // _TILE_QUERIES)
-    runs = torch.arange(len(pieces)).repeat_interleave(pieces)
-    later = (torch.arange(len(runs)) - (pieces.cumsum(0) - pieces)[runs]) * _TILE_QUERIES
-    sequences, ends, counts, lens, stands = (column[runs] for column in rows)
-    stands = stands - later
-    counts = (counts - later).clamp(max=_TILE_QUERIES)
-    return _Rows(sequences, ends - later, counts, stands if causal else lens, stands)
+    counts, ends, block_table, lens, stands = runs
+    pieces = -(-counts // _TILE_QUERIES)
+    whole = torch.arange(len(pieces)).repeat_interleave(pieces)
+    later = (torch.arange(len(whole)) - (pieces.cumsum(0) - pieces)[whole]) * _TILE_QUERIES
+    counts = (counts[whole] - later).clamp(max=_TILE_QUERIES)
+    stands = stands[whole] - later
+    return _Runs(counts, ends[whole] - later, block_table[whole], stands if causal else lens[whole], stands)
+
+
+def _behind_window(runs: _Runs, sliding_window: int | None, block_size: int) -> _Runs:
+    """The runs without the leading blocks that none of their queries sees: distances are all that masks know."""
+    if sliding_window is None:
+        return runs
+    counts, ends, block_table, lens, stands = runs
+    first = (stands - counts - sliding_window + 1).clamp(min=0) // block_size
+    width = -(-int((lens - first * block_size).max()) // block_size) if len(lens) else 0
+    columns = (first[:, None] + torch.arange(width)).clamp(max=block_table.shape[1] - 1)
+    skipped = first * block_size
+    return _Runs(counts, ends, block_table.gather(1, columns), lens - skipped, stands - skipped)
 
 
 def _merge(parts: list[Part], num_seqs: int) -> tuple[Tensor, Tensor]:

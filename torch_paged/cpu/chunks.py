@@ -24,12 +24,12 @@ class Part(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Sequences of equally many queries."""
+    """Runs of equally many queries; where a window hides the first keys, tables begin behind their blocks."""
 
     queries: Tensor  # [n, num_heads, queries, head_dim]
     block_table: Tensor  # [n, max_blocks_per_seq]
     lens: Tensor  # [n], keys
-    stands: Tensor  # [n], one more than the position of the last query
+    stands: Tensor  # [n], the last query stands at the key before that one
 
 
 class Chunks:
@@ -53,20 +53,17 @@ class Chunks:
         blocks = -(-(_CHUNK_KEYS if self.mask else max(_CHUNK_KEYS, 16 * rows)) // self.block_size)
         size = blocks * self.block_size
         key_bytes = self.key_bytes + (8 * rows * self.num_kv_heads if self.mask else 0)
-        begins = self._first_blocks(group)
-        spans = lens - begins * self.block_size
-        full = spans // size
+        full = lens // size
         sequences = torch.arange(len(lens)).repeat_interleave(full)
         chunks = torch.arange(len(sequences)) - (full.cumsum(0) - full)[sequences]
         for batch in _batches(torch.arange(len(sequences)), size * key_bytes):
-            columns = (begins[sequences[batch]] + chunks[batch] * blocks)[:, None] + torch.arange(blocks)
+            columns = chunks[batch, None] * blocks + torch.arange(blocks)
             yield self._chunk(group, sequences[batch], columns, None)
-        tails = spans - full * size
+        tails = lens - full * size
         by_length = tails.argsort()[(tails == 0).sum() :]
         for batch in _batches(by_length, int(tails.max()) * key_bytes):
             columns = torch.arange(-(-int(tails[batch[-1]]) // self.block_size))
-            columns = (begins[batch] + full[batch] * blocks)[:, None] + columns
-            yield self._chunk(group, batch, columns, lens[batch])
+            yield self._chunk(group, batch, full[batch, None] * blocks + columns, lens[batch])
 
     def squares(self, group: Group) -> Iterator[Part]:
         """Causal attention of the queries over their own keys, the last ones of their sequences."""
@@ -74,13 +71,6 @@ class Chunks:
         for batch in _batches(torch.arange(len(group.lens)), count * self.key_bytes):
             key, value = self._last_keys(group.block_table[batch], group.lens[batch], count)
             yield self._attend(batch, group.queries[batch], key, value, None, causal=True)
-
-    def _first_blocks(self, group: Group) -> Tensor:
-        """The first block of which some query sees a key."""
-        if self.mask is None or self.mask.sliding_window is None:
-            return torch.zeros_like(group.lens)
-        first = group.stands - group.queries.shape[2] - self.mask.sliding_window + 1
-        return first.clamp(min=0) // self.block_size
 
     def _last_keys(self, block_table: Tensor, lens: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The last `count` keys and values of each sequence, [n, num_kv_heads, count, head_dim]."""
