@@ -10,121 +10,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from torch_paged.kernels.attention_combine import finish
-from torch_paged.kernels.attention_logits import LOG2_E
 from torch_paged.kernels.attention_plan import Step, base2_factors, options_of, plan, step_of
+from torch_paged.kernels.attention_rows import first_seen, rows_of, sinks_of, visible_to
+from torch_paged.kernels.attention_state import nothing_seen, write_output, write_partial, write_sums
 from torch_paged.kernels.attention_stored import normalise, static_scale
-from torch_paged.kernels.attention_tiles import attend, load_query, store_rows
+from torch_paged.kernels.attention_tiles import attend, load_query
 from torch_paged.kernels.launch_config import AttentionLaunch
 from torch_paged.kernels.schedule import deal, key_count, next_sequence, query_range, query_tiles
 from torch_paged.kernels.vectors import dense
 from torch_paged.options import PLAIN, AttentionOptions
-
-
-@triton.jit
-def _visible(token, queries, keys, V: tl.constexpr):
-    """Number of keys that query `token` of a sequence sees."""
-    if V.causal:
-        seen = tl.minimum(tl.maximum(keys - queries + 1 + token, 0), keys)
-    else:
-        seen = token * 0 + keys
-    return seen
-
-
-@triton.jit
-def _nothing_seen(value_scale, head, V: tl.constexpr):
-    """State of rows that have seen no key (see `attend`); an absent piece is anything."""
-    BLOCK_M: tl.constexpr = V.block_m
-    V0: tl.constexpr = V.value_widths[0]
-    V1: tl.constexpr = V.value_widths[1]
-    largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    output0 = tl.zeros([BLOCK_M, V0], tl.float32)
-    output1 = total
-    if V1 > 0:
-        output1 = tl.zeros([BLOCK_M, V1], tl.float32)
-    VALUE: tl.constexpr = V.has.value
-    unit = 2.0**-126 if VALUE.scale == "token" else static_scale(value_scale, head, VALUE)
-    return largest, total, output0, output1, unit
-
-
-@triton.jit
-def _in_units_of_one(state, V: tl.constexpr):
-    """`state` without its unit."""
-    largest, total, output0, output1, unit = state
-    if V.has.value.scale != "":
-        output0 *= unit
-        output1 *= unit
-    return largest, total, output0, output1
-
-
-@triton.jit
-def _write_output(output, lse, state, sink, first_row, row, valid, V: tl.constexpr):
-    """Writes the finished rows `first_row + row`; those that saw no key are zeros and -inf, or their sink."""
-    V0: tl.constexpr = V.value_widths[0]
-    V1: tl.constexpr = V.value_widths[1]
-    largest, total, output0, output1 = _in_units_of_one(state, V)
-    factor, row_lse = finish(largest, total, sink, V)
-    tl.store(lse + first_row + row, row_lse, mask=valid)
-    base = output + first_row * V.value_dim
-    store_rows(base, row, output0 * factor[:, None], valid, 0, V0, V.value_dim)
-    if V1 > 0:
-        store_rows(base, row, output1 * factor[:, None], valid, V0, V1, V.value_dim)
-
-
-@triton.jit
-def _write_sums(partial, largest, total, row, valid, V: tl.constexpr):
-    """Writes (maximum, sum) pairs of the workspace, which stand behind all outputs."""
-    sums = partial + tl.num_programs(0) * (2 * V.block_m * V.value_dim)
-    tl.store(sums + 2 * row, largest, mask=valid)
-    tl.store(sums + 2 * row + 1, total, mask=valid)
-
-
-@triton.jit
-def _write_partial(partial, state, slot, lane, valid, V: tl.constexpr):
-    """Leaves `state` in a slot of the workspace."""
-    V0: tl.constexpr = V.value_widths[0]
-    V1: tl.constexpr = V.value_widths[1]
-    largest, total, output0, output1 = _in_units_of_one(state, V)
-    first_row = slot * V.block_m
-    _write_sums(partial, largest, total, first_row + lane, valid, V)
-    base = partial + first_row * V.value_dim
-    store_rows(base, lane, output0, valid, 0, V0, V.value_dim)
-    if V1 > 0:
-        store_rows(base, lane, output1, valid, V0, V1, V.value_dim)
-
-
-@triton.jit
-def _rows_of(packed, first_token, head, queries, keys, alibi_slopes, window, V: tl.constexpr):
-    """What `logits` knows of every row; what no option asks for is anything."""
-    token = first_token + packed // V.group
-    visible = _visible(token, queries, keys, V)
-    position = visible
-    slopes = visible
-    if V.has.alibi:
-        position = keys - queries + token
-        slopes = tl.load(alibi_slopes + head * V.group + packed % V.group) * LOG2_E
-    return visible, position, slopes, window
-
-
-@triton.jit
-def _first_seen(token, queries, keys, window, V: tl.constexpr):
-    """The first key that query `token` of a sequence sees, and with it every later one."""
-    if V.has.window:
-        first = tl.maximum(_visible(token, queries, keys, V) - window, 0)
-    else:
-        first = 0
-    return first
-
-
-@triton.jit
-def _sinks_of(packed, head, sequence, num_seqs, sinks, V: tl.constexpr):
-    """Sinks of the rows, to base 2: -inf for rows of no sequence, anything without the option."""
-    sink = packed
-    if V.has.sinks:
-        row_sinks = sinks + head * V.group + packed % V.group
-        sink = tl.load(row_sinks, mask=sequence < num_seqs, other=float("-inf")) * LOG2_E
-    return sink
 
 
 @triton.jit
@@ -219,10 +113,10 @@ def _attention(
         rows = tl.minimum(queries * V.group - first_row, BLOCK_M)
         last_token = (first_row + rows - 1) // V.group
         packed = first_row % V.group + lane
-        its_rows = _rows_of(packed, first_token, head, queries, keys, alibi_slopes, window, V)
-        low = _first_seen(first_token, queries, keys, window, V)
+        its_rows = rows_of(packed, first_token, head, queries, keys, alibi_slopes, window, V)
+        low = first_seen(first_token, queries, keys, window, V)
         skipped = low // TILE  # tiles that no row sees; `first` and `end_tile` count from the first that one does
-        key_tiles = tl.maximum(tl.cdiv(_visible(last_token, queries, keys, V), TILE) - skipped, 1)
+        key_tiles = tl.maximum(tl.cdiv(visible_to(last_token, queries, keys, V), TILE) - skipped, 1)
         last = tl.minimum(tl.where(index == units - 1, end_tile, key_tiles), key_tiles)
         if first < last:
             valid = lane < rows
@@ -244,23 +138,23 @@ def _attention(
                 factor = factor * power
             if KEY.scale == "scalar" or KEY.scale == "head":
                 factor = factor * static_scale(key_scale, head, KEY)
-            state = _nothing_seen(value_scale, head, V)
+            state = nothing_seen(value_scale, head, V)
             state = _attend_unit(
                 state, its_query,
                 _of_head(key_cache, value_cache, key_scale, value_scale, cache_strides, head, V), cache_strides,
                 block_table + sequence.to(tl.int64) * table_stride, first + skipped, last + skipped,
-                (tl.cdiv(_first_seen(last_token, queries, keys, window, V), TILE),
-                 _visible(first_token, queries, keys, V) // TILE),
+                (tl.cdiv(first_seen(last_token, queries, keys, window, V), TILE),
+                 visible_to(first_token, queries, keys, V) // TILE),
                 its_rows, (low, keys), num_blocks, factor, cap, V,
             )  # fmt: skip
             if (first == 0) & (last == key_tiles):
                 first_output = (start + first_token).to(tl.int64) * num_heads + head * V.group
                 output_row = packed // V.group * num_heads + packed % V.group
-                sink = _sinks_of(packed, head, sequence, num_seqs, sinks, V)
-                _write_output(output, lse, state, sink, first_output, output_row, valid, V)
+                sink = sinks_of(packed, head, sequence, num_seqs, sinks, V)
+                write_output(output, lse, state, sink, first_output, output_row, valid, V)
             else:
                 begun_here = first == 0
-                _write_partial(partial, state, 2 * program + begun_here.to(tl.int32), lane, valid, V)
+                write_partial(partial, state, 2 * program + begun_here.to(tl.int32), lane, valid, V)
                 left_sequence = tl.where(begun_here, sequence, left_sequence)
                 left_unit = tl.where(begun_here, unit, left_unit)
                 left_before = tl.where(begun_here, left_before, tl.where(last == key_tiles, 2, 1))
@@ -270,7 +164,7 @@ def _attention(
             unit = unit * 0
             sequence = next_sequence(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
     if left_before == 0:  # others may look here for a part: an empty one
-        _write_sums(partial, lane * 0.0 - float("inf"), lane * 0.0, 2 * program * BLOCK_M + lane, lane < BLOCK_M, V)
+        write_sums(partial, lane * 0.0 - float("inf"), lane * 0.0, 2 * program * BLOCK_M + lane, lane < BLOCK_M, V)
     tl.store(handoff + program, left_before)
     tl.store(handoff + tl.num_programs(0) + program, left_sequence)
     tl.store(handoff + 2 * tl.num_programs(0) + program, left_unit)

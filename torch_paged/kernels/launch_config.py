@@ -273,8 +273,9 @@ def _tiles(problem: Problem, device: Device, rows: int) -> Tiles:
         return Tiles(32, keys, 8, 2, 1) if many and width <= 256 else Tiles(16, keys, warps, 3, 8 // warps)
     keys = 128 if width <= 64 else 64 if width <= 128 else 32
     if rows <= 16:
-        # Of tiles of half the bytes, more are on their way.
-        return Tiles(16, keys if width <= 256 else 16, 4, 3 if problem.plain_caches else 4, 2)
+        # Of tiles of half the bytes, more are on their way; AMD's compiler fails to pipeline so many of them.
+        stages = 3 if problem.plain_caches or device.amd else 4
+        return Tiles(16, keys if width <= 256 else 16, 4, stages, 2)
     if width > 256:
         return Tiles(32, 16, 8, 3, 1)
     if many:
