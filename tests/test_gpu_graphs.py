@@ -35,6 +35,46 @@ RAGGED_STEPS = [
 UNIFORM_STEPS = [([3] * 4, keys) for keys in ([3, 40, 128, 17], [0, 0, 0, 0], [128, 127, 0, 5], [2, 1, 3, 4])]
 
 
+@pytest.mark.parametrize("steps", [RAGGED_STEPS, UNIFORM_STEPS], ids=["ragged", "uniform"])
+def test_captured_attention_with_options_serves_other_lengths(steps):
+    """A window over float8 keys and int8 values with their tokens' scales; sinks, softcap and slopes changed too."""
+    query = randn(12, 8, 128)
+    key_cache, value_cache = (
+        torch.zeros(40, 16, 2, 128, device="cuda").to(dtype) for dtype in (torch.float8_e4m3fn, torch.int8)
+    )
+    scales = torch.zeros(40, 16, 2, device="cuda")
+    rows, slots = randn(640, 2, 128), torch.arange(640, device="cuda")
+    ops.append(rows, rows, key_cache, value_cache, slots, value_scale_cache=scales)
+    table, lens = torch.zeros(4, 8, dtype=torch.int32, device="cuda"), torch.zeros(4, dtype=torch.int32, device="cuda")
+    bounds = torch.zeros(5, dtype=torch.int32, device="cuda") if steps is RAGGED_STEPS else None
+    sinks, slopes = torch.randn(8, device="cuda"), torch.rand(8, device="cuda")
+
+    def attend():
+        return ops.attention_with_lse(
+            query, key_cache, value_cache, table, lens, cu_seqlens_q=bounds, sliding_window=19, softcap=5.0,
+            alibi_slopes=slopes, sinks=sinks, value_scale_cache=scales,
+        )  # fmt: skip
+
+    graph, (output, lse) = captured(attend)
+    for query_lens, seq_lens in steps:
+        table.copy_(torch.randperm(40)[:32].view(4, 8))
+        first = [max(keys - queries - 18, 0) // 16 for queries, keys in zip(query_lens, seq_lens, strict=True)]
+        columns = torch.arange(8)
+        table[(columns >= -(-torch.tensor(seq_lens)[:, None] // 16)) | (columns < torch.tensor(first)[:, None])] = (
+            1 << 30
+        )
+        lens.copy_(torch.tensor(seq_lens))
+        if bounds is not None:
+            bounds.copy_(torch.tensor([0, *query_lens]).cumsum(0))
+        sinks.normal_()
+        slopes.uniform_()
+        output.fill_(torch.nan)
+        graph.replay()
+        eager = attend()
+        assert torch.equal(output, eager[0])
+        assert torch.equal(lse, eager[1])
+
+
 @pytest.mark.parametrize("heads", [(8, 2), (32, 8)], ids=["8-heads", "32-heads"])
 @pytest.mark.parametrize("steps", [RAGGED_STEPS, UNIFORM_STEPS], ids=["ragged", "uniform"])
 def test_captured_attention_serves_other_lengths(steps, heads):

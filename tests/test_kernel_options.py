@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from torch_paged import reference
+from torch_paged import reference, warmup
 from torch_paged.options import AttentionOptions
 from torch_paged.testing import Storage, assert_within_budget, attention_inputs, low_precision_attention, quantised
 
@@ -21,6 +21,7 @@ from torch_paged.kernels.attention_stored import widen
 from torch_paged.kernels.device import INTERPRETED, device_of
 from torch_paged.kernels.features import Stored
 from torch_paged.kernels.launch_config import Device, attention_launches
+from torch_paged.kernels.schedule import deal
 
 HERE = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [pytest.mark.interpreter if HERE else pytest.mark.gpu]
@@ -140,19 +141,33 @@ def test_work_follows_the_window(queries, monkeypatch):
     assert products[0] < 2 * units * (2000 // variant.tile) / 4
 
 
-@pytest.mark.parametrize("cut", [1, 2, 5])
-def test_programs_share_windows_alike(cut):
-    """Every program gets about as many keys of a long sequence as of a short one, whose windows are the same."""
-    inputs = attention_inputs([1, 1], [1500, 100], num_heads=2, num_kv_heads=1, head_dim=16, sliding_window=64)
-    inputs = type(inputs)(*(it if it is None else it.to(DEVICE) for it in inputs))
-    problem = problem_of(*inputs[:4], inputs.cu_seqlens_q, True, AttentionOptions(sliding_window=64))
-    (launch,) = attention_launches(problem, device_of(inputs.query.device))
-    output = inputs.query.new_full(inputs.query.shape, torch.nan)
-    lse = torch.full(inputs.query.shape[:2], torch.nan, device=DEVICE)
-    launch = replace(launch, programs=cut, variant=replace(launch.variant, least_work=1))
-    launch_attention(launch, *inputs, output, lse, 0.25, AttentionOptions(sliding_window=64))
-    exact = inputs._replace(query=inputs.query.double()).call(reference.attention, scale=0.25, sliding_window=64)
-    assert (output - exact).abs().max() < 1e-5
+@triton.jit
+def _pieces(seq_lens, out, window, V: tl.constexpr):
+    sequence, _, _, _, _ = deal(seq_lens, None, 2, 2, 1, 4096, V, window)
+    tl.store(out + tl.program_id(0), sequence)
+
+
+@pytest.mark.parametrize(("window", "second"), [(None, 0), (64, 1)])
+def test_programs_share_what_windows_hold(window, second):
+    """Of a long sequence and a short one, whose windows are the same, each gets one; without, both share the long."""
+    inputs = attention_inputs([1, 1], [1500, 100], num_heads=2, num_kv_heads=1, head_dim=16, uniform=True)
+    options = AttentionOptions(sliding_window=window)
+    (launch,) = attention_launches(problem_of(*inputs[:4], None, True, options), INTERPRETED)
+    out = torch.full((2,), -1, dtype=torch.int32, device=DEVICE)
+    variant = replace(launch.variant, least_work=1)
+    _pieces[(2,)](inputs.seq_lens.to(DEVICE), out, window or 0, V=variant)
+    assert out.tolist() == [0, second]
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_cache_without_blocks_leaves_the_sinks(uniform):
+    inputs = attention_inputs([2, 2], [0, 0], uniform=uniform, spare_tokens=0 if uniform else 3, device=DEVICE)
+    empty = inputs._replace(key_cache=inputs.key_cache[:0], value_cache=inputs.value_cache[:0])
+    sinks = torch.arange(4.0, device=DEVICE)
+    output, lse = empty.call(ops.attention_with_lse, sinks=sinks)
+    assert output.eq(0).all()
+    assert torch.equal(lse[:4], sinks.expand(4, 4))
+    assert lse[4:].isneginf().all()
 
 
 @pytest.mark.parametrize("rounded", [E4M3, E5M2, INT8], ids=str)
@@ -172,3 +187,11 @@ def test_append_rounds_every_bfloat16_as_the_reference_does(rounded):
     actual, expected = cache.cpu().float(), caches[1].float()
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(actual.signbit() & (actual == 0), expected.signbit() & (expected == 0))
+
+
+def test_warmup_with_every_option():
+    given = dict(dtype=torch.float16, device=DEVICE, block_size=16)
+    options = dict(sliding_window=True, softcap=True, alibi_slopes=True, sinks=True, rotary_dim=16, interleaved=True)
+    assert warmup(4, 2, 32, **given, **options, cache_dtype=INT8, scales="token") > 0
+    with pytest.raises(ValueError, match="scales must be 'scalar', 'head', 'token' or None, got 'row'"):
+        warmup(4, 2, 32, **given, cache_dtype=INT8, scales="row")

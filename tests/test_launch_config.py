@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from torch_paged.kernels.features import Features, Stored
 from torch_paged.kernels.launch_config import (
     WORKSPACE_LIMIT,
     Device,
@@ -127,6 +128,22 @@ def test_values_share_the_tiles_of_keys_only_where_their_pieces_agree():
     assert attention_launches(latent, DEVICES["sm_90"])[0].variant.shared_values
     narrower = replace(DECODE, head_dim=128, value_dim=80, shared_values=True)
     assert not attention_launches(narrower, DEVICES["sm_90"])[0].variant.shared_values
+
+
+def test_a_problem_without_options_is_plain(gpu):
+    assert DECODE.plain and DECODE.plain_caches
+    windowed = replace(DECODE, features=Features(window=True))
+    assert not windowed.plain and windowed.plain_caches
+    stored = replace(DECODE, features=Features(value=Stored("int8", "head")))
+    assert not stored.plain and not stored.plain_caches
+    assert attention_launches(windowed, gpu) != attention_launches(DECODE, gpu)
+
+
+def test_smaller_tiles_let_more_of_them_be_on_their_way():
+    stored = replace(DECODE, features=Features(key=Stored("e4m3"), value=Stored("e4m3"), normalised=True))
+    (plain,), (small,) = (attention_launches(problem, DEVICES["sm_90"]) for problem in (DECODE, stored))
+    assert (plain.variant.num_stages, small.variant.num_stages) == (3, 4)
+    assert plain.programs == small.programs
 
 
 def test_shipped_variants_are_named_and_complete(gpu):
