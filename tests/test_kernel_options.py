@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
+from torch_paged import kernels
 from torch_paged.kernels.attention import launch_attention
 from torch_paged.kernels.attention_logits import tanh
 from torch_paged.kernels.attention_plan import problem_of
@@ -195,3 +196,17 @@ def test_warmup_with_every_option():
     assert warmup(4, 2, 32, **given, **options, cache_dtype=INT8, scales="token") > 0
     with pytest.raises(ValueError, match="scales must be 'scalar', 'head', 'token' or None, got 'row'"):
         warmup(4, 2, 32, **given, cache_dtype=INT8, scales="row")
+
+
+def test_positions_out_of_range_are_taken_for_the_nearest():
+    """Past the operator's own check, as on a GPU: no memory beside the angles is read."""
+    angles = torch.full((9, 8), torch.nan, device=DEVICE)
+    cos, sin = angles[2:5].copy_(torch.randn(3, 8)), torch.randn(9, 8, device=DEVICE)[2:5]
+    query, key = torch.randn(4, 2, 16, device=DEVICE), torch.randn(4, 1, 16, device=DEVICE)
+    rotated = []
+    for positions in ([-1, 3, 1 << 40, -(1 << 40)], [0, 2, 2, 0]):
+        cache = torch.zeros(1, 4, 1, 16, device=DEVICE)
+        places = torch.tensor(positions, device=DEVICE), cache, None, torch.arange(4, device=DEVICE)
+        rotated += [kernels.rotary_append(query, key, None, cos, sin, *places), cache]
+    assert torch.equal(rotated[0], rotated[2])
+    assert torch.equal(rotated[1], rotated[3])

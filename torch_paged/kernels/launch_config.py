@@ -269,14 +269,16 @@ def _tiles(problem: Problem, device: Device, rows: int) -> Tiles:
     width = max(problem.head_dim, problem.value_dim)
     many = rows > FEW_ROWS
     if problem.itemsize == 4:
-        keys, warps = (32, 4) if width <= 128 else (16, 8)
-        return Tiles(32, keys, 8, 2, 1) if many and width <= 256 else Tiles(16, keys, warps, 3, 8 // warps)
+        keys, warps = (32, 4) if width <= 128 and problem.plain_caches else (16, 8)
+        many = many and width <= 256 and problem.plain_caches
+        return Tiles(32, keys, 8, 2, 1) if many else Tiles(16, keys, warps, 3, 8 // warps)
     keys = 128 if width <= 64 else 64 if width <= 128 else 32
     if rows <= 16:
         # Of tiles of half the bytes, more are on their way; AMD's compiler fails to pipeline so many of them.
         stages = 3 if problem.plain_caches or device.amd else 4
         return Tiles(16, keys if width <= 256 else 16, 4, stages, 2)
-    if width > 256:
+    # Hopper would hold query rows in registers where these are brought into float16's range.
+    if width > 256 or (width > 128 and device.capability == 90 and not problem.plain_caches):
         return Tiles(32, 16, 8, 3, 1)
     if many:
         # Only Hopper keeps the operands of its products out of registers and the results in as few as it can.
