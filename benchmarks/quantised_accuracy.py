@@ -1,4 +1,6 @@
-"""What quantised caches cost in accuracy: `python benchmarks/quantised_accuracy.py > benchmarks/results/quantised_accuracy.md`.
+"""What quantised caches cost in accuracy.
+
+    python benchmarks/quantised_accuracy.py > benchmarks/results/quantised_accuracy.md
 
 Attention's error against exact keys and values in float32, on random numbers and on numbers with outliers, and the
 loss of the demo model on held-out text. Static scales are calibrated on the numbers at hand (of the model: on the first
@@ -171,9 +173,9 @@ def main() -> None:
     print(f"""# Accuracy of quantised caches
 
 `python benchmarks/quantised_accuracy.py --windows {args.windows}`, on CPU, PyTorch {torch.__version__}, Python
-{platform.python_version()} (whose standard library the text is). Errors are
-those of attention's output over 2048 keys, relative and root mean square, against float32 keys and values. The loss is
-that of the demo model in bfloat16 on {scored:,} held-out bytes, windows of {demo.config.context}.
+{platform.python_version()} (whose standard library the text is). Errors are those of attention's output over 2048
+keys, relative and root mean square, against float32 keys and values. The loss is that of the demo model in bfloat16 on
+{scored:,} held-out bytes, windows of {demo.config.context}.
 
 | stored as | scales | error, random | error, outliers | bits a byte | difference |
 |---|---|---|---|---|---|""")
