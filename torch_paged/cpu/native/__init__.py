@@ -3,10 +3,14 @@
 Importing this package loads the library, and builds it if need be: `torch_paged.cpu.choice` decides who may.
 """
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from torch_paged.cpu.native.build import load
+from torch_paged.cpu import build
 from torch_paged.options import AttentionOptions
 
 __all__ = [
@@ -21,16 +25,24 @@ __all__ = [
 
 CHECKS_VALUES = True  # an IndexError or ValueError comes before any write
 
-load()
+torch.ops.load_library(str(build.library()))
 
 _ops = torch.ops.paged_native
-_attention = _ops.attention.default
-_merge_attention = _ops.merge_attention.default
-_rotary_append = _ops.rotary_append.default
-append = _ops.append.default
-copy_blocks = _ops.copy_blocks.default
-gather_blocks = _ops.gather_blocks.default
-scatter_blocks = _ops.scatter_blocks.default
+_cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
+
+def _kernel(op: Any) -> Callable[..., None]:
+    """The C++ function behind `op`; `torch_paged.ops` has been through Autograd's keys already."""
+    return partial(op.default.redispatch, _cpu)
+
+
+_attention = _kernel(_ops.attention)
+_merge_attention = _kernel(_ops.merge_attention)
+_rotary_append = _kernel(_ops.rotary_append)
+append = _kernel(_ops.append)
+copy_blocks = _kernel(_ops.copy_blocks)
+gather_blocks = _kernel(_ops.gather_blocks)
+scatter_blocks = _kernel(_ops.scatter_blocks)
 
 _NO_WINDOW = 1 << 62
 

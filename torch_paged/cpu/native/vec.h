@@ -16,8 +16,12 @@ namespace paged {
 
 #if defined(__AVX512F__)
 constexpr int W = 16, PANEL_VECS = 4;
-#else
+#elif defined(__AVX__)
 constexpr int W = 8, PANEL_VECS = 2;
+#elif defined(__aarch64__)
+constexpr int W = 4, PANEL_VECS = 4;
+#else
+constexpr int W = 4, PANEL_VECS = 2;
 #endif
 
 typedef float Vec __attribute__((vector_size(4 * W)));

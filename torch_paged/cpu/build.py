@@ -1,4 +1,4 @@
-"""The native library: found beside this file in a wheel, or built with the machine's compiler on first use and kept.
+"""The native library: found beside its sources in a wheel, or built with the machine's compiler on first use and kept.
 
 A built library stands in `$XDG_CACHE_HOME/torch_paged` under a name that hashes all it was made of. Its maker holds a
 lock, compiles in a folder of its own and renames the result into place: processes that start together build it once,
@@ -15,12 +15,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
 import torch
 
-HERE = Path(__file__).parent
+SOURCES = Path(__file__).parent / "native"
 
 # Instruction sets, best first: what the processor must have, and the compiler's flags. "portable" is any processor.
 LEVELS = {
@@ -52,11 +51,11 @@ def library(level: str | None = None) -> Path:
     level = level or os.environ.get("TORCH_PAGED_CPU_LEVEL") or best_level()
     if level not in LEVELS:
         raise ValueError(f"TORCH_PAGED_CPU_LEVEL must be one of {', '.join(LEVELS)}, got {level!r}")
-    shipped = HERE / f"{level}.so"
+    shipped = SOURCES / f"{level}.so"
     if shipped.exists():
         return shipped
     compiler = find_compiler()
-    built = cache_folder() / f"{level}-{_fingerprint(compiler, level)}.so"
+    built = cache_folder() / f"{level}-{fingerprint(compiler, level)}.so"
     if not built.exists():
         built.parent.mkdir(parents=True, exist_ok=True)
         with built.with_suffix(".lock").open("w") as lock:
@@ -90,6 +89,13 @@ def find_compiler() -> str:
     raise BuildError(f"no C++ compiler: {os.environ.get('CXX') or 'c++, g++, clang++'} not found")
 
 
+def has_compiler() -> bool:
+    try:
+        return bool(find_compiler())
+    except BuildError:
+        return False
+
+
 def build(compiler: str, level: str, target: Path, flags: Sequence[str] = ()) -> None:
     """Compile every source at once, and link them to `target`; `flags` come on top of the usual ones."""
     torch_home = Path(torch.__file__).parent
@@ -118,10 +124,11 @@ def _announce_and_build(compiler: str, level: str, target: Path) -> None:
 
 
 def _sources(suffix: str) -> list[Path]:
-    return sorted(path for path in HERE.iterdir() if path.suffix == suffix)
+    return sorted(path for path in SOURCES.iterdir() if path.suffix == suffix)
 
 
-def _fingerprint(compiler: str, level: str) -> str:
+def fingerprint(compiler: str, level: str) -> str:
+    """A hash of all that a library is made of: sources, flags, compiler, PyTorch."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     made_of = [torch.__version__, platform.machine(), compiler, version, _FLAGS, *LEVELS[level]]
     made_of += [path.read_text() for suffix in (".cpp", ".h") for path in _sources(suffix)]
@@ -142,9 +149,3 @@ def _finish(job: "subprocess.Popen[str]") -> str:
         return ""
     errors = [line for line in output.splitlines() if "error" in line] or output.splitlines()[-1:]
     return f"the C++ compiler failed: {errors[0] if errors else f'status {job.returncode}'}"
-
-
-@cache
-def load() -> None:
-    """Build the library if need be and register `torch.ops.paged_native`."""
-    torch.ops.load_library(str(library()))
