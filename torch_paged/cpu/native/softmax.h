@@ -50,7 +50,8 @@ INLINE Vec logits(Vec x, const Attention& a, const float* key_scales, float slop
   return x;
 }
 
-// Weights of one row over `count` keys from `first_key` on, and the factor of what it has accumulated before.
+// Weights of one row over `count` keys from `first_key` on, and the factor of what it has accumulated before. PLAIN:
+// all keys are visible, the logits are `scale` > 0 times the scores.
 template <class Dot, bool PLAIN>
 INLINE void soften(const Attention& a, const Unit& u, const State& s, int r, int64_t first_key, int count,
                          float scale, const float* key_scales, const float* value_scales) {
@@ -63,28 +64,27 @@ INLINE void soften(const Attention& a, const Unit& u, const State& s, int r, int
   const IVec lanes = lane_numbers();
   Vec largest = splat(-INFINITY);
   for (int i = begin / W * W; i < end; i += W) {
-    Vec v = read<Vec>(x + i) * splat(scale);
+    Vec v = read<Vec>(x + i);
     if constexpr (!PLAIN) {
       const IVec key = lanes + splat_int(i);
-      v = logits(v, a, key_scales ? key_scales + i : nullptr, slope,
+      v = logits(v * splat(scale), a, key_scales ? key_scales + i : nullptr, slope,
                  __builtin_convertvector(key, Vec) - splat(float(position)));
       v = select((key >= begin) & (key < end), v, splat(-INFINITY));
+      store(x + i, v);
     }
-    store(x + i, v);
     largest = maximum(largest, v);
   }
-  const float before = s.maxima[r], now = std::fmax(before, max_lanes(largest));
-  s.maxima[r] = now;
+  if (!PLAIN) scale = 1;  // it is in the logits
+  const float before = s.maxima[r], now = std::fmax(before, max_lanes(largest) * scale);
   const bool seen = now > -INFINITY;
-  if (now == before || !seen)
-    s.factors[r] = 1;
-  else
-    s.factors[r] = exp_negative(splat(before - now))[0];
+  s.maxima[r] = now;
+  s.factors[r] = seen && now != before ? exp2_negative(splat((before - now) * LOG2_E))[0] : 1;
+  const Vec factor = splat(scale * LOG2_E), shift = splat(now * LOG2_E);
   Vec sum{};
   for (int i = 0; i < count; i += W) {
     Vec v{};
     if (seen && i + W > begin && i < end) {
-      v = exp_negative(read<Vec>(x + i) - splat(now));
+      v = exp2_negative(read<Vec>(x + i) * factor - shift);
       sum += v;
       if (!PLAIN && value_scales) v *= read<Vec>(value_scales + i);
     }
@@ -100,7 +100,7 @@ void soften_rows(const Attention& a, const Unit& u, const State& s, int first_ro
   const bool options = key_scales || value_scales || a.softcap != 0 || a.alibi_slopes;
   const int64_t last = u.position + u.queries - 1;
   const bool all_visible = (!a.causal || u.position >= first_key + count - 1) && last - a.window < first_key;
-  if (!options && all_visible && count % W == 0)
+  if (scale > 0 && !options && all_visible && count % W == 0)
     for (int r = first_row; r < end_row; r++)
       soften<Dot, true>(a, u, s, r, first_key, count, scale, nullptr, nullptr);
   else

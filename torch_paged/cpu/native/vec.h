@@ -144,24 +144,19 @@ INLINE Vec polynomial(Vec, Vec sum) { return sum; }
 template <class... Rest>
 INLINE Vec polynomial(Vec x, Vec sum, float next, Rest... rest) { return polynomial(x, sum * x + splat(next), rest...); }
 
-// e^x for x <= 0, to about one unit in the last place; 0 below -87.3, where results would be subnormal.
-INLINE Vec exp_negative(Vec x) {
-  const Vec clamped = maximum(x, splat(-87.3f));
+constexpr float LOG2_E = 1.44269504f;
+
+// 2^x for x <= 0, to about one unit in the last place; 0 where the result would be subnormal, for -infinity too.
+INLINE Vec exp2_negative(Vec x) {
+  x = maximum(x, splat(-127.0f));
 #if defined(__AVX512F__)
-  const Vec n = bit_cast<Vec>(_mm512_roundscale_ps(bit_cast<__m512>(clamped * splat(1.44269504f)), 8));
+  const Vec n = bit_cast<Vec>(_mm512_roundscale_ps(bit_cast<__m512>(x), 8));
 #else
   const Vec magic = splat(12582912.0f);  // adding it rounds to an integer
-  const Vec n = clamped * splat(1.44269504f) + magic - magic;
+  const Vec n = x + magic - magic;
 #endif
-  const Vec r = clamped - n * splat(0.693359375f) + n * splat(2.12194440e-4f);
-  const Vec p = polynomial(r, splat(1.9841270e-4f), 1.3888889e-3f, 8.3333333e-3f, 4.1666667e-2f, 1.6666667e-1f, 0.5f,
-                           1.0f, 1.0f);
-#if defined(__AVX512F__)
-  const Vec power = bit_cast<Vec>(_mm512_scalef_ps(bit_cast<__m512>(p), bit_cast<__m512>(n)));
-#else
-  const Vec power = bit_cast<Vec>(bit_cast<IVec>(p) + (__builtin_convertvector(n, IVec) << 23));
-#endif
-  return select(x < splat(-87.3f), Vec{}, power);
+  const Vec p = polynomial(x - n, splat(1.3264727e-3f), 9.6715139e-3f, 5.5507336e-2f, 2.4022242e-1f, 6.9314700e-1f, 1.0f);
+  return p * bit_cast<Vec>((__builtin_convertvector(n, IVec) + 127) << 23);
 }
 
 // tanh(x), to a few units in the last place: an odd polynomial near 0, where the formula would cancel.
@@ -170,7 +165,7 @@ INLINE Vec tanh_of(Vec x) {
   const Vec p = polynomial(square, splat(0.00359213f), -0.00886324f, 0.02186949f, -0.05396825f, 0.13333333f,
                            -0.33333333f);
   const Vec small = x + x * square * p;
-  const Vec e = exp_negative(size * splat(-2.0f));
+  const Vec e = exp2_negative(size * splat(-2 * LOG2_E));
   const Vec large = (splat(1.0f) - e) / (splat(1.0f) + e);
   return select(size < splat(0.35f), small, select(x < Vec{}, -large, large));
 }
