@@ -65,6 +65,11 @@ def library(level: str | None = None) -> Path:
     return built
 
 
+def machine_levels() -> list[str]:
+    """The instruction sets that compilers for this kind of machine know."""
+    return [*LEVELS] if platform.machine() in ("x86_64", "AMD64") else ["portable"]
+
+
 def best_level() -> str:
     """The best instruction set of this processor."""
     try:
@@ -72,7 +77,7 @@ def best_level() -> str:
     except OSError:
         lines = []
     has = set(next((line for line in lines if line.startswith("flags")), "").split())
-    return next(name for name, (needs, _) in LEVELS.items() if has.issuperset(needs.split()))
+    return next(name for name in machine_levels() if has.issuperset(LEVELS[name][0].split()))
 
 
 def cache_folder() -> Path:

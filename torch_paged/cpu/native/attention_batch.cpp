@@ -98,6 +98,7 @@ void clear_padding(const Attention& a, const Batch& batch) {
   const int64_t heads = a.num_kv_heads * a.group, size = a.value.dim * size_of(a.query_type);
   const int64_t used = batch.cu_seqlens_q[batch.num_seqs * batch.cu_seqlens_q_stride] * heads;
   const int64_t rows = batch.num_tokens * heads;
+  if (used == rows) return;
   std::memset(a.output + used * size, 0, (rows - used) * size);
   std::fill(a.lse + used, a.lse + rows, -INFINITY);
 }
