@@ -59,14 +59,14 @@ def test_first_use_builds_once_for_processes_that_start_together(tmp_path):
 def test_no_compiler_is_one_warning_and_the_same_result(tmp_path):
     run = python("-c", CALL + CALL, XDG_CACHE_HOME=tmp_path, CXX="no-such-compiler", TORCH_PAGED_CPU=None)
     assert run.stdout == "256.0 torch_paged.cpu\n" * 2, run.stderr
-    assert run.stderr.count("UserWarning: torch_paged: no native CPU kernels") == 1
+    assert run.stderr.count("UserWarning: torch_paged has no native CPU kernels here") == 1
     assert "no C++ compiler: no-such-compiler not found" in run.stderr
 
 
 def test_failed_build_is_one_warning_and_the_same_result(tmp_path):
     run = python("-c", CALL, XDG_CACHE_HOME=tmp_path, CXX="false", TORCH_PAGED_CPU=None)
     assert run.stdout == "256.0 torch_paged.cpu\n", run.stderr
-    assert run.stderr.count("UserWarning: torch_paged: no native CPU kernels") == 1
+    assert run.stderr.count("UserWarning: torch_paged has no native CPU kernels here") == 1
     assert "the C++ compiler failed" in run.stderr
     assert not [path for path in (tmp_path / "torch_paged").iterdir() if path.suffix != ".lock"]
 
@@ -75,7 +75,7 @@ def test_an_unwritable_cache_is_one_warning(tmp_path):
     (tmp_path / "file").write_text("")
     run = python("-c", CALL, XDG_CACHE_HOME=tmp_path / "file", TORCH_PAGED_CPU=None)
     assert run.stdout == "256.0 torch_paged.cpu\n", run.stderr
-    assert run.stderr.count("UserWarning: torch_paged: no native CPU kernels") == 1
+    assert run.stderr.count("UserWarning: torch_paged has no native CPU kernels here") == 1
 
 
 def test_forced_native_without_compiler_raises(tmp_path):

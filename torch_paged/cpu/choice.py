@@ -29,7 +29,7 @@ def package() -> str:
                 f"TORCH_PAGED_CPU=native, but the native CPU kernels cannot be loaded: {error}"
             ) from error
         warnings.warn(
-            f"torch_paged: no native CPU kernels, the slower PyTorch path runs instead: {error} "
+            f"torch_paged has no native CPU kernels here, the slower PyTorch path runs instead: {error} "
             "(TORCH_PAGED_CPU=eager chooses it without this warning)",
             stacklevel=2,
         )
