@@ -19,7 +19,9 @@ struct Products {
 };
 
 template <class Dot, class T>
-constexpr Products<Dot> products_of() { return {scores<Dot, T>, accumulate<Dot, T>, pack_keys<Dot, T>, pack_values<Dot, T>}; }
+constexpr Products<Dot> products_of() {
+  return {scores<Dot, T>, accumulate<Dot, T>, pack_keys<Dot, T>, pack_values<Dot, T>};
+}
 
 template <class Dot>
 static const Products<Dot>& products(Type type);
@@ -36,7 +38,8 @@ const Products<Dot32>& products<Dot32>(Type type) {
 template <>
 const Products<Dot16>& products<Dot16>(Type type) {
   static constexpr Products<Dot16> table[NUM_TYPES] = {
-      {}, {}, products_of<Dot16, bf16>(), products_of<Dot16, e4m3>(), products_of<Dot16, e5m2>(), products_of<Dot16, i8>()};
+      {}, {}, products_of<Dot16, bf16>(), products_of<Dot16, e4m3>(), products_of<Dot16, e5m2>(),
+      products_of<Dot16, i8>()};
   return table[type];
 }
 #endif

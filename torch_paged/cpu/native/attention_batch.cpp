@@ -41,7 +41,9 @@ void visible_keys(const Attention& a, int64_t position, int64_t queries, int64_t
 }
 
 // The exact message, with the value and its place, is Python's to give: torch_paged/bounds.py.
-[[noreturn]] void refuse() { throw std::out_of_range("a length, a bound of the queries, or a block id is out of range"); }
+[[noreturn]] void refuse() {
+  throw std::out_of_range("a length, a bound of the queries, or a block id is out of range");
+}
 
 void check_bounds(const Attention& a, const Batch& batch) {
   if (batch.cu_seqlens_q) {

@@ -16,7 +16,7 @@ struct MagnitudeTable {
   }
 };
 
-// bf16 of a float8 whose sign is off: MANTISSA bits, the exponents' biases BIAS apart, FIRST_SPECIAL and above not finite.
+// bf16 of a float8 whose sign is off: MANTISSA bits, exponents BIAS apart, not finite from FIRST_SPECIAL on.
 template <int MANTISSA, int BIAS, int FIRST_SPECIAL>
 struct Magnitude {
   constexpr int operator()(int i) const {

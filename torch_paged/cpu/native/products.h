@@ -1,5 +1,5 @@
 // The two products of attention, keys by query and weights by values, in two forms:
-// few rows read stored keys and values as they lie (`scores`, `accumulate`); many rows multiply packed tiles (`product`).
+// few rows read stored keys and values as they lie (`scores`, `accumulate`), many rows multiply packed tiles (tiles.h).
 //
 // Both are written over `Dot`, which says what one multiplication takes: Dot32 a float in every lane, Dot16 (bf16.h) a
 // pair of bf16 (their products are added up in float). Either way a lane is 32 bits.
@@ -36,9 +36,13 @@ INLINE void store_parts(float* to, int64_t stride, Vec v, Indices<I...>) {
 }
 
 template <class Dot>
-INLINE typename Dot::Operand operand(const float* lanes) { return bit_cast<typename Dot::Operand>(read<Vec>(lanes)); }
+INLINE typename Dot::Operand operand(const float* lanes) {
+  return bit_cast<typename Dot::Operand>(read<Vec>(lanes));
+}
 template <class Dot>
-INLINE typename Dot::Operand broadcast(const float* lane) { return bit_cast<typename Dot::Operand>(splat_int(bit_cast<int32_t>(*lane))); }
+INLINE typename Dot::Operand broadcast(const float* lane) {
+  return bit_cast<typename Dot::Operand>(splat_int(bit_cast<int32_t>(*lane)));
+}
 
 // A whole operand, or its first n elements where there are no more, or zeros.
 template <class Dot, class T>
@@ -54,12 +58,10 @@ INLINE void prefetch(const char* from, int64_t bytes) {
 // Rows of keys or of values, one pointer each. Behind the last, up to a multiple of W, stand rows of zeros.
 typedef const char* const* Rows;
 
-// --- few rows ---------------------------------------------------------------------------------------------------
-
 // scores[row][key] = query row . key, for HEADS query rows at a time, W / HEADS keys at a time.
 template <class Dot, class T, int HEADS>
-INLINE void scores_of(const float* query, int64_t query_lanes, Rows keys, int num_keys, int dim, float* scores,
-                            int64_t stride, Rows ahead, int ahead_bytes) {
+void scores_of(const float* query, int64_t query_lanes, Rows keys, int num_keys, int dim, float* scores,
+               int64_t stride, Rows ahead, int ahead_bytes) {
   constexpr int KEYS = W / HEADS;
   for (int key = 0; key < num_keys; key += KEYS) {
     Vec sums[W] = {};
@@ -103,12 +105,13 @@ template <class Dot, class T>
 void scores(const float* query, int64_t query_lanes, int rows, Rows keys, int num_keys, int dim, float* out,
             int64_t stride, Rows ahead, int ahead_bytes) {
   int r = 0;
-  for (; r + 4 <= rows; r += 4, ahead = nullptr)
-    scores_of<Dot, T, 4>(query + r * query_lanes, query_lanes, keys, num_keys, dim, out + r * stride, stride, ahead, ahead_bytes);
-  for (; r + 2 <= rows; r += 2, ahead = nullptr)
-    scores_of<Dot, T, 2>(query + r * query_lanes, query_lanes, keys, num_keys, dim, out + r * stride, stride, ahead, ahead_bytes);
-  for (; r < rows; r++, ahead = nullptr)
-    scores_of<Dot, T, 1>(query + r * query_lanes, query_lanes, keys, num_keys, dim, out + r * stride, stride, ahead, ahead_bytes);
+  const auto some = [&](auto of, int heads) {
+    for (; r + heads <= rows; r += heads, ahead = nullptr)
+      of(query + r * query_lanes, query_lanes, keys, num_keys, dim, out + r * stride, stride, ahead, ahead_bytes);
+  };
+  some(scores_of<Dot, T, 4>, 4);
+  some(scores_of<Dot, T, 2>, 2);
+  some(scores_of<Dot, T, 1>, 1);
 }
 
 // Lanes of one key's (Dot16: two keys') values, `n` elements at most.
@@ -136,8 +139,8 @@ INLINE void value_lanes(const T* a, [[maybe_unused]] const T* b, int n, typename
 // out[row] = factor[row] * out[row] + sum over keys of weight * value, for HEADS rows and VECS vectors of elements.
 template <class Dot, class T, int HEADS, int VECS>
 INLINE void accumulate_panel(const float* weights, int64_t weight_lanes, Rows values, int num_keys, int first,
-                                   int n, const float* factors, float* out, int64_t stride, Rows ahead, int skip,
-                                   int ahead_bytes) {
+                             int n, const float* factors, float* out, int64_t stride, Rows ahead, int skip,
+                             int ahead_bytes) {
   Vec sums[HEADS][VECS];
 #pragma GCC unroll 8
   for (int h = 0; h < HEADS; h++)
@@ -168,8 +171,8 @@ INLINE void accumulate_panel(const float* weights, int64_t weight_lanes, Rows va
 
 // The keys `ahead` are prefetched along the way, each panel a part of every row.
 template <class Dot, class T, int HEADS>
-INLINE void accumulate_rows(const float* weights, int64_t weight_lanes, Rows values, int num_keys, int dim,
-                                  const float* factors, float* out, int64_t stride, Rows ahead, int ahead_bytes) {
+void accumulate_rows(const float* weights, int64_t weight_lanes, Rows values, int num_keys, int dim,
+                     const float* factors, float* out, int64_t stride, Rows ahead, int ahead_bytes) {
   constexpr int VECS = PANEL_VECS;
   const int panels = (dim + VECS * W - 1) / (VECS * W), share = ((ahead_bytes + panels - 1) / panels + 63) & ~63;
   for (int p = 0; p < panels; p++) {

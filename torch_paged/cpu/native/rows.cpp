@@ -103,7 +103,8 @@ void each_row(int64_t count, bool small, const Work& work) {
 }
 
 // One head of one token, turned: pairs (i, i + half), or (2 i, 2 i + 1) where interleaved.
-void rotate(const float* row, const float* cos, const float* sin, int64_t half, int64_t dim, bool interleaved, float* out) {
+void rotate(const float* row, const float* cos, const float* sin, int64_t half, int64_t dim, bool interleaved,
+            float* out) {
   const int64_t step = interleaved ? 2 : 1, across = interleaved ? 1 : half;
   for (int64_t i = 0; i < half; i++) {
     const float a = row[i * step], b = row[i * step + across];

@@ -54,13 +54,14 @@ INLINE Vec logits(Vec x, const Attention& a, const float* key_scales, float slop
 // all keys are visible, the logits are `scale` > 0 times the scores.
 template <class Dot, bool PLAIN>
 INLINE void soften(const Attention& a, const Unit& u, const State& s, int r, int64_t first_key, int count,
-                         float scale, const float* key_scales, const float* value_scales) {
+                   float scale, const float* key_scales, const float* value_scales) {
   float* x = s.scores + int64_t(r) * s.chunk;
   float* weights = s.weights + int64_t(r) * (s.chunk / Dot::PER_LANE);
   const int64_t position = u.position + r / a.group - first_key;
   const int begin = PLAIN ? 0 : int(least(count, most(0, position - a.window + 1)));
   const int end = PLAIN ? count : int(a.causal ? most(begin, least(count, position + 1)) : count);
-  const float slope = !PLAIN && a.alibi_slopes ? a.alibi_slopes[(u.kv_head * a.group + r % a.group) * a.alibi_stride] : 0;
+  const int64_t head = u.kv_head * a.group + r % a.group;
+  const float slope = !PLAIN && a.alibi_slopes ? a.alibi_slopes[head * a.alibi_stride] : 0;
   const IVec lanes = lane_numbers();
   Vec largest = splat(-INFINITY);
   for (int i = begin / W * W; i < end; i += W) {

@@ -55,7 +55,7 @@ void pack_values(Rows values, int num_keys, int dim, float* packed) {
 
 template <class Dot, int ROWS>
 INLINE void product_block(const float* a, int64_t a_stride, const float* packed, int steps, const float* factors,
-                                float* out, int64_t stride) {
+                          float* out, int64_t stride) {
   Vec sums[ROWS][PANEL_VECS];
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; r++)

@@ -69,7 +69,9 @@ INLINE V read(const void* from, int n) {
 
 INLINE Vec splat(float x) { return x - Vec{}; }
 INLINE IVec splat_int(int32_t x) { return x - IVec{}; }
-INLINE Vec select(IVec where, Vec a, Vec b) { return bit_cast<Vec>((where & bit_cast<IVec>(a)) | (~where & bit_cast<IVec>(b))); }
+INLINE Vec select(IVec where, Vec a, Vec b) {
+  return bit_cast<Vec>((where & bit_cast<IVec>(a)) | (~where & bit_cast<IVec>(b)));
+}
 INLINE Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
 INLINE Vec minimum(Vec a, Vec b) { return a < b ? a : b; }
 
@@ -142,7 +144,9 @@ INLINE float max_lanes(Vec a) {
 
 INLINE Vec polynomial(Vec, Vec sum) { return sum; }
 template <class... Rest>
-INLINE Vec polynomial(Vec x, Vec sum, float next, Rest... rest) { return polynomial(x, sum * x + splat(next), rest...); }
+INLINE Vec polynomial(Vec x, Vec sum, float next, Rest... rest) {
+  return polynomial(x, sum * x + splat(next), rest...);
+}
 
 constexpr float LOG2_E = 1.44269504f;
 
@@ -155,7 +159,8 @@ INLINE Vec exp2_negative(Vec x) {
   const Vec magic = splat(12582912.0f);  // adding it rounds to an integer
   const Vec n = x + magic - magic;
 #endif
-  const Vec p = polynomial(x - n, splat(1.3264727e-3f), 9.6715139e-3f, 5.5507336e-2f, 2.4022242e-1f, 6.9314700e-1f, 1.0f);
+  const Vec p = polynomial(x - n, splat(1.3264727e-3f), 9.6715139e-3f, 5.5507336e-2f, 2.4022242e-1f, 6.9314700e-1f,
+                           1.0f);
   return p * bit_cast<Vec>((__builtin_convertvector(n, IVec) + 127) << 23);
 }
 
