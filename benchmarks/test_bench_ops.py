@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import torch_paged
+from torch_paged import ops
 from torch_paged.testing import AttentionInputs
 
 BATCH, KEYS, HEADS, KV_HEADS, DIM, BLOCK = 16, 2048, 32, 8, 128, 16
@@ -137,7 +138,8 @@ def test_call_overhead(benchmark, path, monkeypatch):
     lens, op, result = torch.ones(4, dtype=torch.int32), torch.ops.paged.attention, (query, query)
     op(query, cache, cache, table, lens)
     monkeypatch.setattr(torch_paged.bounds, "attention", lambda *args, **kwargs: None)  # noqa: ARG005
-    monkeypatch.setattr(torch_paged.cpu, "attention", lambda *args: result)  # noqa: ARG005
+    package = ops._package(ops._cpu_package())
+    monkeypatch.setattr(package, "attention", lambda *args: result)  # noqa: ARG005
     paths = {
         "dispatch-and-checks": lambda: op(query, cache, cache, table, lens, scale=0.1),
         "empty_like": lambda: torch.empty_like(query),

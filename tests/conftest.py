@@ -5,14 +5,17 @@ import os
 import pytest
 import torch
 
-import torch_paged  # noqa: F401 - registers the operators
+from torch_paged import ops
+from torch_paged.cpu.choice import EAGER, NATIVE
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+# Where an operator runs, and for CPU tensors which package runs it.
 DEVICES = [
-    pytest.param("cpu", id="cpu"),
-    pytest.param("cpu", id="interpreter", marks=pytest.mark.interpreter),
-    pytest.param("cuda", id="cuda", marks=pytest.mark.gpu),
+    pytest.param(("cpu", NATIVE), id="native"),
+    pytest.param(("cpu", EAGER), id="eager"),
+    pytest.param(("cpu", "torch_paged.kernels"), id="interpreter", marks=pytest.mark.interpreter),
+    pytest.param(("cuda", None), id="cuda", marks=pytest.mark.gpu),
 ]
 
 
@@ -41,6 +44,11 @@ def seeded():
 
 
 @pytest.fixture(params=DEVICES)
-def device(request):
-    """Where an operator runs: its CPU implementation, its Triton kernel interpreted, its Triton kernel on a GPU."""
-    return request.param
+def device(request, monkeypatch):
+    """Where an operator runs: either CPU implementation, its Triton kernel interpreted, its Triton kernel on a GPU."""
+    device, package = request.param
+    if package == EAGER:
+        monkeypatch.setattr(ops, "_cpu_package", lambda: EAGER)
+    elif package == NATIVE and ops._cpu_package() != NATIVE:
+        pytest.skip("no native kernels here: no C++ compiler, or TORCH_PAGED_CPU=eager")
+    return device

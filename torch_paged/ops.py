@@ -108,8 +108,15 @@ def _define(schema: str, fake: Callable[..., Any] | None = None, run: Callable[.
 
     def on_cpu(*args: Any, **kwargs: Any) -> Any:
         checked(*args, **kwargs)
+        package = _package(_cpu_package())
+        if package.CHECKS_VALUES:
+            try:
+                return run(package, *args, **kwargs)
+            except (IndexError, ValueError):
+                getattr(bounds, meaning)(*args, **kwargs)  # which says what is wrong, and where
+                raise
         getattr(bounds, meaning)(*args, **kwargs)
-        return run(_package(_cpu_package()), *args, **kwargs)
+        return run(package, *args, **kwargs)
 
     def on_cuda(*args: Any, **kwargs: Any) -> Any:
         checked(*args, **kwargs)
@@ -201,8 +208,11 @@ def _mark_changed(value: Tensor | list[Tensor] | None) -> None:
 
 @cache
 def _cpu_package() -> str:
-    """Triton's interpreter reads its variable when kernels are first imported: decided once."""
-    return "torch_paged.kernels" if os.environ.get("TRITON_INTERPRET") == "1" else "torch_paged.cpu"
+    """Triton's interpreter reads its variable when kernels are first imported, native kernels may be built: once."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "torch_paged.kernels"
+    chosen: str = _package("torch_paged.cpu.choice").package()
+    return chosen
 
 
 @cache
@@ -212,7 +222,7 @@ def _package(name: str) -> ModuleType:
 
 def warmup(device: torch.device, *model: Any, **options: Any) -> int:
     """Compile the kernels for a model; on a device without Triton there is nothing to compile."""
-    if device.type == "cpu" and _cpu_package() == "torch_paged.cpu":
+    if device.type == "cpu" and _cpu_package() != "torch_paged.kernels":
         return 0
     with torch.cuda.device(device if device.type == "cuda" else -1):
         done: int = _package("torch_paged.kernels").warmup(device, *model, **options)

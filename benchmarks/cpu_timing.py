@@ -1,0 +1,42 @@
+"""Times on a CPU: every path of a case in turn, round after round, so that a busy moment falls on all alike."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Paths = dict[str, Callable[[], Any]]
+
+
+def interleaved(paths: Paths, rounds: int, warmups: int = 2) -> dict[str, dict[str, float]]:
+    """Median and fastest seconds of every path, in milliseconds."""
+    for call in paths.values():
+        for _ in range(warmups):
+            call()
+    times: dict[str, list[float]] = {name: [] for name in paths}
+    for _ in range(rounds):
+        for name, call in paths.items():
+            start = time.perf_counter()
+            call()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: {"ms": statistics.median(each), "ms_min": min(each)} for name, each in times.items()}
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    model = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
+        model = {name.strip(): value.strip() for name, value in lines.items()}.get("model name", model)
+    return {
+        "cpu": model,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "date": str(date.today()),
+    }

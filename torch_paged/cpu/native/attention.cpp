@@ -1,0 +1,156 @@
+// One unit of attention: online softmax over chunks of keys.
+//
+//   scores  = query . key                   [rows, keys]
+//   weights = e^(logit - largest so far)    [rows, keys]
+//   out     = factor * out + weights . value    [rows, value dim]
+#include "finish.h"
+
+namespace paged {
+
+struct alignas(64) Zeros { char bytes[576 * 4 + 64]; };
+static const Zeros zeros{};
+
+template <class Dot>
+struct Products {
+  decltype(&scores<Dot, float>) scores;
+  decltype(&accumulate<Dot, float>) accumulate;
+  decltype(&pack_keys<Dot, float>) pack_keys;
+  decltype(&pack_values<Dot, float>) pack_values;
+};
+
+template <class Dot, class T>
+constexpr Products<Dot> products_of() {
+  return {scores<Dot, T>, accumulate<Dot, T>, pack_keys<Dot, T>, pack_values<Dot, T>};
+}
+
+template <class Dot>
+static const Products<Dot>& products(Type type);
+
+template <>
+const Products<Dot32>& products<Dot32>(Type type) {
+  static constexpr Products<Dot32> table[NUM_TYPES] = {products_of<Dot32, float>(), products_of<Dot32, f16>(),
+                                                       products_of<Dot32, bf16>(),  products_of<Dot32, e4m3>(),
+                                                       products_of<Dot32, e5m2>(),  products_of<Dot32, i8>()};
+  return table[type];
+}
+
+#if defined(__AVX512BF16__)
+template <>
+const Products<Dot16>& products<Dot16>(Type type) {
+  static constexpr Products<Dot16> table[NUM_TYPES] = {
+      {}, {}, products_of<Dot16, bf16>(), products_of<Dot16, e4m3>(), products_of<Dot16, e5m2>(),
+      products_of<Dot16, i8>()};
+  return table[type];
+}
+#endif
+
+// A chunk's keys or values: where each row lies, and its scale where tokens have one.
+struct Chunk {
+  const char* rows[TILE_CHUNK];
+  float scales[TILE_CHUNK];
+
+  Chunk() {
+    for (const char*& row : rows) row = zeros.bytes;
+  }
+
+  void find(const Cache& cache, const Attention& a, const Unit& u, int64_t first, int count) {
+    const int64_t size = size_of(cache.type), step = cache.strides[1] * size;
+    int64_t column = first / a.block_size, slot = first % a.block_size;
+    for (int i = 0; i < count; column++, slot = 0) {
+      const int64_t block = u.blocks[column * a.table_strides[1]];
+      const char* row = cache.data + (block * cache.strides[0] + u.kv_head * cache.strides[2]) * size + slot * step;
+      const int end = count - i < a.block_size - slot ? count : i + int(a.block_size - slot);
+      if (cache.scales) {
+        const float* scale = cache.scales + block * cache.scales_strides[0] + slot * cache.scales_strides[1] +
+                             u.kv_head * cache.scales_strides[2];
+        for (int j = i; j < end; j++, scale += cache.scales_strides[1]) scales[j] = *scale;
+      }
+      for (; i < end; i++, row += step) rows[i] = row;
+    }
+    for (int i = count; i % W; i++) rows[i] = zeros.bytes, scales[i] = 0;
+  }
+};
+
+template <class Dot, class T>
+void load_rows(const Attention& a, const Unit& u, const State& s) {
+  for (int r = 0; r < s.rows; r++) {
+    const T* from = reinterpret_cast<const T*>(a.query) + (u.token + r / a.group) * a.query_strides[0] +
+                    (u.kv_head * a.group + r % a.group) * a.query_strides[1];
+    float* to = s.query + int64_t(r) * s.query_lanes;
+    for (int d = 0; d < a.key.dim; d += WIDTH<Dot>, to += W) {
+      const auto lanes = d + WIDTH<Dot> <= a.key.dim ? Dot::read(from + d) : Dot::read(from + d, int(a.key.dim - d));
+      std::memcpy(to, &lanes, sizeof lanes);
+    }
+  }
+}
+
+template <class Dot>
+void load_query(const Attention& a, const Unit& u, const State& s) {
+  if constexpr (Dot::PER_LANE == 2) return load_rows<Dot, bf16>(a, u, s);
+  else if (a.query_type == F32) load_rows<Dot, float>(a, u, s);
+  else if (a.query_type == F16) load_rows<Dot, f16>(a, u, s);
+  else load_rows<Dot, bf16>(a, u, s);
+}
+
+template <class Dot>
+void attend_with(const Attention& a, const Unit& u) {
+  Chunk key_chunks[2], values;
+  const int chunk = u.queries * a.group > FEW_ROWS ? TILE_CHUNK : FEW_CHUNK;
+  const auto length = [&](int64_t first) { return int(least(chunk, u.end_key - first)); };
+  const int key_dim = int(a.key.dim), value_dim = int(a.value.dim);
+  const int key_bytes = key_dim * size_of(a.key.type), value_bytes = value_dim * size_of(a.value.type);
+  if (u.first_key < u.end_key) {
+    key_chunks[0].find(a.key, a, u, u.first_key, length(u.first_key));
+    for (int i = 0; i < length(u.first_key); i++) prefetch(key_chunks[0].rows[i], key_bytes);
+  }
+  const State s(a, u, Dot::PER_LANE);
+  load_query<Dot>(a, u, s);
+  const Products<Dot>&for_keys = products<Dot>(a.key.type), &for_values = products<Dot>(a.value.type);
+  const int weight_lanes = chunk / Dot::PER_LANE;
+  int turn = 0;
+  for (int64_t first = u.first_key; first < u.end_key; first += chunk, turn ^= 1) {
+    const int count = length(first);
+    const Chunk& keys = key_chunks[turn];
+    Chunk& next = key_chunks[turn ^ 1];
+    const bool more = first + chunk < u.end_key;
+    if (more) next.find(a.key, a, u, first + chunk, length(first + chunk));
+    values.find(a.value, a, u, first, count);
+    // Rows before `begin` stand before all these keys; for those from `end` on they are out of the window.
+    const int begin = a.causal ? int(most(0, first - u.position) * a.group) : 0;
+    const int end = int(least(u.queries, first + count - 1 + a.window - u.position) * a.group);
+    if (begin >= end) continue;
+    const float* query = s.query + int64_t(begin) * s.query_lanes;
+    float* scores = s.scores + int64_t(begin) * chunk;
+    float* weights = s.weights + int64_t(begin) * weight_lanes;
+    float* out = s.out + int64_t(begin) * s.value_lanes;
+    if (s.tiled()) {
+      for_keys.pack_keys(keys.rows, count, key_dim, s.packed);
+      product<Dot>(query, s.query_lanes, end - begin, s.packed, (key_dim + Dot::PER_LANE - 1) / Dot::PER_LANE, count,
+                   nullptr, scores, chunk);
+    } else {
+      for_keys.scores(query, s.query_lanes, end - begin, keys.rows, count, key_dim, scores, chunk, values.rows,
+                      value_bytes);
+    }
+    soften_rows<Dot>(a, u, s, begin, end, first, count, a.key.scales ? keys.scales : nullptr,
+                     a.value.scales ? values.scales : nullptr);
+    if (s.tiled()) {
+      for_values.pack_values(values.rows, count, value_dim, s.packed);
+      product<Dot>(weights, weight_lanes, end - begin, s.packed, (count + Dot::PER_LANE - 1) / Dot::PER_LANE,
+                   s.value_lanes, s.factors + begin, out, s.value_lanes);
+    } else {
+      for_values.accumulate(weights, weight_lanes, end - begin, values.rows, count, value_dim, s.factors + begin, out,
+                            s.value_lanes, more ? next.rows : nullptr, key_bytes);
+    }
+  }
+  finish(a, u, s);
+}
+
+void attend(const Attention& a, const Unit& u) {
+#if defined(__AVX512BF16__)
+  const auto pairs = [](Type type) { return type != F32 && type != F16; };
+  if (a.query_type == BF16 && pairs(a.key.type) && pairs(a.value.type)) return attend_with<Dot16>(a, u);
+#endif
+  attend_with<Dot32>(a, u);
+}
+
+}  // namespace paged
