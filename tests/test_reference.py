@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from torch_paged import reference
-from torch_paged.testing import attention_inputs
+from torch_paged.testing import Storage, attention_inputs, quantised
 
 
 def oracle(inputs, *, scale=None, causal=True):
@@ -53,6 +53,90 @@ def test_attention_matches_oracle(shape, scale, causal):
     torch.testing.assert_close(output, exact, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(lse, exact_lse, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(inputs.call(reference.attention, scale=scale, causal=causal), output)
+
+
+def logits_by_the_letter(q, k, scale, causal, sliding_window, softcap, slope):
+    """One head's logits [queries, keys], number by number."""
+    logits = torch.full((len(q), len(k)), -math.inf, dtype=torch.float64)
+    for i in range(len(q)):
+        position = len(k) - len(q) + i
+        for j in range(len(k)):
+            if (causal and j > position) or (sliding_window is not None and j <= position - sliding_window):
+                continue
+            logit = scale * float(q[i] @ k[j])
+            if softcap:
+                logit = softcap * math.tanh(logit / softcap)
+            logits[i, j] = logit - slope * abs(position - j)
+    return logits
+
+
+def option_oracle(inputs, *, scale, causal, sliding_window, softcap, alibi_slopes, sinks):
+    """`scaled_dot_product_attention` with the logits as its mask; a sink is one more key, of a value of zeros."""
+    query, key_cache, value_cache, table, seq_lens, bounds = inputs
+    output = torch.zeros(*query.shape[:2], value_cache.shape[3], dtype=torch.float64)
+    lse = torch.full(query.shape[:2], -math.inf, dtype=torch.float64)
+    group = query.shape[1] // key_cache.shape[2]
+    for seq, keys in enumerate(seq_lens.tolist()):
+        rows = slice(*bounds[seq : seq + 2].tolist())
+        slots = [
+            (int(table[seq, p // key_cache.shape[1]]) % len(key_cache), p % key_cache.shape[1]) for p in range(keys)
+        ]
+        for head in range(query.shape[1]):
+            k, v = (
+                torch.stack([cache[slot][head // group] for slot in slots]).nan_to_num()
+                for cache in (key_cache, value_cache)
+            )
+            slope = 0.0 if alibi_slopes is None else float(alibi_slopes[head])
+            bias = logits_by_the_letter(query[rows, head], k, scale, causal, sliding_window, softcap, slope)
+            if sinks is not None:
+                bias = torch.nn.functional.pad(bias, (0, 1), value=float(sinks[head]))
+                v = torch.nn.functional.pad(v, (0, 0, 0, 1))
+            nothing = torch.zeros(len(bias), 8, dtype=torch.float64), torch.zeros(len(v), 8, dtype=torch.float64)
+            attended = torch.nn.functional.scaled_dot_product_attention(*nothing, v, attn_mask=bias)
+            output[rows, head] = torch.where(bias.isneginf().all(-1)[:, None], 0, attended)
+            lse[rows, head] = bias.logsumexp(-1)
+    return output, lse
+
+
+@pytest.mark.parametrize("sinks", [None, torch.tensor([-1.0, 0.5, 2.0, -torch.inf])], ids=["no-sink", "sinks"])
+@pytest.mark.parametrize("slopes", [None, torch.tensor([0.5, 0.25, -0.1, 1.0])], ids=["no-alibi", "alibi"])
+@pytest.mark.parametrize("softcap", [0.0, 0.7], ids=["uncapped", "softcap"])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        dict(causal=True, sliding_window=None),
+        dict(causal=False, sliding_window=None),
+        dict(causal=True, sliding_window=1),
+        dict(causal=True, sliding_window=4),
+        dict(causal=True, sliding_window=99),
+    ],
+    ids=["causal", "full", "window-1", "window-4", "window-99"],
+)
+def test_options_match_oracle(mask, softcap, slopes, sinks):
+    inputs = attention_inputs([4, 1, 6], [13, 9, 4], block_size=3, sliding_window=mask["sliding_window"], head_dim=16)
+    inputs = inputs._replace(query=inputs.query.double())
+    options = dict(mask, scale=-0.6, softcap=softcap, alibi_slopes=slopes, sinks=sinks)
+    output, lse = inputs.call(reference.attention_with_lse, **options)
+    doubled = inputs._replace(key_cache=inputs.key_cache.double(), value_cache=inputs.value_cache.double())
+    exact, exact_lse = option_oracle(doubled, **options)
+    torch.testing.assert_close(output, exact, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(lse, exact_lse, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("scales", ["scalar", "head", "token"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8], ids=str)
+def test_a_stored_number_times_its_scale_is_the_true_one(dtype, scales):
+    stored, options = quantised(attention_inputs([4, 1], [13, 9], block_size=3), *[Storage(dtype, scales)] * 2)
+    columns = {"scalar": (), "head": (2, 1), "token": (*stored.key_cache.shape[:3], 1)}[scales]
+    scale_of = iter(options.values())
+    key, value = (cache.double() * next(scale_of).double().view(columns) for cache in stored[1:3])
+    true = stored._replace(query=stored.query.double(), key_cache=key, value_cache=value)
+    torch.testing.assert_close(
+        stored._replace(query=true.query).call(reference.attention_with_lse, **options),
+        true.call(reference.attention_with_lse),
+        rtol=1e-12,
+        atol=1e-12,
+    )
 
 
 def test_merge_of_disjoint_keys_is_attention_over_all():
