@@ -33,7 +33,8 @@ class Machine(RuleBasedStateMachine):
     A token's key is a number that stands for its namespace and all tokens up to it, as keys of a model depend on what
     came before. Keys are written to the slots of one array a group after the copies that the step asks for. As every
     sequence must read those of its own keys back after every rule that its next query sees in the group's window, a
-    missing copy-on-write, a block in two hands, one given back too early or a prefix found by the wrong tokens shows. There are but two tokens and two namespaces, so that sequences often share prefixes.
+    missing copy-on-write, a block in two hands, one given back too early or a prefix found by
+    the wrong tokens shows. There are but two tokens and two namespaces, so that sequences often share prefixes.
     Rules pick the i-th live sequence or open step, so that none is wasted on what is gone.
     """
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from torch_paged.batch import PagedBatch
-from torch_paged.capacity import blocks_in, empty_cache, empty_scales, up_to, window_blocks
+from torch_paged.capacity import blocks_in, up_to, window_blocks
 from torch_paged.functional import copy_blocks
 from torch_paged.layers import FunctionalKV, PagedKVLayer
+from torch_paged.layout import LayerGroup, check_quantisation, check_windows, group_layers, layer_tensors
 from torch_paged.memory import IntegrityError, MemoryManager, MemoryStats, OutOfSwapSpace, Step, swap
 from torch_paged.memory.arrays import as_integer, as_integers
 from torch_paged.staging import Staging
@@ -19,23 +20,6 @@ from torch_paged.token_feed import TokenFeed
 from torch_paged.transfer import Transfer
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_QUANTISED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
-
-
-class LayerGroup(NamedTuple):
-    """Layers that see equally far back: they share blocks and tables, and release what their window leaves behind.
-
-    Attributes:
-        sliding_window: of their attention; None: they see everything, or all that `max_seq_len` tokens are.
-        layers: their numbers.
-        num_blocks: blocks, each of which serves all of these layers.
-        num_free_blocks: those that a step can get now.
-    """
-
-    sliding_window: int | None
-    layers: tuple[int, ...]
-    num_blocks: int
-    num_free_blocks: int
 
 
 class PagedKVCache(nn.Module):
@@ -58,7 +42,7 @@ class PagedKVCache(nn.Module):
         head_dim: of the keys.
         value_head_dim: of the values; None: `head_dim`.
         block_size: tokens a block.
-        num_blocks: blocks, each of which serves all layers of a group. Exactly one of `num_blocks` and `memory` is given.
+        num_blocks: blocks, each of which serves all layers of a group. Give either `num_blocks` or `memory`.
         memory: instead, bytes (int) for as many blocks as fit, or a share of the device's free memory (float, 0 to 1).
         max_seqs: sequences that can live at the same time.
         max_seq_len: tokens that one sequence can hold.
@@ -112,7 +96,7 @@ class PagedKVCache(nn.Module):
         super().__init__()
         if dtype not in _DTYPES:
             raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
-        stored, scales = _check_quantisation(dtype, cache_dtype, scales)
+        stored, scales = check_quantisation(dtype, cache_dtype, scales)
         if (num_blocks is None) == (memory is None):
             raise ValueError(f"exactly one of num_blocks and memory must be given, got {num_blocks=}, {memory=}")
         device = torch.empty(0, device=device).device  # with its index, where that was left to the current device
@@ -123,8 +107,8 @@ class PagedKVCache(nn.Module):
         self.block_size = block_size = as_integer("block_size", block_size, at_least=1)
         self.max_seqs = as_integer("max_seqs", max_seqs, at_least=1)
         self.max_seq_len = as_integer("max_seq_len", max_seq_len, at_least=1)
-        windows = _check_windows(sliding_window, num_layers)
-        self._groups = _group(windows, self.max_seq_len)
+        windows = check_windows(sliding_window, num_layers)
+        self._groups = group_layers(windows, self.max_seq_len)
         per_layer = self.kv_bytes(1, 1, num_kv_heads, head_dim, value_head_dim, dtype=stored)
         per_layer += 2 * num_kv_heads * torch.float32.itemsize if scales == "token" else 0
         self._bytes_per_token = [len(layers) * per_layer for layers in self._groups.values()]
@@ -140,21 +124,21 @@ class PagedKVCache(nn.Module):
             sizes = up_to(as_integer("num_blocks", num_blocks, at_least=1), limits)
         self._manager = MemoryManager(sizes, block_size, self.max_seqs, self.max_seq_len, list(self._groups))
         self.num_blocks, self.device = sizes[0], device
-        group_of = {layer: group for group, layers in enumerate(self._groups.values()) for layer in layers}
+        group_of = {layer: group for group, members in enumerate(self._groups.values()) for layer in members}
         with torch.inference_mode(False):  # whatever mode this runs under, the buffers can be written in any
-            self.layers = nn.ModuleList(
+            dims = head_dim, value_head_dim
+            layers = [
                 PagedKVLayer(
-                    _buffers(
-                        sizes[group_of[i]], block_size, num_kv_heads, head_dim, value_head_dim, stored, scales, device
-                    ),
+                    layer_tensors(sizes[group], block_size, num_kv_heads, dims, stored, scales, device),
                     dtype=dtype,
-                    group=group_of[i],
-                    sliding_window=windows[i],
+                    group=group,
+                    sliding_window=windows[layer],
                 )
-                for i in range(num_layers)
-            )
+                for layer, group in sorted(group_of.items())
+            ]
+        self.layers = nn.ModuleList(layers)
         self._staging = Staging(self._manager, device, _check_buckets(buckets))
-        self._caches = [[t for i in layers for t in self.layers[i].blocks()] for layers in self._groups.values()]
+        self._caches = [[t for i in members for t in layers[i].blocks()] for members in self._groups.values()]
         self._open: dict[int, tuple[PagedBatch, Step]] = {}
         self._feed = TokenFeed(self._manager)
         self._transfers = [
@@ -437,57 +421,3 @@ def _check_buckets(buckets: Sequence[int] | None) -> list[int]:
     if any(size <= before for before, size in zip([0, *sizes], sizes, strict=False)):
         raise ValueError(f"buckets must increase from at least 1, got {sizes}")
     return sizes
-
-
-def _check_quantisation(
-    dtype: torch.dtype, cache_dtype: torch.dtype | None, scales: str | None
-) -> tuple[torch.dtype, str | None]:
-    """What is stored, and its scales."""
-    stored = dtype if cache_dtype is None else cache_dtype
-    if stored != dtype and stored not in _QUANTISED:
-        names = ", ".join(str(each).removeprefix("torch.") for each in _QUANTISED)
-        raise TypeError(f"cache_dtype must be {names}, or dtype = {dtype}, got {stored}")
-    if scales not in (None, "token", "static"):
-        raise ValueError(f"scales must be 'token', 'static' or None, got {scales!r}")
-    if scales is not None and stored == dtype:
-        raise ValueError(f"scales must be None with an unquantised cache of {stored}, got {scales!r}")
-    return stored, "token" if scales is None and stored == torch.int8 else scales
-
-
-def _check_windows(sliding_window: int | Sequence[int | None] | None, num_layers: int) -> list[int | None]:
-    """The window of each layer."""
-    if sliding_window is None or not isinstance(sliding_window, Sequence):
-        sliding_window = [sliding_window] * num_layers
-    if len(sliding_window) != num_layers:
-        raise ValueError(
-            f"sliding_window must be one int or one for each of {num_layers} layers, got {len(sliding_window)}"
-        )
-    return [None if window is None else as_integer("sliding_window", window, 1) for window in sliding_window]
-
-
-def _group(windows: list[int | None], max_seq_len: int) -> dict[int | None, tuple[int, ...]]:
-    """The layers of each window, the widest first. None is the widest; what shows all tokens is none."""
-    seen = [None if window is None or window >= max_seq_len else window for window in windows]
-    ordered = sorted(set(seen), key=lambda window: -max_seq_len if window is None else -window)
-    return {window: tuple(i for i, other in enumerate(seen) if other == window) for window in ordered}
-
-
-def _buffers(
-    num_blocks: int,
-    block_size: int,
-    num_kv_heads: int,
-    head_dim: int,
-    value_head_dim: int,
-    stored: torch.dtype,
-    scales: str | None,
-    device: torch.device,
-) -> dict[str, Tensor]:
-    """A layer's tensors by their names."""
-    buffers = {}
-    for side, dim in (("key", head_dim), ("value", value_head_dim)):
-        buffers[f"{side}_cache"] = empty_cache(num_blocks, block_size, num_kv_heads, dim, stored, device)
-        if scales == "token":
-            buffers[f"{side}_scale_cache"] = empty_scales(num_blocks, block_size, num_kv_heads, device)
-        if scales == "static":
-            buffers[f"{side}_scale"] = torch.ones(num_kv_heads, dtype=torch.float32, device=device)
-    return buffers

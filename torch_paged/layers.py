@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch_paged.batch import PagedBatch
 from torch_paged.functional import append, attention
 
-
 _SCALES = ("key_scale", "value_scale", "key_scale_cache", "value_scale_cache")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -11,8 +11,6 @@ from torch_paged.memory.pool import BlockPool
 from torch_paged.memory.prefix import CachedBlocks, PrefixTrie
 from torch_paged.memory.sequences import Sequences
 from torch_paged.memory.step import Copies, Growth, Taken
-
-Length = TypeVar("Length", int, Ints)
 
 
 class BlockGroup:
@@ -46,24 +44,32 @@ class BlockGroup:
         self._width = sequences.width
         self._block_size = block_size
 
-    def first_seen(self, length: Length) -> Length:
-        """The first column that a sequence of this length needs: its next query sees something there."""
-        return self._column(length, self.window)
+    def first_seen(self, length: Any) -> Any:
+        """The first column that a sequence of this length needs: its next query sees something there.
 
-    def first_kept(self, length: Length) -> Length:
+        `length`: an int, or an array of them.
+        """
+        return length * 0 if self.window is None else self._column(length, self.window - 1)
+
+    def first_kept(self, length: Any) -> Any:
         """The first column that stays when a sequence has grown to this length."""
-        return self._column(length, self.window and self.window + self._block_size)
+        return length * 0 if self.window is None else self._column(length, self.window + self._block_size - 1)
 
-    def _column(self, length: Length, window: int | None) -> Length:
-        if window is None:
-            return length * 0
-        start = length - window + 1
+    def _column(self, length: Any, count: int) -> Any:
+        """Where the `count` last tokens begin."""
+        start = length - count
         return start * (start > 0) // self._block_size
+
+    def first_found(self, num_blocks: int) -> int:
+        """The first of so many blocks of a prefix that it takes to go on: the last one says from what."""
+        seen: int = self.first_seen(num_blocks * self._block_size)
+        return min(seen, max(num_blocks - 1, 0))
 
     def held(self, rows: Ints, first: Ints, last: Ints) -> Ints:
         """The blocks in the columns from `first` to before `last` of each row, one row after another."""
         owners, columns = expand(np.minimum(first, last), last)
-        return self.flat_table[rows[owners] * self._width + columns].astype(np.int64)
+        blocks: Ints = self.flat_table[rows[owners] * self._width + columns].astype(np.int64)
+        return blocks
 
     def find_shared(self, entries: Ints, start: Ints) -> Ints:
         """Which sequences must have their own copy of the block at `start`, their table's entry, before they write.
@@ -129,3 +135,17 @@ class BlockGroup:
             self.flat_table[entries] = -1
             self.first[rows] = first
             self.pool.release(blocks)
+
+
+def usable(groups: list[BlockGroup], nodes: list[int]) -> list[int]:
+    """The longest beginning of a path in the prefix cache after which every group has what the next query sees."""
+    while True:
+        gaps = [len(nodes)]
+        for group in groups:
+            blocks = group.cached.blocks_of(nodes[group.first_found(len(nodes)) :])
+            missing = np.flatnonzero(blocks < 0)
+            if len(missing):
+                gaps.append(len(nodes) - len(blocks) + int(missing[0]))
+        if min(gaps) == len(nodes):
+            return nodes
+        nodes = nodes[: min(gaps)]

@@ -9,7 +9,7 @@ import numpy as np
 
 from torch_paged.memory import inspection
 from torch_paged.memory.arrays import Flags, Ints, as_counts, as_integer, as_integers, expand
-from torch_paged.memory.group import BlockGroup
+from torch_paged.memory.group import BlockGroup, usable
 from torch_paged.memory.prefix import PrefixTrie
 from torch_paged.memory.sequences import Sequences
 from torch_paged.memory.step import Copies, Growth, Step, Taken
@@ -82,34 +82,16 @@ class MemoryManager:
         if len(tokens) > s.max_seq_len:
             raise ValueError(f"max_seq_len = {s.max_seq_len}: the prompt has {len(tokens)} tokens")
         full = max(len(tokens) - 1, 0) // size * size
-        nodes = self._usable(self.trie.path(namespace, tokens[:full]))
+        nodes = usable(self.groups, self.trie.path(namespace, tokens[:full]))
         found = len(nodes) * size
         rows = s.open_rows(1)
         s.fill(rows, len(nodes), found, found, namespace)
         for group in self.groups:
-            first = self._first_found(group, len(nodes))
+            first = group.first_found(len(nodes))
             group.fill(rows, group.cached.blocks_of(nodes[first:]), first)
         self.tokens_looked_up += len(tokens)
         self.tokens_found += found
         return int(s.handle[rows[0]])
-
-    def _usable(self, nodes: list[int]) -> list[int]:
-        """The longest part of a path from a root after which every group still has what the next query sees."""
-        while nodes:
-            shortened = len(nodes)
-            for group in self.groups:
-                columns = range(self._first_found(group, len(nodes)), len(nodes))
-                missing = [column for column in columns if group.cached.block_of(nodes[column]) < 0]
-                if missing:
-                    shortened = min(shortened, missing[0])
-            if shortened == len(nodes):
-                break
-            nodes = nodes[:shortened]
-        return nodes
-
-    def _first_found(self, group: BlockGroup, num_blocks: int) -> int:
-        """The first of so many blocks of a prefix that a sequence needs; the last one says what it goes on from."""
-        return min(group.first_seen(num_blocks * self.block_size), max(num_blocks - 1, 0))
 
     def fork(self, seq: int, n: int) -> list[int]:
         """Handles of `n` new sequences that share all tokens of `seq`; reserved blocks are not shared.
@@ -261,7 +243,7 @@ class MemoryManager:
             Taken(*change, group.flat_table[entries] * np.int64(size) + offsets)
             for group, change in zip(self.groups, changes, strict=True)
         ]
-        number = [group.pool.open_step() for group in self.groups][0]
+        (number,) = {group.pool.open_step() for group in self.groups}
         self.steps[number] = step = Step(number, handles, rows, counts, start, end, ahead, before, positions, taken)
         return step
 

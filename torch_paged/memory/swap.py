@@ -217,5 +217,5 @@ def _enter_again(manager: MemoryManager, rows: Ints) -> None:
     rows = rows[owners]
     left_out = np.zeros(len(rows), dtype=bool)
     for group in manager.groups:
-        left_out |= (columns >= group.first[rows]) & ~group.cached.has(group.table[rows, columns])
+        left_out |= (columns >= group.first[rows]) & ~group.cached.has(group.table[rows, columns].astype(np.int64))
     enter(manager, rows[left_out], columns[left_out])
