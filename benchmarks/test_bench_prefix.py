@@ -57,7 +57,7 @@ def test_enter(benchmark, prompt):
         history.remember(manager, step, prompt)
 
     def tidy(step):
-        assert len(manager.trie) == 2048
+        assert len(manager.groups[0].cached) == 2048
         manager.free(step.handles)
 
     benchmark.pedantic(remember, setup=commit, teardown=tidy, rounds=20)
@@ -71,4 +71,4 @@ def test_evict(benchmark, num_blocks):
     manager = manager_with(num_blocks, tokens)
     assert manager.pool.num_evictable == num_blocks
     benchmark.pedantic(lambda: manager.pool.allocate(64), rounds=40, warmup_rounds=3)
-    assert manager.pool.num_evictable == len(manager.trie) == num_blocks - 43 * 64
+    assert manager.pool.num_evictable == len(manager.groups[0].cached) == num_blocks - 43 * 64

@@ -30,7 +30,7 @@ class Loop:
 
     def __init__(self, cache, seqs):
         self.lengths = {seq: cache.length(seq) for seq in seqs}
-        rows = cache._staging.block_table[: len(seqs)].tolist()
+        rows = cache._staging.block_tables[0][: len(seqs)].tolist()
         self.blocks = {seq: [block for block in row if block >= 0] for seq, row in zip(seqs, rows, strict=True)}
         self.free = cache._manager.pool.free_blocks.tolist()
 

@@ -169,6 +169,41 @@ def test_a_cache_built_under_inference_mode_compiles():
             cache.commit(batch)
 
 
+@pytest.mark.parametrize("how", [whole, layer_by_layer])
+@pytest.mark.parametrize(
+    "options", [dict(), dict(cache_dtype=torch.int8), dict(cache_dtype=torch.float8_e4m3fn)], ids=str
+)
+def test_one_graph_for_each_group(how, options):
+    """Layers of one window share a graph, whole models have one, whatever the batch; quantised caches too."""
+    counter = CompileCounterWithBackend("aot_eager")
+    pair = Pair(how(counter), sliding_window=[None, 9, 9], **options)
+    for num_seqs in (1, 4, 2, 64):
+        for _ in range(4):
+            pair.step(num_seqs, 1)
+    assert counter.frame_count == (1 if how is whole else 2)
+
+
+def test_several_advanced_steps_of_groups_in_one_graph():
+    caches = [make_cache(buckets=[4, 16], sliding_window=[None, 5, 5]) for _ in range(2)]
+    models = [Model(cache.layers) for cache in caches]
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(decode, fullgraph=True, backend=counter)
+    for num_seqs in (3, 9, 1):
+        tokens = torch.zeros(4 if num_seqs <= 4 else 16, dtype=torch.int64)
+        results = []
+        for cache, model, run in zip(caches, models, (decode, compiled), strict=True):
+            seqs = [cache.add() for _ in range(num_seqs)]
+            cache.commit(cache.prepare(seqs, 11))
+            for tensor in itertools.chain(*cache.tensors()):
+                tensor.nan_to_num_()
+            batch = cache.prepare(seqs, 1, ahead=2)
+            results.append(run(model, unbacked(tokens), batch, 3)[:num_seqs])
+            cache.commit(batch, advanced=2)
+            cache.check_integrity()
+        assert torch.equal(*results)
+    assert counter.frame_count == 1
+
+
 def decode(model, tokens, batch, steps):
     """Greedy decoding without the host."""
     generated = []
@@ -212,30 +247,34 @@ def test_an_eagerly_advanced_batch_needs_no_graph_of_its_own():
     assert counter.frame_count == 1
 
 
-def test_export_holds_no_cache():
+@pytest.mark.parametrize("options", [dict(), dict(sliding_window=[9, None, 9], cache_dtype=torch.int8)], ids=str)
+def test_export_holds_no_cache(options):
     """A saved program takes the caches as inputs, and gives the same answers at other sizes when loaded again."""
 
     def inputs(cache, num_seqs):
         batch = cache.prepare([cache.add() for _ in range(num_seqs)], 2)
         return torch.arange(2 * num_seqs) % VOCABULARY, batch, cache.tensors()
 
-    cache = make_cache()
+    cache = make_cache(**options)
     model = Model([cache.functional()] * LAYERS, functional=True)
     example = inputs(cache, 3)
     dynamic = {0: torch.export.Dim.DYNAMIC}
-    batch = PagedBatch(*(None if part is None else dynamic if part.dim() else {} for part in example[1]))
-    program = torch.export.export(model, example, dynamic_shapes=(dynamic, batch, [(dynamic, dynamic)] * LAYERS))
+    batch = PagedBatch(*(None if part is None else dynamic if part.dim() else {} for part in example[1][:7]))
+    if options:
+        batch = batch._replace(further_groups=((dynamic, dynamic),))
+    caches = [(dynamic,) * len(parts) for parts in example[2]]
+    program = torch.export.export(model, example, dynamic_shapes=(dynamic, batch, caches))
     program.example_inputs = None
     file = io.BytesIO()
     torch.export.save(program, file)
-    assert len(file.getvalue()) < sum(part.numel() * 4 for pair in cache.tensors() for part in pair)
+    assert len(file.getvalue()) < sum(part.nbytes for parts in cache.tensors() for part in parts)
     file.seek(0)
     loaded = torch.export.load(file).module()
     for num_seqs in (3, 5, 1):
-        args = inputs(make_cache(num_blocks=100 + num_seqs), num_seqs)
+        args = inputs(make_cache(num_blocks=100 + num_seqs, **options), num_seqs)
         expected = model(*args)
         for part in itertools.chain(*args[2]):
-            part.fill_(torch.nan)
+            part.fill_(torch.nan if part.is_floating_point() else 77)
         torch.testing.assert_close(loaded(*args), expected)
 
 

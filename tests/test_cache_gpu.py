@@ -147,7 +147,7 @@ def test_swapped_blocks_are_given_away_at_once(monkeypatch, chunk_blocks):
 
 def blocks_of_rows(cache, count):
     """The blocks of the first sequences, which fill their tables, one after another."""
-    table = torch.from_numpy(cache._manager.sequences.table[:count].copy())
+    table = torch.from_numpy(cache._manager.groups[0].table[:count].copy())
     assert (table >= 0).all()
     return table.flatten().long().cuda()
 

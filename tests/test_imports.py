@@ -16,7 +16,8 @@ ALLOWED = {
     "ops": {"bounds", "checks", "options"},  # and, by name, cpu and kernels on first use
     "checks": set(),
     "bounds": set(),
-    "cache": {"batch", "capacity", "functional", "layers", "memory", "staging", "token_feed", "transfer"},
+    "cache": {"batch", "capacity", "functional", "layers", "layout", "memory", "staging", "token_feed", "transfer"},
+    "layout": {"capacity", "memory"},
     "capacity": {"memory"},
     "layers": {"batch", "functional"},
     "staging": {"batch", "memory"},

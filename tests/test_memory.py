@@ -9,16 +9,12 @@ from torch_paged.memory.arrays import expand
 
 def snapshot(manager):
     """Everything that a step must leave as it was when it fails or is rolled back."""
-    s, pool = manager.sequences, manager.pool
-    arrays = [s.handle, s.length, s.committed, s.known, s.num_blocks, s.table]
-    arrays += [
-        s.outside,
-        pool.refcount,
-        pool.free_blocks,
-        pool.waiting_blocks,
-        pool.evictable_blocks,
-        manager.trie.node,
-    ]
+    s = manager.sequences
+    arrays = [s.handle, s.length, s.committed, s.known, s.num_blocks, s.outside]
+    for group in manager.groups:
+        pool = group.pool
+        arrays += [group.table, group.first, group.cached.node, pool.refcount]
+        arrays += [pool.free_blocks, pool.waiting_blocks, pool.evictable_blocks]
     return [array.tolist() for array in arrays] + [list(manager.steps)]
 
 
@@ -38,12 +34,12 @@ def test_a_step_by_hand(manager):
     """The example in Step's docstring."""
     (parent,) = filled(manager, 6)
     (child,) = manager.fork(parent, 1)
-    assert manager.sequences.table[[0, 1], :2].tolist() == [[0, 1], [0, 1]]
+    assert manager.groups[0].table[[0, 1], :2].tolist() == [[0, 1], [0, 1]]
     step = manager.prepare([child], [3])
     assert (step.copies.sources.tolist(), step.copies.blocks.tolist()) == ([1], [2])
     assert step.growth.blocks.tolist() == [3]
     assert (step.slots.tolist(), step.positions.tolist()) == ([10, 11, 12], [6, 7, 8])
-    assert manager.sequences.table[1, :3].tolist() == [0, 2, 3]
+    assert manager.groups[0].table[1, :3].tolist() == [0, 2, 3]
     assert manager.pool.refcount[:4].tolist() == [2, 2, 1, 1], "the open step keeps the reference to block 1"
     manager.commit(step)
     assert manager.pool.refcount[:4].tolist() == [2, 1, 1, 1]
@@ -69,7 +65,7 @@ def test_the_longest_writer_keeps_a_shared_block(manager):
     manager.truncate(middle, 6)
     step = manager.prepare([short, parent, middle], 1)
     assert step.copies.owners.tolist() == [0, 2]
-    assert manager.sequences.table[0, 1] == 1, "the parent's"
+    assert manager.groups[0].table[0, 1] == 1, "the parent's"
 
 
 def test_full_shared_blocks_are_never_copied(manager):
@@ -274,7 +270,7 @@ def test_stats_by_hand(manager):
     """6 + 6 + 1 tokens in 2 + 1 blocks: the fork shares both of its parent's."""
     parent, _ = filled(manager, 6, 1)
     manager.fork(parent, 1)
-    stats = manager.stats(bytes_per_token=10)
+    stats = manager.stats(10)
     assert stats[:5] == (12, 3, 9, 2, 13)
     assert stats.slots_filled == pytest.approx(7 / 12)
     assert (stats.bytes_used, stats.bytes_contiguous) == (3 * 4 * 10, 3 * 6 * 10)
@@ -288,8 +284,8 @@ def test_stats_by_hand(manager):
         (lambda m: m.pool.refcount.__setitem__(0, 5), "reference counts equal"),
         (lambda m: m.pool.free_blocks.__setitem__(0, m.pool.free_blocks[1]), "free, waiting or evictable twice"),
         (lambda m: setattr(m.pool, "num_free", m.pool.num_free - 1), "add up to all"),
-        (lambda m: m.sequences.table.__setitem__((0, 0), 99), "table entries are blocks"),
-        (lambda m: m.sequences.table.__setitem__((0, 4), 3), "past a sequence's blocks are -1"),
+        (lambda m: m.groups[0].table.__setitem__((0, 0), 99), "table entries are blocks"),
+        (lambda m: m.groups[0].table.__setitem__((0, 4), 3), "past a sequence's blocks are -1"),
         (lambda m: m.sequences.length.__setitem__(0, 9), "blocks for its length"),
         (lambda m: m.sequences.length.__setitem__(0, 5), "committed tokens are part"),
         (lambda m: m.sequences.committed.__setitem__(0, 5), "add up to the length"),

@@ -43,7 +43,7 @@ def found(manager, tokens, namespace=None):
 def table(manager, seq):
     s = manager.sequences
     row = s.find_one(seq)
-    return s.table[row, : s.num_blocks[row]].tolist()
+    return manager.groups[0].table[row, : s.num_blocks[row]].tolist()
 
 
 @pytest.mark.parametrize("alive", [True, False])
@@ -187,7 +187,7 @@ def test_blocks_in_flight_are_found_but_not_evicted(manager):
 
 
 def test_writing_into_a_cached_block_takes_it_out(manager):
-    """Its own block is written in place; what stood below it is not found under what it becomes."""
+    """Its own block is written in place; what stood below it is not found until these tokens are there again."""
     seq = run(manager, [1] * 12)
     blocks = table(manager, seq)
     manager.truncate(seq, 6)
@@ -197,7 +197,7 @@ def test_writing_into_a_cached_block_takes_it_out(manager):
     assert found(manager, [1] * 13) == 4
     manager.truncate(seq, 6)
     extend(manager, seq, [1, 1])
-    assert found(manager, [1] * 13) == 8, "the third block's parent was another node"
+    assert found(manager, [1] * 13) == 12, "the third block stands below the same tokens again"
 
 
 def test_writing_into_a_cached_block_that_others_hold_copies_it(manager):
@@ -241,7 +241,7 @@ def test_cleared_prefixes_are_not_found_nor_followed(manager, namespaces, left):
 def test_figures(manager):
     manager.free(run(manager, PROMPT))
     manager.add([*PROMPT[:4], 0])
-    stats = manager.stats(bytes_per_token=10)
+    stats = manager.stats(10)
     assert (stats.blocks_cached, stats.blocks_evictable, stats.blocks_used, stats.blocks_free) == (2, 1, 1, 7)
     assert (stats.tokens_looked_up, stats.tokens_found) == (15, 4)
 
@@ -266,16 +266,16 @@ def test_bad_prompts_are_refused(manager, arguments, error, match):
 @pytest.mark.parametrize(
     ("breakage", "invariant_named"),
     [
-        (lambda m: m.trie.tokens.__setitem__((0, 0), 99), "holds the tokens of its key"),
-        (lambda m: m.trie.node.__setitem__(7, 3), "each node has its own block"),
-        (lambda m: m.trie.node.__setitem__(0, 8), "a node's block knows it"),
-        (lambda m: m.trie.column.__setitem__(1, 0), "one column after its parent"),
-        (lambda m: m.trie.column.__setitem__(0, 1), "first blocks"),
-        (lambda m: m.trie.remove(np.array([1])), "path in the prefix cache"),
+        (lambda m: m.tokens.__setitem__((0, 0), 99), "holds the tokens of its key"),
+        (lambda m: m.groups[0].cached.node.__setitem__(7, 3), "each cached block has its own node"),
+        (lambda m: m.groups[0].cached.node.__setitem__(0, 8), "a node's block knows it"),
+        (lambda m: m.groups[0].cached.column.__setitem__(1, 0), "as far down as its node"),
+        (lambda m: m.groups[0].cached.column.__setitem__(0, 1), "as far down as its node"),
+        (lambda m: m.groups[0].cached.remove(np.array([1])), "path in the prefix cache"),
         (lambda m: m.sequences.namespace.__setitem__(0, "b"), "path in the prefix cache"),
         (lambda m: m.sequences.known.__setitem__(0, 12), "known tokens are committed"),
         (lambda m: m.pool._evictable.remove(np.array([3])), "add up to all"),
-        (lambda m: m.trie.remove(np.array([4])), "evictable blocks are in the prefix cache"),
+        (lambda m: m.groups[0].cached.remove(np.array([4])), "evictable blocks are in the prefix cache"),
         (lambda m: m.pool._evictable.append(m.pool._evictable.pop(1)), "leaves are evicted before their parents"),
     ],
 )

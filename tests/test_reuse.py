@@ -141,7 +141,7 @@ def test_the_model_notices_its_cache():
         decoding.add(prompts, told=False)
         decoding.run(1, told=False)
         if exchange:
-            blocks = decoding.cache._manager.sequences.table[:2, 0].tolist()
+            blocks = decoding.cache._manager.groups[0].table[:2, 0].tolist()
             for tensor in chain(*decoding.cache.tensors()):
                 tensor[blocks] = tensor[blocks[::-1]]
         written.append(decoding.run(COUNT, told=False))

@@ -46,6 +46,9 @@ class PagedBatch(NamedTuple):
         positions: int64 [T], the position of each new token in its sequence; 0 in padding.
         last_token: int64 [S], the last new token of each sequence; 0 in padding.
         block_size: int64 [], slots of a block.
+        further_groups: where layers see back unequally far, `(block_table, slot_mapping)` of the second group of layers
+            and those after it (see `PagedKVCache.groups`), of the same shapes; None where there is but one. Entries of
+            a table that a sliding window has left behind are arbitrary, and never read.
     """
 
     block_table: Tensor
@@ -55,6 +58,15 @@ class PagedBatch(NamedTuple):
     positions: Tensor
     last_token: Tensor
     block_size: Tensor
+    further_groups: tuple[tuple[Tensor, Tensor], ...] | None = None
+
+    def tables(self, group: int) -> tuple[Tensor, Tensor]:
+        """`block_table` and `slot_mapping` of a group of layers."""
+        if group == 0:
+            return self.block_table, self.slot_mapping
+        if self.further_groups is None:
+            raise ValueError(f"the batch is of a cache with one group of layers, got a layer of groups[{group}]")
+        return self.further_groups[group - 1]
 
     def advance(self) -> PagedBatch:
         """The decode step after this one: one token more for every sequence, in tensor operations alone.
@@ -67,18 +79,24 @@ class PagedBatch(NamedTuple):
         positions = self.seq_lens.to(torch.int64)  # 0 in padding, as it should be
         rows = torch.arange(self.seq_lens.shape[0], device=self.seq_lens.device)
         columns = positions // self.block_size
-        blocks = self.block_table.reshape(-1)[rows * width + columns.clamp(max=width - 1)].to(torch.int64)
-        stored = (self.seq_lens > 0) & (columns < width) & (blocks >= 0)
+        entries = rows * width + columns.clamp(max=width - 1)
+        further = self.further_groups or ()
+        tables = [self.block_table, *(table for table, _ in further)]
+        blocks = [table.reshape(-1)[entries].to(torch.int64) for table in tables]
+        stored = (self.seq_lens > 0) & (columns < width) & (blocks[0] >= 0)  # what one group lacks, all lack
+        offsets = positions % self.block_size
+        slots = [torch.where(stored, block * self.block_size + offsets, -1) for block in blocks]
         following = PagedBatch(
             block_table=self.block_table,
             seq_lens=self.seq_lens + stored.to(torch.int32),
             cu_seqlens_q=None,
-            slot_mapping=torch.where(stored, blocks * self.block_size + positions % self.block_size, -1),
+            slot_mapping=slots[0],
             positions=positions,
             last_token=torch.where(self.seq_lens > 0, rows, 0),
             block_size=self.block_size,
+            further_groups=tuple(zip(tables[1:], slots[1:], strict=True)) if further else None,
         )
-        for tensor in (following.seq_lens, following.slot_mapping, following.positions, following.last_token):
+        for tensor in (following.seq_lens, following.positions, following.last_token, *slots):
             unbacked(tensor)
         return following
 

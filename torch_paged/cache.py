@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from torch_paged.batch import PagedBatch
-from torch_paged.capacity import blocks_in, empty_cache
+from torch_paged.capacity import blocks_in, up_to, window_blocks
 from torch_paged.functional import copy_blocks
 from torch_paged.layers import FunctionalKV, PagedKVLayer
+from torch_paged.layout import LayerGroup, check_quantisation, check_windows, group_layers, layer_tensors
 from torch_paged.memory import IntegrityError, MemoryManager, MemoryStats, OutOfSwapSpace, Step, swap
 from torch_paged.memory.arrays import as_integer, as_integers
 from torch_paged.staging import Staging
@@ -41,12 +42,21 @@ class PagedKVCache(nn.Module):
         head_dim: of the keys.
         value_head_dim: of the values; None: `head_dim`.
         block_size: tokens a block.
-        num_blocks: blocks, each of which serves all layers. Exactly one of `num_blocks` and `memory` is given.
+        num_blocks: blocks, each of which serves all layers of a group. Give either `num_blocks` or `memory`.
         memory: instead, bytes (int) for as many blocks as fit, or a share of the device's free memory (float, 0 to 1).
         max_seqs: sequences that can live at the same time.
         max_seq_len: tokens that one sequence can hold.
         dtype: float32, float16 or bfloat16: of keys and values as the layers get them.
-        cache_dtype: of the stored ones; None: `dtype`, as yet the only choice.
+        cache_dtype: of the stored ones: float8_e4m3fn, float8_e5m2, int8, or None: `dtype`.
+        scales: of stored numbers that are float8 or int8, true value = stored value * scale. "token": one for each
+            token and head, found when it is stored, and kept in 4 bytes a head beside key and value. "static": one for
+            each head, which you write to `layers[i].key_scale` and `value_scale`. None: "token" for int8, and none, or
+            a scale of 1, for float8.
+        sliding_window: how many keys a query of the layers sees, itself included: one int for all, or a sequence with
+            one int or None for each. The layers give it to `attention`, and blocks that no query can see any more are
+            released. Layers with unequal windows have separate blocks, see `groups`: those with the widest get
+            `num_blocks`; others no more than they can make use of if `max_seqs` sequences are live and one of
+            `max_seq_len` tokens is read in one piece. `memory` is shared out in this way too.
         device: where the cache lies.
         buckets: increasing sizes. Sequences and tokens of a batch are padded to the smallest that holds them, and the
             tensors of these batches never change their addresses, so CUDA graphs can be replayed on them. What no
@@ -56,11 +66,11 @@ class PagedKVCache(nn.Module):
 
     Raises:
         ValueError, TypeError: an argument is out of its range or of the wrong type.
-        NotImplementedError: `cache_dtype` differs from `dtype`.
 
     Attributes:
         layers: nn.ModuleList of PagedKVLayer.
-        num_blocks, block_size, max_seqs, max_seq_len, device: as given, or as found from `memory`.
+        num_blocks: of the group with the widest window, as given, or as found from `memory`.
+        block_size, max_seqs, max_seq_len, device: as given.
     """
 
     def __init__(
@@ -77,6 +87,8 @@ class PagedKVCache(nn.Module):
         max_seq_len: int,
         dtype: torch.dtype,
         cache_dtype: torch.dtype | None = None,
+        scales: str | None = None,
+        sliding_window: int | Sequence[int | None] | None = None,
         device: torch.device | str,
         buckets: Sequence[int] | None = None,
         swap_space: int | None = None,
@@ -84,8 +96,7 @@ class PagedKVCache(nn.Module):
         super().__init__()
         if dtype not in _DTYPES:
             raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
-        if cache_dtype not in (None, dtype):
-            raise NotImplementedError(f"cache_dtype = {cache_dtype}: quantised caches are not there yet; got {dtype=}")
+        stored, scales = check_quantisation(dtype, cache_dtype, scales)
         if (num_blocks is None) == (memory is None):
             raise ValueError(f"exactly one of num_blocks and memory must be given, got {num_blocks=}, {memory=}")
         device = torch.empty(0, device=device).device  # with its index, where that was left to the current device
@@ -93,27 +104,50 @@ class PagedKVCache(nn.Module):
         num_kv_heads = as_integer("num_kv_heads", num_kv_heads, at_least=1)
         head_dim = as_integer("head_dim", head_dim, at_least=1)
         value_head_dim = head_dim if value_head_dim is None else as_integer("value_head_dim", value_head_dim, 1)
-        block_size = as_integer("block_size", block_size, at_least=1)
-        self._bytes_per_token = self.kv_bytes(num_layers, 1, num_kv_heads, head_dim, value_head_dim, dtype=dtype)
+        self.block_size = block_size = as_integer("block_size", block_size, at_least=1)
+        self.max_seqs = as_integer("max_seqs", max_seqs, at_least=1)
+        self.max_seq_len = as_integer("max_seq_len", max_seq_len, at_least=1)
+        windows = check_windows(sliding_window, num_layers)
+        self._groups = group_layers(windows, self.max_seq_len)
+        per_layer = self.kv_bytes(1, 1, num_kv_heads, head_dim, value_head_dim, dtype=stored)
+        per_layer += 2 * num_kv_heads * torch.float32.itemsize if scales == "token" else 0
+        self._bytes_per_token = [len(layers) * per_layer for layers in self._groups.values()]
+        block_bytes = [block_size * each for each in self._bytes_per_token]
+        limits = [
+            None if window is None else window_blocks(window, block_size, self.max_seqs, self.max_seq_len)
+            for window in self._groups
+        ]
+        limits[0] = None
         if memory is not None:
-            num_blocks = blocks_in(memory, block_size * self._bytes_per_token, device)
-        assert num_blocks is not None
-        self._manager = MemoryManager(num_blocks, block_size, max_seqs, max_seq_len)
-        self.num_blocks, self.block_size, self.device = num_blocks, block_size, device
-        self.max_seqs, self.max_seq_len = self._manager.sequences.max_seqs, self._manager.sequences.max_seq_len
+            sizes = blocks_in(memory, block_bytes, limits, device)
+        else:
+            sizes = up_to(as_integer("num_blocks", num_blocks, at_least=1), limits)
+        self._manager = MemoryManager(sizes, block_size, self.max_seqs, self.max_seq_len, list(self._groups))
+        self.num_blocks, self.device = sizes[0], device
+        group_of = {layer: group for group, members in enumerate(self._groups.values()) for layer in members}
         with torch.inference_mode(False):  # whatever mode this runs under, the buffers can be written in any
-            shapes = [(num_blocks, block_size, num_kv_heads, dim) for dim in (head_dim, value_head_dim)]
-            self.layers = nn.ModuleList(
-                PagedKVLayer(*(empty_cache(*shape, dtype, device) for shape in shapes)) for _ in range(num_layers)
-            )
+            dims = head_dim, value_head_dim
+            layers = [
+                PagedKVLayer(
+                    layer_tensors(sizes[group], block_size, num_kv_heads, dims, stored, scales, device),
+                    dtype=dtype,
+                    group=group,
+                    sliding_window=windows[layer],
+                )
+                for layer, group in sorted(group_of.items())
+            ]
+        self.layers = nn.ModuleList(layers)
         self._staging = Staging(self._manager, device, _check_buckets(buckets))
-        self._buffers_of_layers = [tensor for pair in self.tensors() for tensor in pair]
+        self._caches = [[t for i in members for t in layers[i].blocks()] for members in self._groups.values()]
         self._open: dict[int, tuple[PagedBatch, Step]] = {}
         self._feed = TokenFeed(self._manager)
-        self._transfer = Transfer(self._buffers_of_layers, block_size * self._bytes_per_token, device)
+        self._transfers = [
+            Transfer(caches, size, device) for caches, size in zip(self._caches, block_bytes, strict=True)
+        ]
         self._swap_space = None if swap_space is None else as_integer("swap_space", swap_space, at_least=0)
         # Copying nothing tells a GPU where the caches lie: later copies can be captured in a graph.
-        copy_blocks(self._buffers_of_layers, torch.empty(0, 2, dtype=torch.int64, device=device))
+        for caches in self._caches:
+            copy_blocks(caches, torch.empty(0, 2, dtype=torch.int64, device=device))
 
     @staticmethod
     def kv_bytes(
@@ -125,7 +159,7 @@ class PagedKVCache(nn.Module):
         *,
         dtype: torch.dtype,
     ) -> int:
-        """Bytes of the keys and values of `num_tokens` tokens over all layers."""
+        """Bytes of the keys and values of `num_tokens` tokens over all layers, their scales aside."""
         value_head_dim = head_dim if value_head_dim is None else value_head_dim
         return num_layers * num_tokens * num_kv_heads * (head_dim + value_head_dim) * dtype.itemsize
 
@@ -142,11 +176,23 @@ class PagedKVCache(nn.Module):
         An exported program keeps its example inputs: set `program.example_inputs = None` before it is saved, or the
         file holds the caches after all.
         """
-        return FunctionalKV()
+        return FunctionalKV([(layer.group, layer.sliding_window) for layer in self._paged_layers()])
 
-    def tensors(self) -> list[tuple[Tensor, Tensor]]:
-        """Every layer's key cache and value cache, the tensors themselves."""
-        return [(layer.key_cache, layer.value_cache) for layer in self.layers]  # type: ignore[misc]
+    def tensors(self) -> list[tuple[Tensor, ...]]:
+        """Every layer's key cache and value cache, then its two tensors of scales if it has any: the tensors
+        themselves."""
+        return [layer.tensors() for layer in self._paged_layers()]
+
+    def _paged_layers(self) -> list[PagedKVLayer]:
+        return list(self.layers)  # type: ignore[arg-type]
+
+    @property
+    def groups(self) -> list[LayerGroup]:
+        """The layers by their windows, the widest first."""
+        return [
+            LayerGroup(window, layers, group.pool.num_blocks, group.pool.num_available)
+            for (window, layers), group in zip(self._groups.items(), self._manager.groups, strict=True)
+        ]
 
     def add(self, tokens: Any = None, namespace: Hashable = None) -> int:
         """A new sequence. It begins with as many tokens of its prompt as are found in the prefix cache.
@@ -184,8 +230,12 @@ class PagedKVCache(nn.Module):
         If it ends within a block of the prefix cache then, the next token takes that block out of the cache, or is
         written to a copy if others hold it as well.
 
+        With a sliding window, `block_size` tokens of those that were run through the model can always be forgotten,
+        or all; more only as long as what the window of the shorter sequence shows was not released.
+
         Raises:
-            ValueError: `seq` was freed, is swapped out or has an open step; `length` is not in 0 to its length.
+            ValueError: `seq` was freed, is swapped out or has an open step; `length` is not in 0 to its length, or a
+                window has left behind what a sequence of that length sees.
         """
         self._feed.deliver()
         self._manager.truncate(seq, length)
@@ -212,11 +262,16 @@ class PagedKVCache(nn.Module):
         """
         self._feed.deliver()
         parcel = swap.pack(self._manager, seqs)
-        needed, used = (count * self._transfer.block_bytes for count in (len(parcel.blocks), self._manager.num_outside))
+        needed, used = map(self._in_bytes, ([len(part.blocks) for part in parcel.parts], self._manager.num_outside))
         if self._swap_space is not None and used + needed > self._swap_space:
             raise OutOfSwapSpace(needed, self._swap_space - used)
-        parcel.content = self._transfer.fetch(parcel.blocks)
+        for transfer, part in zip(self._transfers, parcel.parts, strict=True):
+            part.content = transfer.fetch(part.blocks)
         swap.swap_out(self._manager, parcel)
+
+    def _in_bytes(self, blocks: Sequence[int]) -> int:
+        """Bytes of so many blocks of each group."""
+        return sum(count * transfer.block_bytes for count, transfer in zip(blocks, self._transfers, strict=True))
 
     def swap_in(self, seqs: int | Sequence[int]) -> None:
         """Move sequences back that were swapped out. Those that left together share again what they shared.
@@ -229,14 +284,15 @@ class PagedKVCache(nn.Module):
             OutOfBlocks: the free blocks do not suffice.
         """
         self._feed.deliver()
-        arrival = swap.unpack(self._manager, seqs)
+        landings = swap.unpack(self._manager, seqs)
         try:
-            for parcel, rows, blocks in arrival.moves:
-                self._transfer.store(parcel.content, rows, blocks)
+            for group, landing in enumerate(landings):
+                for parcel, rows, blocks in landing.moves:
+                    self._transfers[group].store(parcel.parts[group].content, rows, blocks)
         except BaseException:
-            swap.cancel(self._manager, arrival)
+            swap.cancel(self._manager, landings)
             raise
-        swap.swap_in(self._manager, arrival)
+        swap.swap_in(self._manager, landings)
 
     def length(self, seq: int) -> int:
         """Tokens of `seq`, those of open steps included. Raises ValueError if it was freed."""
@@ -264,8 +320,9 @@ class PagedKVCache(nn.Module):
         step = self._manager.prepare(seqs, counts, ahead)
         try:
             batch, copies = self._staging.send(step)
-            if copies is not None:
-                copy_blocks(self._buffers_of_layers, copies)
+            for caches, pairs in zip(self._caches, copies, strict=True):
+                if pairs is not None:
+                    copy_blocks(caches, pairs)
         except BaseException:
             self._staging.forget()
             self._manager.rollback(step)
@@ -275,6 +332,8 @@ class PagedKVCache(nn.Module):
 
     def commit(self, batch: PagedBatch, tokens: Any = None, *, advanced: int = 0) -> None:
         """End a step: its tokens stand. Sequences freed since are skipped; what was reserved stays reserved.
+
+        Blocks that sliding windows leave behind are released, see `truncate`.
 
         Args:
             batch: from `prepare`. Steps of one sequence are committed in order, other steps in any order.
@@ -293,7 +352,7 @@ class PagedKVCache(nn.Module):
         """
         step = self._step_of(batch)
         advanced = as_integer("advanced", advanced, at_least=0)
-        expected = len(step.slots) + advanced * len(step.rows)
+        expected = len(step.positions) + advanced * len(step.rows)
         if tokens is not None and len(tokens) != expected:
             raise ValueError(f"tokens must be the {expected} tokens of the step, got {len(tokens)}")
         fetched = None if tokens is None else self._feed.fetch(tokens)
@@ -301,6 +360,7 @@ class PagedKVCache(nn.Module):
         del self._open[id(batch)]
         if fetched is not None:
             self._feed.put(step, advanced, *fetched)
+        self._manager.release_unseen(step)
 
     def rollback(self, batch: PagedBatch) -> None:
         """Undo a step, after the model raised for instance: lengths, tables and free blocks are as before `prepare`.
@@ -323,12 +383,15 @@ class PagedKVCache(nn.Module):
 
     @property
     def num_free_blocks(self) -> int:
-        """Blocks that a step can get now, those included that only the prefix cache holds. Costs next to nothing."""
+        """Blocks that a step can get now, those included that only the prefix cache holds. Costs next to nothing.
+
+        Of the group with the widest window; `groups` tells of all.
+        """
         return self._manager.pool.num_available
 
     def stats(self) -> MemoryStats:
         """How full the cache is, see `MemoryStats`. Costs time in proportion to the blocks."""
-        return self._manager.stats(self._bytes_per_token)
+        return self._manager.stats(*self._bytes_per_token)
 
     def check_integrity(self) -> None:
         """Raise IntegrityError if the host's records contradict each other or the device's block table.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,17 +22,47 @@ def empty_cache(
     return torch.empty(num_blocks, num_heads, block_size, head_dim, dtype=dtype, device=device).transpose(1, 2)
 
 
-def blocks_in(memory: int | float, block_bytes: int, device: torch.device) -> int:
-    """How many blocks fit into so many bytes, or into a share of the device's free memory."""
+def empty_scales(num_blocks: int, block_size: int, num_heads: int, device: torch.device) -> Tensor:
+    """An uninitialised scale for each token and head of a cache, stored likewise."""
+    return empty_cache(num_blocks, block_size, num_heads, 1, torch.float32, device)[..., 0]
+
+
+def window_blocks(window: int, block_size: int, max_seqs: int, max_seq_len: int) -> int:
+    """As many blocks as a window's layers can make use of.
+
+    Every sequence keeps what `BlockGroup` says, writes to one more, and has one that waits for a step in flight. On top
+    comes a prompt of `max_seq_len` that is read in one piece.
+    """
+    width = -(-max_seq_len // block_size)
+    return max_seqs * min((window - 2) // block_size + 4, width) + width
+
+
+def blocks_in(
+    memory: int | float, block_bytes: Sequence[int], limits: Sequence[int | None], device: torch.device
+) -> list[int]:
+    """How many blocks of each group fit into so many bytes, or into a share of the device's free memory.
+
+    All groups get the same number, but none more than its limit.
+    """
     if isinstance(memory, float):
         if not 0 < memory <= 1:
             raise ValueError(f"memory as a share of free memory must lie in (0, 1], got {memory}")
         budget = int(memory * _free_memory(device))
     else:
         budget = as_integer("memory", memory, at_least=1)
-    if budget < block_bytes:
-        raise ValueError(f"memory = {memory} is {budget} bytes, less than one block of {block_bytes} bytes")
-    return budget // block_bytes
+    if budget < sum(block_bytes):
+        raise ValueError(f"memory = {memory} is {budget} bytes, less than one block of {sum(block_bytes)} bytes")
+
+    def cost(count: int) -> int:
+        return sum(bytes_ * number for bytes_, number in zip(block_bytes, up_to(count, limits), strict=True))
+
+    most = bisect_right(range(budget // block_bytes[0] + 1), budget, key=cost) - 1
+    return up_to(most, limits)
+
+
+def up_to(count: int, limits: Sequence[int | None]) -> list[int]:
+    """`count`, or each of the limits that is less."""
+    return [count if limit is None else min(count, limit) for limit in limits]
 
 
 def _free_memory(device: torch.device) -> int:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from torch_paged.batch import PagedBatch
 from torch_paged.functional import append, attention
+
+_SCALES = ("key_scale", "value_scale", "key_scale_cache", "value_scale_cache")
 
 
 class PagedKVLayer(nn.Module):
@@ -20,15 +23,35 @@ class PagedKVLayer(nn.Module):
     Attributes:
         key_cache: [num_blocks, block_size, num_kv_heads, head_dim].
         value_cache: [num_blocks, block_size, num_kv_heads, value_head_dim].
+        key_scale, value_scale: float32 [num_kv_heads] of a cache with `scales="static"`, else None. WRITE the scales of
+            your model to them, with `copy_` for instance, before the first step; they begin as ones.
+        key_scale_cache, value_scale_cache: float32 [num_blocks, block_size, num_kv_heads] of a cache with
+            `scales="token"`, else None.
+        group: the number of the layer's group in `PagedKVCache.groups`.
+        sliding_window: of its attention, or None.
     """
 
     key_cache: Tensor
     value_cache: Tensor
+    key_scale: Tensor | None
+    value_scale: Tensor | None
+    key_scale_cache: Tensor | None
+    value_scale_cache: Tensor | None
 
-    def __init__(self, key_cache: Tensor, value_cache: Tensor) -> None:
+    def __init__(
+        self,
+        tensors: dict[str, Tensor],
+        *,
+        dtype: torch.dtype,
+        group: int,
+        sliding_window: int | None,
+    ) -> None:
         super().__init__()
-        self.register_buffer("key_cache", key_cache, persistent=False)
-        self.register_buffer("value_cache", value_cache, persistent=False)
+        for name in ("key_cache", "value_cache", *_SCALES):
+            self.register_buffer(name, tensors.get(name), persistent=False)
+        self.group = group
+        self.sliding_window = sliding_window
+        self._dtype = dtype
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, batch: PagedBatch, **options: Any) -> Tensor:
         """Store the new tokens' keys and values, then attend to everything their sequences hold.
@@ -38,18 +61,31 @@ class PagedKVLayer(nn.Module):
             key: [num_tokens, num_kv_heads, head_dim].
             value: [num_tokens, num_kv_heads, value_head_dim].
             batch: from `PagedKVCache.prepare`, or from `PagedBatch.advance`.
-            options: `scale`, `causal` and the other keywords of `attention`.
+            options: `scale`, `causal` and the other keywords of `attention`; the layer gives its `sliding_window` and
+                scales by itself.
 
         Returns:
             [num_tokens, num_heads, value_head_dim]; zeros in padding.
+
+        Raises:
+            ValueError: `sliding_window` is given, and is not the layer's.
         """
-        return _append_and_attend(query, key, value, self.key_cache, self.value_cache, batch, options)
+        return _append_and_attend(query, key, value, self.tensors(), batch, self.group, self.sliding_window, options)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Key cache and value cache, then their scales if they have any."""
+        scales = (self.key_scale, self.value_scale, self.key_scale_cache, self.value_scale_cache)
+        return self.key_cache, self.value_cache, *(scale for scale in scales if scale is not None)
+
+    def blocks(self) -> list[Tensor]:
+        """Those of its tensors that are made of blocks."""
+        return [tensor for tensor in self.tensors() if tensor.dim() > 1]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PagedKVLayer:  # noqa: ARG002
-        probe = fn(self.key_cache.new_empty(0, *self.key_cache.shape[1:]))
-        if (probe.dtype, probe.device) != (self.key_cache.dtype, self.key_cache.device):
+        probe = fn(self.key_cache.new_empty(0, *self.key_cache.shape[1:], dtype=self._dtype))
+        if (probe.dtype, probe.device) != (self._dtype, self.key_cache.device):
             raise RuntimeError(
-                f"a paged cache stays {self.key_cache.dtype} on {self.key_cache.device}, it cannot become "
+                f"a paged cache stays {self._dtype} on {self.key_cache.device}, it cannot become "
                 f"{probe.dtype} on {probe.device}: build the PagedKVCache with the dtype and device it shall have, "
                 "and put its layers into the model when the model is there"
             )
@@ -60,11 +96,19 @@ class PagedKVLayer(nn.Module):
 
 
 class FunctionalKV(nn.Module):
-    """A layer without buffers: the caches are arguments, so that an exported program holds none."""
+    """A layer without buffers: the caches are arguments, so that an exported program holds none.
+
+    Args:
+        layers: the group and the sliding window of each layer.
+    """
+
+    def __init__(self, layers: Sequence[tuple[int, int | None]]) -> None:
+        super().__init__()
+        self._layers = list(layers)
 
     def forward(
         self,
-        caches: Sequence[tuple[Tensor, Tensor]],
+        caches: Sequence[tuple[Tensor, ...]],
         layer: int,
         query: Tensor,
         key: Tensor,
@@ -73,25 +117,36 @@ class FunctionalKV(nn.Module):
         **options: Any,
     ) -> Tensor:
         """As `PagedKVLayer.forward`, on `caches[layer]`, which is MUTATED; `caches` as from `tensors()`."""
-        key_cache, value_cache = caches[layer]
-        return _append_and_attend(query, key, value, key_cache, value_cache, batch, options)
+        return _append_and_attend(query, key, value, caches[layer], batch, *self._layers[layer], options)
 
 
 def _append_and_attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
+    tensors: tuple[Tensor, ...],
     batch: PagedBatch,
+    group: int,
+    sliding_window: int | None,
     options: dict[str, Any],
 ) -> Tensor:
-    append(key, value, key_cache, value_cache, batch.slot_mapping)
+    key_cache, value_cache, *scales = tensors
+    if scales:
+        names = _SCALES[:2] if scales[0].dim() < 2 else _SCALES[2:]
+        options = dict(zip(names, scales, strict=True)) | options
+    if sliding_window is not None:
+        if options.setdefault("sliding_window", sliding_window) != sliding_window:
+            raise ValueError(
+                f"the layer's sliding_window is {sliding_window}, got sliding_window={options['sliding_window']}"
+            )
+    block_table, slot_mapping = batch.tables(group)
+    append_options = {name: options[name] for name in _SCALES if name in options}
+    append(key, value, key_cache, value_cache, slot_mapping, **append_options)
     return attention(
         query,
         key_cache,
         value_cache,
-        batch.block_table,
+        block_table,
         batch.seq_lens,
         cu_seqlens_q=batch.cu_seqlens_q,
         **options,

@@ -2,10 +2,11 @@
 
 errors.py      what can go wrong: OutOfBlocks, OutOfSwapSpace, IntegrityError
 arrays.py      checks of a caller's integers, ragged ranges
-prefix.py      PrefixTrie: full blocks, found by the tokens that filled them
+prefix.py      PrefixTrie, CachedBlocks: full blocks, found by the tokens that filled them
 eviction.py    EvictionQueue: the order in which unreferenced blocks of the prefix cache make room
 pool.py        BlockPool: reference counts, free blocks, blocks that wait for open steps
-sequences.py   Sequences: handles, lengths and block tables, one row a sequence
+sequences.py   Sequences: handles and lengths, one row a sequence
+group.py       BlockGroup: the blocks and tables of the layers with one window, what they share and release
 step.py        Step: what one prepare took, enough to commit it or to undo it
 manager.py     MemoryManager: add, prepare, commit, rollback, fork, truncate, free
 history.py     the tokens of committed steps on their way into the prefix cache

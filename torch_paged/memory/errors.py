@@ -10,17 +10,20 @@ class OutOfBlocks(RuntimeError):
         needed: blocks that the step would have taken.
         free: blocks that could have been handed out.
         waiting: blocks without an owner that open steps may still read; they become free when those end.
+        group: of layers, whose blocks they are: its number in `PagedKVCache.groups`.
     """
 
-    def __init__(self, needed: int, free: int, waiting: int) -> None:
-        super().__init__(needed, free, waiting)
+    def __init__(self, needed: int, free: int, waiting: int, group: int = 0) -> None:
+        super().__init__(needed, free, waiting, group)
         self.needed = needed
         self.free = free
         self.waiting = waiting
+        self.group = group
 
     def __str__(self) -> str:
+        where = f" of groups[{self.group}]" if self.group else ""
         later = f"; {self.waiting} more become free as open steps end" if self.waiting else ""
-        return f"the step needs {self.needed} blocks, {self.free} are free{later}"
+        return f"the step needs {self.needed} blocks{where}, {self.free} are free{later}"
 
 
 class OutOfSwapSpace(RuntimeError):

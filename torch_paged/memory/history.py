@@ -10,6 +10,7 @@ from torch_paged.memory.arrays import Ints, expand
 from torch_paged.memory.step import Step
 
 if TYPE_CHECKING:
+    from torch_paged.memory.group import BlockGroup
     from torch_paged.memory.manager import MemoryManager
 
 
@@ -17,14 +18,16 @@ def remember(manager: MemoryManager, step: Step, tokens: Ints, advanced: int = 0
     """Note the tokens of a committed step, and enter the blocks that they fill into the prefix cache.
 
     The steps of a sequence come in order, but it may have been changed since the commit. A sequence is skipped that
-    was freed, or some of whose earlier tokens are not known.
+    was freed, some of whose earlier tokens are not known, or whose window has left these tokens behind.
 
     Args:
         tokens: int64 [num_tokens + advanced * n], those of the step in the order of the batch, then those of each
             advanced step.
     """
-    s, size = manager.sequences, manager.block_size
+    s, size, group = manager.sequences, manager.block_size, manager.groups[0]
     follows = (s.handle[step.rows] == step.handles) & (s.known[step.rows] == step.start)
+    if group.window is not None:  # what is new goes on from the block before, and begins in one that must be there
+        follows &= group.first[step.rows] <= np.maximum(step.start // size - 1, 0)
     if not follows.any():
         return
     token_rows, positions = _places(step, advanced)
@@ -34,8 +37,8 @@ def remember(manager: MemoryManager, step: Step, tokens: Ints, advanced: int = 0
         token_rows, positions, tokens = token_rows[kept], positions[kept], tokens[kept]
         rows, start, end = rows[follows], start[follows], end[follows]
     columns = positions // size
-    blocks = s.flat_table[token_rows * s.width + columns]
-    manager.trie.flat_tokens[(blocks - columns) * size + positions] = tokens
+    blocks = group.flat_table[token_rows * s.width + columns]
+    manager.flat_tokens[(blocks - columns) * size + positions] = tokens
     s.known[rows] = end
     first, last = start // size, end // size
     filled = np.flatnonzero(first < last)
@@ -55,40 +58,42 @@ def _places(step: Step, advanced: int) -> tuple[Ints, Ints]:
 
 
 def enter(manager: MemoryManager, rows: Ints, columns: Ints) -> None:
-    """Enter the full blocks at these places of the tables; of each row all that follow those in the trie already.
+    """Enter the full blocks at these places of the tables, row by row; what is left out before them is in the trie.
 
     Where another block with the same tokens is there already, the sequence gets that one for its own. If others hold
     its own as well, which may follow it with blocks in the trie, it stays as it is and is not followed any more.
     """
-    s, trie = manager.sequences, manager.trie
+    s, trie, group = manager.sequences, manager.trie, manager.groups[0]
     entries = rows * s.width + columns
-    blocks = s.flat_table[entries].astype(np.int64)
-    keys = trie.keys_of(trie.tokens[blocks])
-    before = trie.node[s.flat_table[entries - 1]].tolist()
-    last_row, node = -1, -1
+    blocks = group.flat_table[entries].astype(np.int64)
+    keys = trie.keys_of(manager.tokens[blocks])
+    before = group.cached.node[group.flat_table[entries - 1]].tolist()
+    last, node = (-1, -1), -1
     left: set[int] = set()
-    for row, column, block, key, parent in zip(
-        rows.tolist(), columns.tolist(), blocks.tolist(), keys, before, strict=True
-    ):
+    for row, column, key, parent in zip(rows.tolist(), columns.tolist(), keys, before, strict=True):
         if row in left:
             continue
-        above = (s.namespace[row],) if column == 0 else node if row == last_row else parent
-        node = trie.enter(above, key, block, column)
-        last_row, twin = row, trie.block_of(node)
-        if twin == block:
-            continue
-        if manager.pool.refcount[block] == 1:
-            _share(manager, row, column, twin)
-        else:
+        above = (s.namespace[row],) if column == 0 else node if (row, column - 1) == last else parent
+        last, node = (row, column), trie.enter(above, key)
+        if not _put(manager, group, row, column, node):
             s.known[row] = -1
             left.add(row)
+            continue
+        for other in manager.groups[1:]:
+            if other.first[row] <= column:
+                _put(manager, other, row, column, node)
 
 
-def _share(manager: MemoryManager, row: int, column: int, block: int) -> None:
-    """Let a sequence have the block that is in the trie, not its own with the same tokens."""
-    s = manager.sequences
-    own = s.table[row, column]
-    manager.pool.retain(np.array([block]))
-    s.table[row, column] = block
-    manager.pool.release(np.array([own], dtype=np.int64))
-    s.renew_stamps(np.array([row]))
+def _put(manager: MemoryManager, group: BlockGroup, row: int, column: int, node: int) -> bool:
+    """Enter a group's block as that of its node, or exchange it for the one that is. False: others hold it too."""
+    own, twin = int(group.table[row, column]), group.cached.block_of(node)
+    if twin < 0:
+        group.cached.put(node, own, column)
+    elif twin != own:
+        if group.pool.refcount[own] > 1:
+            return False
+        group.pool.retain(np.array([twin]))
+        group.table[row, column] = twin
+        group.pool.release(np.array([own]))
+        manager.sequences.renew_stamps(np.array([row]))
+    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -10,11 +11,12 @@ from torch_paged.memory.arrays import Ints, expand
 from torch_paged.memory.errors import IntegrityError
 
 if TYPE_CHECKING:
+    from torch_paged.memory.group import BlockGroup
     from torch_paged.memory.manager import MemoryManager
 
 
 class MemoryStats(NamedTuple):
-    """How full the cache is. A shared block or slot counts once.
+    """How full the cache is, over all groups of layers. A shared block or slot counts once.
 
     Attributes:
         blocks_total: blocks there are: `blocks_used + blocks_free`.
@@ -49,39 +51,49 @@ class MemoryStats(NamedTuple):
     bytes_swapped: int
 
 
-def stats(manager: MemoryManager, bytes_per_token: int) -> MemoryStats:
+def stats(manager: MemoryManager, bytes_per_token: Sequence[int]) -> MemoryStats:
     """Count. Costs time in proportion to the blocks; not for every step."""
-    s, pool, size = manager.sequences, manager.pool, manager.block_size
-    rows, columns, blocks = _table_entries(manager)
-    filled = np.zeros(pool.num_blocks, dtype=np.int64)
-    np.maximum.at(filled, blocks, np.clip(s.length[rows] - columns * size, 0, size))
+    s, size, pools = manager.sequences, manager.block_size, [group.pool for group in manager.groups]
     lengths = s.length[s.live_rows[~s.outside[s.live_rows]]]
-    used = pool.num_blocks - pool.num_available
+    used = [pool.num_blocks - pool.num_available for pool in pools]
+    filled = shared = 0
+    for group in manager.groups:
+        rows, columns, blocks = _table_entries(manager, group)
+        tokens = np.zeros(group.pool.num_blocks, dtype=np.int64)
+        np.maximum.at(tokens, blocks, np.clip(s.length[rows] - columns * size, 0, size))
+        filled += int(tokens.sum())
+        shared += int((np.bincount(blocks) > 1).sum())
+
+    def in_bytes(blocks: Iterable[int]) -> int:
+        return sum(count * size * each for count, each in zip(blocks, bytes_per_token, strict=True))
+
     return MemoryStats(
-        blocks_total=pool.num_blocks,
-        blocks_used=used,
-        blocks_free=pool.num_available,
-        blocks_shared=int((np.bincount(blocks, minlength=pool.num_blocks) > 1).sum()),
+        blocks_total=sum(pool.num_blocks for pool in pools),
+        blocks_used=sum(used),
+        blocks_free=sum(pool.num_available for pool in pools),
+        blocks_shared=shared,
         tokens=int(lengths.sum()),
-        slots_filled=float(filled.sum() / (used * size)) if used else 0.0,
-        bytes_used=used * size * bytes_per_token,
-        bytes_contiguous=len(lengths) * int(lengths.max(initial=0)) * bytes_per_token,
-        blocks_cached=len(manager.trie),
-        blocks_evictable=pool.num_evictable,
+        slots_filled=filled / (sum(used) * size) if any(used) else 0.0,
+        bytes_used=in_bytes(used),
+        bytes_contiguous=len(lengths) * int(lengths.max(initial=0)) * sum(bytes_per_token),
+        blocks_cached=sum(len(group.cached) for group in manager.groups),
+        blocks_evictable=sum(pool.num_evictable for pool in pools),
         tokens_looked_up=manager.tokens_looked_up,
         tokens_found=manager.tokens_found,
         seqs_swapped=len(manager.parcels),
-        bytes_swapped=manager.num_outside * size * bytes_per_token,
+        bytes_swapped=in_bytes(manager.num_outside),
     )
 
 
 def check_integrity(manager: MemoryManager) -> None:
     """Raise IntegrityError if one of the invariants below does not hold."""
     _check_sequences(manager)
-    _check_blocks(manager)
+    for index, group in enumerate(manager.groups):
+        _check_table(manager, group)
+        _check_blocks(manager, index)
+        _check_cached(manager, group)
     _check_steps(manager)
     _check_trie(manager)
-    _check_eviction(manager)
     _check_histories(manager)
     _check_parcels(manager)
 
@@ -100,21 +112,32 @@ def _check_sequences(manager: MemoryManager) -> None:
     _require((s.committed[outside] == s.length[outside]).all(), "who is swapped out has no open step")
     enough = s.num_blocks[rows] * size >= s.length[rows]
     _require((enough | s.outside[rows]).all(), "a sequence holds blocks for its length")
+
+
+def _check_table(manager: MemoryManager, group: BlockGroup) -> None:
+    s = manager.sequences
+    rows = s.live_rows
     held = np.zeros(s.max_seqs, dtype=np.int64)
     held[rows] = s.num_blocks[rows]
-    in_use = np.arange(s.width) < held[:, None]
-    _require((s.table[~in_use] == -1).all(), "table entries past a sequence's blocks are -1")
-    entries = s.table[in_use]
-    _require(((entries >= 0) & (entries < manager.pool.num_blocks)).all(), "table entries are blocks")
+    columns = np.arange(s.width)
+    before, past = columns < group.first[:, None], columns >= held[:, None]
+    _require((group.table[past] == -1).all(), "table entries past a sequence's blocks are -1")
+    _require((group.table[before] == -1).all(), "table entries that a window has left behind are -1")
+    entries = group.table[~(before | past)]
+    _require(((entries >= 0) & (entries < group.pool.num_blocks)).all(), "table entries are blocks")
+    _require((group.first[rows] <= group.first_seen(s.committed[rows])).all(), "what a query sees is held")
+    idle = np.setdiff1d(np.arange(s.max_seqs), rows)
+    _require((group.first[idle] == 0).all(), "rows not in use have released nothing")
 
 
-def _check_blocks(manager: MemoryManager) -> None:
-    pool, size = manager.pool, manager.block_size
-    rows, columns, in_tables = _table_entries(manager)
-    kept = [
-        step.copies.sources[(manager.sequences.handle[step.rows] == step.handles)[step.copies.owners]]
-        for step in manager.steps.values()
-    ]
+def _check_blocks(manager: MemoryManager, index: int) -> None:
+    group, size = manager.groups[index], manager.block_size
+    pool = group.pool
+    rows, columns, in_tables = _table_entries(manager, group)
+    kept = []
+    for step in manager.steps.values():
+        copies = step.taken[index].copies
+        kept.append(copies.sources[(manager.sequences.handle[step.rows] == step.handles)[copies.owners]])
     references = np.bincount(np.concatenate([in_tables, *kept]), minlength=pool.num_blocks)
     _require((references == pool.refcount).all(), "reference counts equal the references from tables and steps")
     idle = np.concatenate([pool.free_blocks, pool.waiting_blocks, pool.evictable_blocks])
@@ -141,44 +164,50 @@ def _check_steps(manager: MemoryManager) -> None:
 
 
 def _check_trie(manager: MemoryManager) -> None:
-    trie, refcount = manager.trie, manager.pool.refcount
-    _require((trie.node >= 0).sum() == len(trie), "each node has its own block")
-    for (parent, tokens), node in trie.items():
-        block = trie.block_of(node)
-        _require(trie.node[block] == node, "a node's block knows it")
-        _require(trie.tokens[block].tobytes() == tokens, "a block in the prefix cache holds the tokens of its key")
-        if isinstance(parent, tuple):
-            _require(trie.column[block] == 0, "the root's children are first blocks")
-        elif trie.node[trie.block_of(parent)] == parent:
-            above = trie.block_of(parent)
-            _require(trie.column[block] == trie.column[above] + 1, "a child is one column after its parent")
-            _require(refcount[above] >= refcount[block], "who references a child references its parent")
-        else:
-            _require(refcount[block] == 0, "blocks that cannot be found any more are unreferenced")
+    holders = dict.fromkeys(dict(manager.trie.items()).values(), 0)
+    for (parent, _), node in manager.trie.items():
+        if isinstance(parent, int):
+            _require(parent in holders, "a node's parent is in the prefix cache")
+            holders[parent] += 1
+        for group in manager.groups:
+            holders[node] += group.cached.block_of(node) >= 0
+    _require(all(holders.values()), "a node has a block or leads to one that has")
 
 
-def _check_eviction(manager: MemoryManager) -> None:
-    trie, pool = manager.trie, manager.pool
+def _check_cached(manager: MemoryManager, group: BlockGroup) -> None:
+    cached, pool = group.cached, group.pool
     order = {block: place for place, block in enumerate(pool.evictable_blocks.tolist())}
+    _require((cached.node >= 0).sum() == len(cached), "each cached block has its own node")
     _require(len(order) == pool.num_evictable, "evictable blocks are counted")
-    _require(trie.has(np.array(list(order), dtype=np.int64)).all(), "evictable blocks are in the prefix cache")
-    _require(not trie.has(pool.free_blocks).any(), "free blocks are not in the prefix cache")
-    for (parent, _), node in trie.items():
-        above = -1 if isinstance(parent, tuple) else trie.block_of(parent)
-        if above in order and trie.node[above] == parent:
-            place = order.get(trie.block_of(node), pool.num_blocks)
-            _require(place < order[above], "leaves are evicted before their parents")
+    _require(cached.has(np.array(list(order), dtype=np.int64)).all(), "evictable blocks are in the prefix cache")
+    _require(not cached.has(pool.free_blocks).any(), "free blocks are not in the prefix cache")
+    column: dict[object, int] = {}
+    for (parent, tokens), node in manager.trie.items():
+        block, above = cached.block_of(node), -1 if isinstance(parent, tuple) else cached.block_of(parent)
+        column[node] = column.get(parent, -1) + 1
+        if block < 0:
+            continue
+        _require(cached.node[block] == node, "a node's block knows it")
+        _require(cached.column[block] == column[node], "a cached block is as far down as its node")
+        if group is manager.groups[0]:
+            holds = manager.tokens[block].tobytes() == tokens
+            _require(holds, "a block in the prefix cache holds the tokens of its key")
+        if group.window is None and isinstance(parent, int):
+            references = pool.refcount[above] if above >= 0 else 0
+            _require(references >= pool.refcount[block], "who references a child references its parent")
+            place = order.get(block, pool.num_blocks)
+            _require(above not in order or place < order[above], "leaves are evicted before their parents")
 
 
 def _check_histories(manager: MemoryManager) -> None:
-    s, trie = manager.sequences, manager.trie
-    above = {node: parent for (parent, _), node in trie.items()}
+    s, group = manager.sequences, manager.groups[0]
+    above = {node: parent for (parent, _), node in manager.trie.items()}
     for row in s.live_rows[~s.outside[s.live_rows]]:
-        full = max(int(s.known[row]), 0) // manager.block_size
-        nodes = trie.node[s.table[row, :full]].tolist()
-        parents = [(s.namespace[row],), *nodes]
+        first, full = group.first[row], max(int(s.known[row]), 0) // manager.block_size
+        nodes = group.cached.node[group.table[row, first:full]].tolist()
+        parents = [(s.namespace[row],) if first == 0 else above.get(nodes[0]) if nodes else None, *nodes]
         _require(
-            all(above.get(node) == parent for node, parent in zip(nodes, parents, strict=False)),
+            all(node in above and above[node] == parent for node, parent in zip(nodes, parents, strict=False)),
             "the full blocks of a known history are a path in the prefix cache",
         )
 
@@ -187,19 +216,22 @@ def _check_parcels(manager: MemoryManager) -> None:
     s, size = manager.sequences, manager.block_size
     for parcel in {*manager.parcels.values()}:
         members = {handle for handle, other in manager.parcels.items() if other is parcel}
-        _require(members == {*parcel.rows}, "a parcel and its sequences know each other")
-        for handle, rows in parcel.rows.items():
-            _require(len(rows) == -(-s.length[s.find_one(handle)] // size), "a parcel holds its sequences' tokens")
-            _require(((rows >= 0) & (rows < len(parcel.blocks))).all(), "a parcel's rows are its own")
+        for group, part in zip(manager.groups, parcel.parts, strict=True):
+            _require(members == {*part.rows}, "a parcel and its sequences know each other")
+            for handle, rows in part.rows.items():
+                row = s.find_one(handle)
+                filled = max(-(-s.length[row] // size) - group.first[row], 0)
+                _require(len(rows) == filled, "a parcel holds its sequences' tokens")
+                _require(((rows >= 0) & (rows < len(part.blocks))).all(), "a parcel's rows are its own")
 
 
-def _table_entries(manager: MemoryManager) -> tuple[Ints, Ints, Ints]:
+def _table_entries(manager: MemoryManager, group: BlockGroup) -> tuple[Ints, Ints, Ints]:
     """Row, column and block of every table entry in use."""
     s = manager.sequences
-    live = s.live_rows
-    owners, columns = expand(np.zeros_like(live), s.num_blocks[live])
+    live = s.live_rows[~s.outside[s.live_rows]]
+    owners, columns = expand(np.minimum(group.first[live], s.num_blocks[live]), s.num_blocks[live])
     rows = live[owners]
-    return rows, columns, s.table[rows, columns].astype(np.int64)
+    return rows, columns, group.table[rows, columns].astype(np.int64)
 
 
 def _require(holds: object, invariant: str) -> None:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
 
 from torch_paged.memory import inspection
 from torch_paged.memory.arrays import Flags, Ints, as_counts, as_integer, as_integers, expand
-from torch_paged.memory.pool import BlockPool
+from torch_paged.memory.group import BlockGroup, usable
 from torch_paged.memory.prefix import PrefixTrie
 from torch_paged.memory.sequences import Sequences
-from torch_paged.memory.step import Copies, Growth, Step
+from torch_paged.memory.step import Copies, Growth, Step, Taken
 from torch_paged.memory.swap import Parcel
-
-_NONE = np.empty(0, dtype=np.int64)
 
 
 class MemoryManager:
@@ -24,25 +22,47 @@ class MemoryManager:
     A step is `prepare`, then the model, then `commit` or `rollback`. Several steps may be open: those of one
     sequence are committed in order and rolled back in reverse order. Every method that raises has changed
     nothing. Before a step writes to a block that others reference as well, its caller makes the copies that
-    `Step.copies` lists.
+    `Step.taken` lists.
+
+    Layers that see equally far back form a group, with blocks and tables of its own. What is said of one group's blocks
+    holds for all: a sequence has as many in each, but for those that a window has left behind.
 
     Attributes:
-        pool: the blocks.
+        groups: the widest window first, no window being the widest. Who holds a block of another group holds that of
+            the first as well.
+        pool: the blocks of the first group.
         trie: the prefix cache.
+        tokens: int64 [num_blocks, block_size], the tokens whose keys and values a block of the first group holds, as
+            far as known. They are written, and copied from block to block, where keys and values are.
         sequences: the sequences.
         steps: the open steps by their number, the oldest first.
         parcels: of each sequence that is swapped out, what it left with.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, max_seqs: int, max_seq_len: int) -> None:
+    def __init__(
+        self,
+        num_blocks: int | Sequence[int],
+        block_size: int,
+        max_seqs: int,
+        max_seq_len: int,
+        windows: Sequence[int | None] = (None,),
+    ) -> None:
+        sizes = [num_blocks] if isinstance(num_blocks, int) else num_blocks
+        sizes = [as_integer("num_blocks", size, at_least=1) for size in sizes]
         self.block_size = as_integer("block_size", block_size, at_least=1)
-        self.trie = PrefixTrie(as_integer("num_blocks", num_blocks, at_least=1), self.block_size)
-        self.pool = BlockPool(self.trie)
+        self.trie = PrefixTrie(self.block_size)
         self.sequences = Sequences(
             as_integer("max_seqs", max_seqs, at_least=1),
             as_integer("max_seq_len", max_seq_len, at_least=1),
             self.block_size,
         )
+        self.groups = [
+            BlockGroup(number, window, size, self.block_size, self.trie, self.sequences)
+            for number, (window, size) in enumerate(zip(windows, sizes, strict=True))
+        ]
+        self.pool = self.groups[0].pool
+        self.tokens = np.zeros((sizes[0], self.block_size), dtype=np.int64)
+        self.flat_tokens = self.tokens.reshape(-1)
         self.steps: dict[int, Step] = {}
         self.parcels: dict[int, Parcel] = {}
         self.tokens_looked_up = self.tokens_found = 0
@@ -62,11 +82,13 @@ class MemoryManager:
         if len(tokens) > s.max_seq_len:
             raise ValueError(f"max_seq_len = {s.max_seq_len}: the prompt has {len(tokens)} tokens")
         full = max(len(tokens) - 1, 0) // size * size
-        blocks = self.trie.find(namespace, tokens[:full])
-        self.pool.retain(blocks)
-        found = len(blocks) * size
+        nodes = usable(self.groups, self.trie.path(namespace, tokens[:full]))
+        found = len(nodes) * size
         rows = s.open_rows(1)
-        s.fill(rows, blocks, found, found, namespace)
+        s.fill(rows, len(nodes), found, found, namespace)
+        for group in self.groups:
+            first = group.first_found(len(nodes))
+            group.fill(rows, group.cached.blocks_of(nodes[first:]), first)
         self.tokens_looked_up += len(tokens)
         self.tokens_found += found
         return int(s.handle[rows[0]])
@@ -85,10 +107,11 @@ class MemoryManager:
         s.require_settled(row, "fork")
         s.require_rows(n)
         rows = s.open_rows(n)
-        filled = -(-s.length[row] // self.block_size)
-        blocks = s.table[row, :filled].astype(np.int64)
-        self.pool.retain(blocks, times=n)
-        s.fill(rows, blocks, int(s.length[row]), int(s.known[row]), s.namespace[row])
+        filled = int(-(-s.length[row] // self.block_size))
+        s.fill(rows, filled, int(s.length[row]), int(s.known[row]), s.namespace[row])
+        for group in self.groups:
+            first = int(group.first[row])
+            group.fill(rows, group.table[row, first:filled].astype(np.int64), first)
         handles: list[int] = s.handle[rows].tolist()
         return handles
 
@@ -96,7 +119,8 @@ class MemoryManager:
         """Forget the tokens of `seq` from position `length` on, and give back what lies beyond, reserved too.
 
         Raises:
-            ValueError: `seq` is not live, is swapped out or has an open step; `length` is negative or more than it has.
+            ValueError: `seq` is not live, is swapped out or has an open step; `length` is negative or more than it has,
+                or a window has released what a sequence of that length sees.
         """
         s = self.sequences
         row = s.find_one(seq)
@@ -105,13 +129,22 @@ class MemoryManager:
         s.require_settled(row, "truncate")
         if length > s.length[row]:
             raise ValueError(f"cannot truncate sequence {seq} of {s.length[row]} tokens to {length}")
+        for group in self.groups:
+            if 0 < length and group.first_seen(length) < group.first[row]:
+                raise ValueError(
+                    f"cannot truncate sequence {seq} of {s.length[row]} tokens to {length}: layers with sliding_window "
+                    f"= {group.window} have released the keys before {group.first[row] * self.block_size}"
+                )
         # Tokens on their way to the prefix cache may be forgotten ones: it cannot follow any more.
         s.known[row] = length if s.known[row] == s.length[row] else -1
         s.length[row] = s.committed[row] = length
-        keep, held = -(-length // self.block_size), s.num_blocks[row]
-        if keep < held:
-            self.pool.release(s.table[row, keep:held].astype(np.int64))
-            s.table[row, keep:held] = -1
+        keep, last = -(-length // self.block_size), s.num_blocks[row]
+        if keep < last:
+            for group in self.groups:
+                start = max(keep, group.first[row])
+                group.pool.release(group.table[row, start:last].astype(np.int64))
+                group.table[row, start:last] = -1
+                group.first[row] = min(group.first[row], keep)
             s.num_blocks[row] = keep
             s.renew_stamps(np.array([row]))
 
@@ -123,29 +156,34 @@ class MemoryManager:
         """
         s = self.sequences
         handles, rows = s.find_some(seqs)
-        owners, columns = expand(np.zeros_like(rows), s.num_blocks[rows])
-        blocks = [s.table[rows[owners], columns].astype(np.int64)]
-        for step in self.steps.values():  # what a step keeps for a sequence goes with the sequence
-            owners = step.copies.owners
-            ending = self._alive(step)[owners] & np.isin(step.rows[owners], rows)
-            blocks.append(step.copies.sources[ending])
-        self.pool.release(np.concatenate(blocks))
+        for index, group in enumerate(self.groups):
+            blocks = [group.held(rows, group.first[rows], s.num_blocks[rows])]
+            for step in self.steps.values():  # what a step keeps for a sequence goes with the sequence
+                copies = step.taken[index].copies
+                ending = self._alive(step)[copies.owners] & np.isin(step.rows[copies.owners], rows)
+                blocks.append(copies.sources[ending])
+            group.pool.release(np.concatenate(blocks))
+            group.table[rows] = -1
+            group.first[rows] = 0
         for handle in handles[s.outside[rows]].tolist():
-            del self.parcels.pop(handle).rows[handle]
+            self.parcels.pop(handle).forget(handle)
         s.close_rows(rows)
 
     def clear_prefixes(self, *namespaces: Hashable) -> None:
         """Empty the prefix cache of these namespaces, or of all; it does not follow their live sequences any more."""
         s = self.sequences
-        self.pool.clear_prefixes(*namespaces)
+        nodes = self.trie.below(namespaces)
+        for group in self.groups:
+            group.pool.forget(nodes)
         for row in s.live_rows.tolist():
             if not namespaces or s.namespace[row] in namespaces:
                 s.known[row] = -1
 
     @property
-    def num_outside(self) -> int:
-        """Blocks whose contents are kept for sequences that are swapped out."""
-        return sum(len(parcel.blocks) for parcel in {*self.parcels.values()})
+    def num_outside(self) -> list[int]:
+        """Of each group, blocks whose contents are kept for sequences that are swapped out."""
+        parcels = {*self.parcels.values()}
+        return [sum(len(parcel.parts[index].blocks) for parcel in parcels) for index in range(len(self.groups))]
 
     def length(self, seq: int) -> int:
         """Tokens of `seq`, those of open steps included."""
@@ -180,17 +218,19 @@ class MemoryManager:
         before = s.num_blocks[rows]
         after = np.maximum(before, (end + (ahead + size - 1)) // size)
         columns = start // size
-        entries = rows * s.width + columns  # of the flat table: where each sequence writes first
-        to_copy = self._find_shared(entries, start)
+        entries = rows * s.width + columns  # of a flat table: where each sequence writes first
         growing = np.flatnonzero(after != before)
         owners, new_columns = expand(before[growing], after[growing])
-        num_new = len(to_copy) + len(owners)
-        self.pool.require(num_new)
+        owners = growing[owners]
+        writers = [group.find_shared(entries, start) for group in self.groups]
+        for group, sharing in zip(self.groups, writers, strict=True):
+            group.pool.require(len(sharing) + len(owners))
 
-        blocks = self.pool.allocate(num_new)
-        copies = self._copy(rows, to_copy, columns[to_copy], blocks[: len(to_copy)])
-        self._forget_overwritten(entries)
-        growth = self._grow(rows, growing[owners], new_columns, blocks[len(to_copy) :])
+        changes = [
+            group.take(rows, entries, sharing, owners, new_columns)
+            for group, sharing in zip(self.groups, writers, strict=True)
+        ]
+        self._follow(rows, changes)
         s.num_blocks[rows] = after
         s.length[rows] = end
         positions = start
@@ -198,50 +238,23 @@ class MemoryManager:
             owners, positions = expand(start, end)
             columns = positions // size
             entries = rows[owners] * s.width + columns
-        slots = (s.flat_table[entries] - columns) * size + positions
-        number = self.pool.open_step()
-        self.steps[number] = step = Step(
-            number, handles, rows, counts, start, end, ahead, before, copies, growth, slots, positions
-        )
+        offsets = positions - columns * size
+        taken = [
+            Taken(*change, group.flat_table[entries] * np.int64(size) + offsets)
+            for group, change in zip(self.groups, changes, strict=True)
+        ]
+        (number,) = {group.pool.open_step() for group in self.groups}
+        self.steps[number] = step = Step(number, handles, rows, counts, start, end, ahead, before, positions, taken)
         return step
 
-    def _find_shared(self, entries: Ints, start: Ints) -> Ints:
-        """Which sequences must have their own copy of the block at `start`, their table's entry, before they write.
-
-        Only the block at `start` can be shared: blocks past it are reserved, and those belong to one sequence.
-        """
-        refcount = self.pool.refcount
-        blocks = self.sequences.flat_table[entries]  # -1 where a new block begins
-        writers = np.flatnonzero((refcount[blocks] > 1) & (blocks >= 0))
-        if not len(writers):
-            return writers
-        # A block all of whose references write in this step: one of them may keep it. The longest does, so
-        # that the others, should the step be rolled back, find their tokens in it untouched.
-        shared, group, num_writers = np.unique(blocks[writers], return_inverse=True, return_counts=True)
-        order = np.lexsort((start[writers], group))
-        longest = order[num_writers.cumsum() - 1]
-        return np.delete(writers, longest[num_writers == refcount[shared]])
-
-    def _copy(self, rows: Ints, owners: Ints, columns: Ints, blocks: Ints) -> Copies:
-        """Put `blocks` in the place of shared ones."""
-        s, rows = self.sequences, rows[owners]
-        sources = s.table[rows, columns].astype(np.int64)
-        s.table[rows, columns] = blocks
-        self.trie.tokens[blocks] = self.trie.tokens[sources]
-        s.renew_stamps(rows)
-        return Copies(owners, columns, sources, blocks)
-
-    def _forget_overwritten(self, entries: Ints) -> None:
-        """A block that was in the prefix cache before its sequence was truncated leaves it when written to."""
-        if len(self.trie):
-            blocks = self.sequences.flat_table[entries].astype(np.int64)
-            blocks = blocks[blocks >= 0]
-            self.trie.remove(blocks[self.trie.has(blocks)])
-
-    def _grow(self, rows: Ints, owners: Ints, columns: Ints, blocks: Ints) -> Growth:
-        """Put `blocks` at the ends of tables."""
-        self.sequences.table[rows[owners], columns] = blocks
-        return Growth(owners, columns, blocks)
+    def _follow(self, rows: Ints, changes: list[tuple[Copies, Growth]]) -> None:
+        """Copy what is known of copied blocks, and tell that tables have changed."""
+        copies = changes[0][0]
+        if len(copies.blocks):
+            self.tokens[copies.blocks] = self.tokens[copies.sources]
+        for copies, _ in changes:
+            if len(copies.owners):
+                self.sequences.renew_stamps(rows[copies.owners])
 
     def commit(self, step: Step, advanced: int = 0) -> None:
         """End a step whose tokens stand, and with it `advanced` further tokens of each of its sequences.
@@ -268,7 +281,19 @@ class MemoryManager:
             end = end + advanced
             s.length[rows] = end
         s.committed[rows] = end
-        self._close(step, step.copies.sources[alive[step.copies.owners]])
+        unneeded = [taken.copies.sources[alive[taken.copies.owners]] for taken in step.taken]
+        self._close(step)
+        for group, sources in zip(self.groups, unneeded, strict=True):
+            if len(sources):
+                group.pool.release(sources)
+
+    def release_unseen(self, step: Step) -> None:
+        """Release what the sequences of a step need no more now that it was committed: windows have moved on."""
+        s = self.sequences
+        if self.groups[-1].window is not None:
+            rows = step.rows[self._alive(step)]
+            for group in self.groups:
+                group.release_unseen(rows, s.committed[rows])
 
     def rollback(self, step: Step) -> None:
         """Undo a step: lengths, tables, reference counts and the order of free blocks are as before it.
@@ -280,22 +305,18 @@ class MemoryManager:
         Raises:
             ValueError: the step is not open, or a later step of one of its sequences is.
         """
-        s, copies, growth = self.sequences, step.copies, step.growth
+        s = self.sequences
         self._require_open(step)
         alive = self._alive(step)
         rows = step.rows[alive]
         self._require_all(s.length[rows] == step.end[alive], rows, "a later", "roll back")
-        copied, grown = alive[copies.owners], alive[growth.owners]
-        copy_rows = step.rows[copies.owners[copied]]
-        grown_rows = step.rows[growth.owners[grown]]
         s.length[rows] = step.start[alive]
         s.num_blocks[rows] = step.blocks_before[alive]
-        s.table[grown_rows, growth.columns[grown]] = -1
-        s.table[copy_rows, copies.columns[copied]] = copies.sources[copied]
-        s.renew_stamps(np.unique(np.concatenate([copy_rows, grown_rows])))
-        # No other step can have read these blocks, so none has to be waited for.
-        self.pool.undo_allocate(np.concatenate([copies.blocks[copied], growth.blocks[grown]]))
-        self._close(step, _NONE)
+        for group, taken in zip(self.groups, step.taken, strict=True):
+            group.undo(taken, step.rows, alive)
+        owners = np.concatenate([step.growth.owners, *(taken.copies.owners for taken in step.taken)])
+        s.renew_stamps(np.unique(step.rows[owners[alive[owners]]]))
+        self._close(step)
 
     def _require_open(self, step: Step) -> None:
         if self.steps.get(step.number) is not step:
@@ -311,14 +332,13 @@ class MemoryManager:
             seq = self.sequences.handle[rows[~fine][0]]
             raise ValueError(f"cannot {action} this step: {which} step of sequence {seq} is open")
 
-    def _close(self, step: Step, unneeded: Ints) -> None:
+    def _close(self, step: Step) -> None:
         del self.steps[step.number]
-        self.pool.close_step(step.number)
-        if len(unneeded):
-            self.pool.release(unneeded)
+        for group in self.groups:
+            group.pool.close_step(step.number)
 
-    def stats(self, bytes_per_token: int) -> inspection.MemoryStats:
-        """See `MemoryStats`."""
+    def stats(self, *bytes_per_token: int) -> inspection.MemoryStats:
+        """See `MemoryStats`; `bytes_per_token`: of the layers of each group."""
         return inspection.stats(self, bytes_per_token)
 
     def check_integrity(self) -> None:

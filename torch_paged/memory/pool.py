@@ -9,11 +9,11 @@ import numpy as np
 from torch_paged.memory.arrays import Ints
 from torch_paged.memory.errors import OutOfBlocks
 from torch_paged.memory.eviction import EvictionQueue
-from torch_paged.memory.prefix import PrefixTrie
+from torch_paged.memory.prefix import CachedBlocks
 
 
 class BlockPool:
-    """Reference counts of all blocks, a stack of the free ones, and a queue of those kept for the prefix cache.
+    """Reference counts of a group's blocks, a stack of the free ones, a queue of those kept for the prefix cache.
 
     A block whose last reference goes while steps are open is not free yet: a step in flight may still read
     it. It waits until every step that was open at that moment has ended. Example, three steps 0, 1, 2:
@@ -24,19 +24,21 @@ class BlockPool:
         close_step(1)                          7 is free, though step 2 is open
 
     If 7 is in the prefix cache it is then evictable instead: it keeps its contents until `allocate` finds the stack
-    empty. Least recently released blocks go first. A sequence that references a block references those before it as
-    well, and blocks released at once join the queue last column first: so leaves go before their parents.
+    empty. Least recently released blocks go first, of those released at once the last column first. So leaves go before
+    their parents, unless a window has left these behind: who references a block references those before it as well.
 
     Attributes:
-        trie: the prefix cache.
+        cached: which of the blocks are in the prefix cache.
+        group: the number of the layers' group.
         refcount: int32 [num_blocks].
         num_free: blocks on the stack.
         num_waiting: unreferenced blocks that wait for open steps.
     """
 
-    def __init__(self, trie: PrefixTrie) -> None:
-        self.trie = trie
-        self.num_blocks = num_blocks = len(trie.node)
+    def __init__(self, cached: CachedBlocks, group: int) -> None:
+        self.cached = cached
+        self.group = group
+        self.num_blocks = num_blocks = len(cached.node)
         self.refcount = np.zeros(num_blocks, dtype=np.int32)
         self.num_free = num_blocks
         self.num_waiting = 0
@@ -77,7 +79,7 @@ class BlockPool:
     def require(self, count: int) -> None:
         """Raise OutOfBlocks unless `count` blocks can be allocated now."""
         if count > self.num_available:
-            raise OutOfBlocks(count, self.num_available, self.num_waiting)
+            raise OutOfBlocks(count, self.num_available, self.num_waiting, self.group)
 
     def count_evictable(self, blocks: Ints) -> int:
         """How many of these distinct blocks of the prefix cache `allocate` could evict."""
@@ -87,7 +89,7 @@ class BlockPool:
         """Take `count` blocks, each with one reference, evicting where none is free. `require` them first."""
         if count > self.num_free:
             evicted = self._evictable.pop(count - self.num_free)
-            self.trie.remove(evicted)
+            self.cached.remove(evicted)
             self._push(evicted)
         self.num_free -= count
         blocks = self._stack[self.num_free : self.num_free + count][::-1].copy()
@@ -141,19 +143,21 @@ class BlockPool:
             self.num_waiting -= len(blocks)
             self._give_up(blocks)
 
-    def clear_prefixes(self, *namespaces: object) -> None:
-        """Empty the prefix cache of these namespaces, or of all."""
-        blocks = self.trie.clear(namespaces)
+    def forget(self, nodes: list[int]) -> None:
+        """Take the blocks of these nodes out of the prefix cache."""
+        blocks = self.cached.blocks_of(nodes)
+        blocks = blocks[blocks >= 0]
+        self.cached.remove(blocks)
         idle = blocks[(self.refcount[blocks] == 0) & (self._ticket[blocks] < 0)]
         self._evictable.remove(idle)
         self._push(idle)
 
     def _give_up(self, blocks: Ints) -> None:
         """Unreferenced blocks that no step reads: the prefix cache keeps its own, the others are free."""
-        if len(self.trie):
-            cached = self.trie.has(blocks)
+        if len(self.cached):
+            cached = self.cached.has(blocks)
             kept = blocks[cached]
-            self._evictable.append(kept[np.argsort(-self.trie.column[kept], kind="stable")])
+            self._evictable.append(kept[np.argsort(-self.cached.column[kept], kind="stable")])
             blocks = blocks[~cached]
         self._push(blocks)
 

@@ -1,4 +1,4 @@
-"""Sequences: their handles, lengths and block tables, in arrays with one row a sequence."""
+"""Sequences: their handles and lengths, in arrays with one row a sequence."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ class Sequences:
             unless the missing tokens are still on their way.
         namespace: of each row, whose prefixes it shares.
         outside: bool [max_seqs], swapped out: it has its length, but no blocks.
-        num_blocks: int64 [max_seqs], blocks held; those past the length are reserved.
-        stamp: int64 [max_seqs], a number never used twice. A new one is drawn whenever entries already in a
-            table are replaced or taken away, so an equal stamp means that a table has at most grown.
-        table: int32 [max_seqs, width], the blocks of each row; -1 past `num_blocks`, and in rows not in use.
+        num_blocks: int64 [max_seqs], the blocks of each sequence, those that a window has left behind included;
+            those past the length are reserved.
+        stamp: int64 [max_seqs], a number never used twice. A new one is drawn whenever entries already in a table are
+            replaced or taken away from its end, so an equal stamp means that a table has at most grown there.
+        width: columns of a table, see BlockGroup.
     """
 
     def __init__(self, max_seqs: int, max_seq_len: int, block_size: int) -> None:
@@ -47,8 +48,6 @@ class Sequences:
         self.outside = np.zeros(max_seqs, dtype=bool)
         self.num_blocks = np.zeros(max_seqs, dtype=np.int64)
         self.stamp = np.full(max_seqs, -1, dtype=np.int64)
-        self.table = np.full((max_seqs, self.width), -1, dtype=np.int32)
-        self.flat_table = self.table.reshape(-1)
         self._next_stamp = 0
         self._next_handle = np.arange(max_seqs, dtype=np.int64)
         self._free_rows = list(range(max_seqs))[::-1]
@@ -147,10 +146,9 @@ class Sequences:
         self.renew_stamps(rows)
         return rows
 
-    def fill(self, rows: Ints, blocks: Ints, length: int, known: int, namespace: Hashable) -> None:
-        """Give new, empty sequences their first tokens, all the same, and the blocks that hold them."""
-        self.table[rows, : len(blocks)] = blocks
-        self.num_blocks[rows] = len(blocks)
+    def fill(self, rows: Ints, num_blocks: int, length: int, known: int, namespace: Hashable) -> None:
+        """Give new, empty sequences their first tokens, all the same."""
+        self.num_blocks[rows] = num_blocks
         self.length[rows] = self.committed[rows] = length
         self.known[rows] = known
         for row in rows.tolist():
@@ -159,7 +157,6 @@ class Sequences:
     def close_rows(self, rows: Ints) -> None:
         """End the sequences of these rows; their blocks are the caller's to release."""
         self.handle[rows] = self._no_handle[rows]
-        self.table[rows] = -1
         self.num_blocks[rows] = 0
         self.outside[rows] = False
         for row in rows.tolist():

@@ -35,6 +35,15 @@ class Growth(NamedTuple):
     blocks: Ints
 
 
+class Taken(NamedTuple):
+    """What a step took from one group of layers: `copies`, `growth`, and `slots`, int64 [num_tokens], where each token
+    is stored."""
+
+    copies: Copies
+    growth: Growth
+    slots: Ints
+
+
 class Step(NamedTuple):
     """One open step over `n` sequences and `num_tokens` new tokens.
 
@@ -53,8 +62,9 @@ class Step(NamedTuple):
         counts: new tokens of each sequence: an int where all are equal, else int64 [n].
         start, end: int64 [n], the lengths before and after.
         ahead: tokens for which blocks are reserved beyond `end`.
-        blocks_before: int64 [n], how many blocks each sequence held.
-        slots, positions: int64 [num_tokens], where each token is stored and where it stands.
+        blocks_before: int64 [n], how many blocks each sequence had come to.
+        positions: int64 [num_tokens], where each token stands.
+        taken: from each group of layers.
     """
 
     number: int
@@ -65,7 +75,20 @@ class Step(NamedTuple):
     end: Ints
     ahead: int
     blocks_before: Ints
-    copies: Copies
-    growth: Growth
-    slots: Ints
     positions: Ints
+    taken: list[Taken]
+
+    @property
+    def copies(self) -> Copies:
+        """In the first group."""
+        return self.taken[0].copies
+
+    @property
+    def growth(self) -> Growth:
+        """In the first group."""
+        return self.taken[0].growth
+
+    @property
+    def slots(self) -> Ints:
+        """In the first group."""
+        return self.taken[0].slots

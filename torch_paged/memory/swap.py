@@ -18,28 +18,49 @@ _NONE = np.empty(0, dtype=np.int64)
 
 
 @dataclasses.dataclass(eq=False)
-class Parcel:
-    """Blocks that leave together, each once, however many of the sequences share it.
+class Part:
+    """One group's blocks that leave together, each once, however many of the sequences share it.
 
     Attributes:
         blocks: int64 [n], where they were.
-        tokens: int64 [n, block_size], see `PrefixTrie.tokens`.
         rows: of each sequence outside, by its handle: which of the n blocks hold its tokens, in order.
         content: what the caller kept of the n blocks.
     """
 
     blocks: Ints
-    tokens: Ints
     rows: dict[int, Ints]
     content: Any = None
 
 
-class Arrival(NamedTuple):
-    """Sequences about to come back. Blocks are taken, but nobody's yet.
+@dataclasses.dataclass(eq=False)
+class Parcel:
+    """What sequences that leave together leave with.
+
+    Attributes:
+        parts: of each group.
+        tokens: int64 [n, block_size], of the first group's n blocks, see `MemoryManager.tokens`.
+    """
+
+    parts: list[Part]
+    tokens: Ints
+
+    @property
+    def handles(self) -> list[int]:
+        """Of the sequences that are still outside."""
+        return list(self.parts[0].rows)
+
+    def forget(self, handle: int) -> None:
+        """One of them is back, or gone for good."""
+        for part in self.parts:
+            del part.rows[handle]
+
+
+class Landing(NamedTuple):
+    """Where sequences about to come back have their blocks in one group. These are taken, but nobody's yet.
 
     Attributes:
         tables: the blocks of each sequence, by its handle.
-        moves: parcel, its rows, and the blocks that these go to.
+        moves: parcel, rows of its part, and the blocks that these go to.
         found: int64 [f], blocks that the prefix cache still held.
     """
 
@@ -61,100 +82,140 @@ def pack(manager: MemoryManager, seqs: Any) -> Parcel:
     for row in rows.tolist():
         s.require_settled(row, "swap out")
     filled = -(-s.length[rows] // manager.block_size)
-    owners, columns = expand(np.zeros_like(filled), filled)
-    blocks, places = np.unique(s.table[rows[owners], columns].astype(np.int64), return_inverse=True)
-    parts = np.split(places, filled.cumsum()[:-1])
-    return Parcel(blocks, manager.trie.tokens[blocks], dict(zip(handles.tolist(), parts, strict=False)))
+    parts = []
+    for group in manager.groups:
+        first = group.first[rows]
+        blocks, places = np.unique(group.held(rows, first, filled), return_inverse=True)
+        own = np.split(places, np.maximum(filled - first, 0).cumsum()[:-1])
+        parts.append(Part(blocks, dict(zip(handles.tolist(), own, strict=False))))
+    return Parcel(parts, manager.tokens[parts[0].blocks])
 
 
 def swap_out(manager: MemoryManager, parcel: Parcel) -> None:
     """Release the blocks of a parcel's sequences. Those in the prefix cache stay there until their space is needed."""
     s = manager.sequences
-    _, rows = s.find(list(parcel.rows))
-    owners, columns = expand(np.zeros_like(rows), s.num_blocks[rows])
-    manager.pool.release(s.table[rows[owners], columns].astype(np.int64))
-    s.table[rows] = -1
+    handles = parcel.handles
+    _, rows = s.find(handles)
+    for group in manager.groups:
+        group.pool.release(group.held(rows, group.first[rows], s.num_blocks[rows]))
+        group.table[rows] = -1
     s.num_blocks[rows] = 0
     s.outside[rows] = True
-    s.known[rows] = np.where(s.known[rows] == s.length[rows], s.known[rows], -1)
+    followed = (s.known[rows] == s.length[rows]) & (manager.groups[0].first[rows] == 0)  # back to the first token
+    s.known[rows] = np.where(followed, s.known[rows], -1)
     s.renew_stamps(rows)
-    manager.parcels.update(dict.fromkeys(parcel.rows, parcel))
+    manager.parcels.update(dict.fromkeys(handles, parcel))
 
 
-def unpack(manager: MemoryManager, seqs: Any) -> Arrival:
-    """Take blocks for sequences that are outside; the prefix cache may still hold some.
+def unpack(manager: MemoryManager, seqs: Any) -> list[Landing]:
+    """Take blocks of every group for sequences that are outside; the prefix cache may still hold some.
 
     Raises:
         ValueError: a sequence is not live, not outside, or occurs twice.
-        OutOfBlocks: the pool cannot serve them. Nothing was changed.
+        OutOfBlocks: a pool cannot serve them. Nothing was changed.
     """
-    s, pool = manager.sequences, manager.pool
+    s = manager.sequences
     handles, rows = s.find_some(seqs)
     if not s.outside[rows].all():
         raise ValueError(f"sequence {handles[~s.outside[rows]][0]} was not swapped out")
-    place = {
-        parcel: np.full(len(parcel.blocks), -1, dtype=np.int64)
-        for parcel in dict.fromkeys(manager.parcels[handle] for handle in handles.tolist())
-    }
-    for handle, row in zip(handles.tolist(), rows.tolist(), strict=True):
-        parcel = manager.parcels[handle]
-        full = parcel.rows[handle][: max(int(s.known[row]), 0) // manager.block_size]
-        hits = manager.trie.find(s.namespace[row], parcel.tokens[full])
-        place[parcel][full[: len(hits)]] = hits
-    missing = {parcel: _missing(parcel, place[parcel], handles) for parcel in place}
-    found = np.unique(np.concatenate([_NONE, *place.values()]))
-    found = found[found >= 0]
-    count = sum(map(len, missing.values()))
-    pool.require(count + pool.count_evictable(found))
-
-    pool.retain(found)
-    blocks = pool.allocate(count)
-    ends = np.cumsum([len(rows) for rows in missing.values()], dtype=np.int64)
-    moves = []
-    for (parcel, part), fresh in zip(missing.items(), np.split(blocks, ends[:-1]), strict=False):
-        if len(part):
-            place[parcel][part] = fresh
-            manager.trie.tokens[fresh] = parcel.tokens[part]
-            moves.append((parcel, part, fresh))
-    out = {handle: manager.parcels[handle] for handle in handles.tolist()}
-    tables = {handle: place[parcel][parcel.rows[handle]] for handle, parcel in out.items()}
-    return Arrival(tables, moves, found)
+    outside = dict(zip(handles.tolist(), rows.tolist(), strict=True))
+    paths = {handle: _path(manager, handle, row) for handle, row in outside.items()}
+    searches = [_Search(manager, index, outside, paths) for index in range(len(manager.groups))]
+    for search in searches:
+        search.require()
+    landings = [search.take() for search in searches]
+    for parcel, rows, blocks in landings[0].moves:
+        manager.tokens[blocks] = parcel.tokens[rows]
+    return landings
 
 
-def _missing(parcel: Parcel, place: Ints, handles: Ints) -> Ints:
-    """Which rows of a parcel these of its sequences need that have no block yet."""
-    needed = [parcel.rows[handle] for handle in handles.tolist() if handle in parcel.rows]
-    rows = np.unique(np.concatenate(needed))
-    missing: Ints = rows[place[rows] < 0]
-    return missing
+def _path(manager: MemoryManager, handle: int, row: int) -> list[int]:
+    """The nodes of a sequence's full blocks, as far as the prefix cache knows them."""
+    s, parcel = manager.sequences, manager.parcels[handle]
+    full = parcel.parts[0].rows[handle][: max(int(s.known[row]), 0) // manager.block_size]
+    return manager.trie.path(s.namespace[row], parcel.tokens[full])
 
 
-def cancel(manager: MemoryManager, arrival: Arrival) -> None:
+class _Search:
+    """Which blocks of one group are still there for sequences about to come back, and which they lack."""
+
+    def __init__(
+        self, manager: MemoryManager, index: int, outside: dict[int, int], paths: dict[int, list[int]]
+    ) -> None:
+        self._group = group = manager.groups[index]
+        self._parcels = {handle: manager.parcels[handle] for handle in outside}
+        self._rows = {handle: parcel.parts[index].rows[handle] for handle, parcel in self._parcels.items()}
+        self._place = {
+            parcel: np.full(len(parcel.parts[index].blocks), -1, dtype=np.int64) for parcel in self._parcels.values()
+        }
+        for handle, row in outside.items():
+            hits = group.cached.blocks_of(paths[handle][int(group.first[row]) :])
+            self._place[self._parcels[handle]][self._rows[handle][: len(hits)]] = hits
+        self._found = np.unique(np.concatenate([_NONE, *self._place.values()]))
+        self._found = self._found[self._found >= 0]
+        self._missing = {parcel: self._lacking(parcel, place) for parcel, place in self._place.items()}
+        self._count = sum(map(len, self._missing.values()))
+
+    def _lacking(self, parcel: Parcel, place: Ints) -> Ints:
+        """Which rows of a parcel its sequences need that have no block yet."""
+        needed = [rows for handle, rows in self._rows.items() if self._parcels[handle] is parcel]
+        rows = np.unique(np.concatenate(needed))
+        lacking: Ints = rows[place[rows] < 0]
+        return lacking
+
+    def require(self) -> None:
+        """Raise OutOfBlocks unless the group can serve them."""
+        pool = self._group.pool
+        pool.require(self._count + pool.count_evictable(self._found))
+
+    def take(self) -> Landing:
+        """Take the blocks. `require` them first."""
+        pool = self._group.pool
+        pool.retain(self._found)
+        blocks = pool.allocate(self._count)
+        ends = np.cumsum([len(rows) for rows in self._missing.values()], dtype=np.int64)
+        moves = []
+        for (parcel, rows), fresh in zip(self._missing.items(), np.split(blocks, ends[:-1]), strict=False):
+            if len(rows):
+                self._place[parcel][rows] = fresh
+                moves.append((parcel, rows, fresh))
+        tables = {handle: self._place[parcel][self._rows[handle]] for handle, parcel in self._parcels.items()}
+        return Landing(tables, moves, self._found)
+
+
+def cancel(manager: MemoryManager, landings: list[Landing]) -> None:
     """Give back what `unpack` took. What it evicted from the prefix cache does not come back."""
-    manager.pool.undo_allocate(arrival.fresh)
-    manager.pool.release(arrival.found)
+    for group, landing in zip(manager.groups, landings, strict=True):
+        group.pool.undo_allocate(landing.fresh)
+        group.pool.release(landing.found)
 
 
-def swap_in(manager: MemoryManager, arrival: Arrival) -> None:
-    """Give the sequences of an arrival their blocks, which hold their tokens again."""
-    s, pool = manager.sequences, manager.pool
-    for handle, blocks in arrival.tables.items():
-        row = s.find_one(handle)
-        pool.retain(blocks)
-        s.table[row, : len(blocks)] = blocks
-        s.num_blocks[row] = len(blocks)
-        s.outside[row] = False
-        del manager.parcels.pop(handle).rows[handle]
-    pool.release(np.concatenate([arrival.found, arrival.fresh]))
-    _enter_again(manager, list(arrival.tables))
+def swap_in(manager: MemoryManager, landings: list[Landing]) -> None:
+    """Give the sequences their blocks, which hold their tokens again."""
+    s = manager.sequences
+    for group, landing in zip(manager.groups, landings, strict=True):
+        for handle, blocks in landing.tables.items():
+            row = s.find_one(handle)
+            group.pool.retain(blocks)
+            first = group.first[row]
+            group.table[row, first : first + len(blocks)] = blocks
+            s.num_blocks[row] = first + len(blocks)
+        group.pool.release(np.concatenate([landing.found, landing.fresh]))
+    handles = list(landings[0].tables)
+    for handle in handles:
+        manager.parcels.pop(handle).forget(handle)
+    _, rows = s.find(handles)
+    s.outside[rows] = False
+    _enter_again(manager, rows)
 
 
-def _enter_again(manager: MemoryManager, handles: list[int]) -> None:
+def _enter_again(manager: MemoryManager, rows: Ints) -> None:
     """Enter full blocks that the prefix cache has evicted meanwhile."""
     s = manager.sequences
-    _, rows = s.find(handles)
     full = np.maximum(s.known[rows], 0) // manager.block_size
     owners, columns = expand(np.zeros_like(full), full)
     rows = rows[owners]
-    left_out = ~manager.trie.has(s.table[rows, columns].astype(np.int64))
+    left_out = np.zeros(len(rows), dtype=bool)
+    for group in manager.groups:
+        left_out |= (columns >= group.first[rows]) & ~group.cached.has(group.table[rows, columns].astype(np.int64))
     enter(manager, rows[left_out], columns[left_out])

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from torch_paged.memory import OutOfBlocks
 from torch_paged.serving.requests import Sample
 from torch_paged.serving.waiting import WaitingQueue
 
+Blocks = NDArray[np.int64]  # of each group of layers
 _FAILED_SWAP = (RuntimeError, MemoryError)  # of a device, of the blocks, of the host's memory
 
 
@@ -30,7 +33,9 @@ class Residents:
         preemptions: how often a running sample gave way.
     """
 
-    def __init__(self, cache: Any, policy: str, max_running: int, reserve: int, patience: float) -> None:
+    def __init__(
+        self, cache: Any, policy: str, max_running: int, chunk: int, watermark: float, patience: float
+    ) -> None:
         self.running: list[Sample] = []
         self.queue = WaitingQueue(patience)
         self.preemptions = 0
@@ -38,20 +43,38 @@ class Residents:
         self._block_size: int = cache.block_size
         self._policy = policy
         self._max_running = max_running
-        self._reserve = reserve  # blocks that admission leaves free
+        self._sizes = np.array([group.num_blocks for group in cache.groups])
+        self._reserve = np.ceil(watermark * self._sizes).astype(int)  # blocks that admission leaves free
+        # Blocks that a sample holds at most: those of its window, and of a chunk of so many tokens that it reads.
+        self._most = np.array(
+            [
+                np.iinfo(np.int64).max if window is None else (window + chunk) // self._block_size + 3
+                for window in (group.sliding_window for group in cache.groups)
+            ]
+        )
         self._running_rows = 0  # of the cache, those of forks to come included
         self._swapped_rows = 0
         self._crowded = False  # since one gave way, none has ended: who is let in would be the next to give way
 
-    def blocks(self, tokens: int) -> int:
-        """Blocks that so many tokens take."""
-        return -(-tokens // self._block_size)
+    def blocks(self, tokens: int, cached: int = 0) -> Blocks:
+        """Blocks of each group of layers that so many tokens take at most, on top of those `cached`."""
+        full = -(-tokens // self._block_size) - -(-cached // self._block_size)
+        blocks: Blocks = np.minimum(full, self._most)
+        return blocks
 
-    def admit(self, outstanding: int, in_flight: bool) -> tuple[list[Sample], int]:
+    def shortage(self, tokens: int) -> str | None:
+        """Why so many tokens fit into an empty cache never, if so."""
+        needed = self.blocks(tokens)
+        for group in np.flatnonzero(needed > self._sizes):
+            where = f" in groups[{group}]" if group else ""
+            return f"prompt and new tokens take {needed[group]} blocks{where}, the cache has {self._sizes[group]}"
+        return None
+
+    def admit(self, outstanding: Blocks, in_flight: bool) -> tuple[list[Sample], Blocks]:
         """Let the head of the queue in if there is room.
 
         Args:
-            outstanding: blocks that others let in before have yet to take.
+            outstanding: blocks of each group that others let in before have yet to take.
             in_flight: whether open steps may still hold blocks of finished samples.
 
         Returns:
@@ -62,22 +85,30 @@ class Residents:
             ValueError: nothing runs, and others hold all rows of the cache.
         """
         head = self.queue.head()
+        nothing = np.zeros_like(self._sizes)
         if head is None or (self._crowded and self.running) or not self._has_rows(head):
-            return [], 0
-        room = self._cache.num_free_blocks - self._reserve - outstanding
-        if self._policy == "wait":
-            promised = sum(self._most_blocks(sample) for sample in [*self.running, head])
-            room = math.inf if promised <= self._cache.num_blocks - self._reserve else -1
-        if not self.running:
-            room = math.inf  # what does not fit even so fits never
+            return [], nothing
+        room = self._room(head) - outstanding
         needed = self._swap_in(head, room, in_flight) if head.seq >= 0 else self._add(head, room, in_flight)
         if needed is None:
-            return [], 0
+            return [], nothing
         self.queue.pop()
         head.state = "running"
         self._running_rows += _rows(head)
         self.running.append(head)
         return [head, *self.part_forks(head)], needed
+
+    def _room(self, head: Sample) -> NDArray[np.float64]:
+        """Blocks of each group that admission may give to the head of the queue."""
+        unlimited = np.full(len(self._sizes), np.inf)
+        if not self.running:
+            return unlimited  # what does not fit even so fits never
+        if self._policy == "wait":
+            promised = sum(self._most_blocks(sample) for sample in [*self.running, head])
+            return unlimited if (promised <= self._sizes - self._reserve).all() else -unlimited
+        room: NDArray[np.float64] = np.array([float(group.num_free_blocks) for group in self._cache.groups])
+        room -= self._reserve
+        return room
 
     def _has_rows(self, head: Sample) -> bool:
         """Whether one more can run. If only swapped samples stand in the way, the last of them give up their rows."""
@@ -93,7 +124,7 @@ class Residents:
         self.release(swapped[-lacking:])
         return True
 
-    def _add(self, head: Sample, room: float, in_flight: bool) -> int | None:
+    def _add(self, head: Sample, room: NDArray[np.float64], in_flight: bool) -> Blocks | None:
         """Give a sample a new sequence; the blocks that it needs on top of its cached prefix."""
         try:
             seq = self._cache.add(head.tokens, head.generation.request.namespace)
@@ -102,15 +133,15 @@ class Residents:
                 return None
             raise
         cached: int = self._cache.length(seq)
-        needed = self.blocks(head.length) - cached // self._block_size + len(head.forks)
-        if needed > room:
+        needed = self.blocks(head.length, cached) + len(head.forks)
+        if (needed > room).any():
             self._cache.free(seq)
             return None
         head.seq, head.cached = seq, cached
         return needed
 
-    def _swap_in(self, head: Sample, room: float, in_flight: bool) -> int | None:
-        if self.blocks(head.length) > room:
+    def _swap_in(self, head: Sample, room: NDArray[np.float64], in_flight: bool) -> Blocks | None:
+        if (self.blocks(head.length) > room).any():
             return None
         try:
             self._cache.swap_in([head.seq])
@@ -120,10 +151,10 @@ class Residents:
             self.release([head])  # its tokens are known: it reads them again
             return self._add(head, room, in_flight)
         self._swapped_rows -= _rows(head)
-        return 1 + len(head.forks)
+        return np.full_like(self._sizes, 1 + len(head.forks))
 
-    def _most_blocks(self, sample: Sample) -> int:
-        """Blocks that a sample and its forks may come to hold."""
+    def _most_blocks(self, sample: Sample) -> Blocks:
+        """Blocks of each group that a sample and its forks may come to hold."""
         return self.blocks(sample.limit - 1) * _rows(sample)
 
     def part_forks(self, sample: Sample) -> list[Sample]:
@@ -153,7 +184,7 @@ class Residents:
         victims, missing = [], shortage.needed - shortage.free
         while others and missing > 0:
             victims.append(others.pop())
-            missing -= self.blocks(victims[-1].length)
+            missing -= int(self.blocks(victims[-1].length)[shortage.group])
         self._preempt(victims)
         return None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -50,7 +49,8 @@ class Scheduler:
         policy: "wait": a sample is let in when all that the running ones may come to need is there, so that none has
             to give way. "recompute" and "swap": when what it needs now is there; one that gives way later reads its
             tokens again, or has its blocks kept in host memory.
-        watermark: share of the blocks that admission leaves free, 0 to 1, unless nothing else runs.
+        watermark: share of the blocks of each group of layers that admission leaves free, 0 to 1, unless nothing else
+            runs.
         patience: how many later requests of a priority higher by one may go first.
 
     Raises:
@@ -79,8 +79,7 @@ class Scheduler:
         self._cache = cache
         self._budget = token_budget
         self._max_running = min(max_running or cache.max_seqs, cache.max_seqs, token_budget)
-        reserve = math.ceil(watermark * cache.num_blocks)
-        self._residents = Residents(cache, policy, self._max_running, reserve, patience)
+        self._residents = Residents(cache, policy, self._max_running, token_budget, watermark, patience)
 
     @property
     def load(self) -> Load:
@@ -111,9 +110,9 @@ class Scheduler:
         cached = sample.limit - 1  # the last token is written, never read
         if cached > self._cache.max_seq_len:
             return ValueError(f"prompt and new tokens take {cached} places, max_seq_len is {self._cache.max_seq_len}")
-        blocks = self._residents.blocks(cached)
-        if blocks > self._cache.num_blocks:
-            return ValueError(f"prompt and new tokens take {blocks} blocks, the cache has {self._cache.num_blocks}")
+        shortage = self._residents.shortage(cached)
+        if shortage is not None:
+            return ValueError(shortage)
         if 1 + len(sample.forks) > self._max_running:
             return ValueError(f"{1 + len(sample.forks)} samples cannot run at once, {self._max_running} can")
         return None
@@ -169,8 +168,9 @@ class Scheduler:
         chunks = _Chunks(samples, self._budget)
         reading.sort(key=lambda sample: sample.key)
         chunks.take(reading)
-        blocks = self._residents.blocks
-        outstanding = sum(blocks(sample.length) - blocks(sample.cached) for sample in reading)
+        outstanding = self._residents.blocks(0)
+        for sample in reading:
+            outstanding += self._residents.blocks(sample.length, sample.cached)
         while admit and chunks.budget > 0:
             admitted, needed = self._residents.admit(outstanding, bool(self.open_plans))
             if not admitted:
