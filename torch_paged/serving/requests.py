@@ -25,8 +25,8 @@ def _as_real(name: str, value: Any) -> float:
         raise TypeError(f"{name} must be a real number, got {value!r}")
     try:
         return float(value)
-    except OverflowError:
-        return math.inf if value > 0 else -math.inf
+    except OverflowError:  # an integer beyond all floats, and so out of any range
+        return math.inf
 
 
 def _set(instance: Any, **values: Any) -> None:
