@@ -1,7 +1,7 @@
 """Tokens a second in the same KV memory: paged, against places, against batches, against Hugging Face Transformers.
 
-    python benchmarks/serving_throughput.py                         five minutes; the peers need pip install transformers
-    python benchmarks/serving_throughput.py --ways paged swap       some of the ways; the others' figures are kept
+    python benchmarks/serving_throughput.py                      five minutes; the peers need pip install transformers
+    python benchmarks/serving_throughput.py --ways paged swap    some of the ways; the others' figures are kept
 
 Tables, JSON and a plot go to `benchmarks/results/serving/throughput.*`. See serving_trace.py for the trace and the
 ways, serving_peers.py for the peers. Written tokens that were asked for count, over the whole trace; the demo model

@@ -182,7 +182,7 @@ def test_the_table_is_live_in_a_terminal(monkeypatch, capsys):
     )
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     under_pressure.main()
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1].split("\r")]
+    rows = [line.split() for line in capsys.readouterr().out.split("\n")[1].split("\r")]
     assert len(rows) > 30
     assert [int(row[0]) for row in rows[:-1]] == [*range(1, len(rows))]
     running, waiting, swapped = (max(int(row[column]) for row in rows) for column in (1, 2, 3))
