@@ -23,10 +23,14 @@ def measure() -> dict[str, Any]:
         runs = {f"paged, {policy}": serve(memory, served, "paged", policy=policy) for policy in POLICIES}
         runs |= {way: serve(memory, served, way) for way in WAYS[1:]}
         cases[f"{places} x {memory.most_tokens}"] = dict(
-            requests=requests, ways={name: run.figures for name, run in runs.items()}
+            requests=requests, ways={name: without_times(run) for name, run in runs.items()}
         )
         lines = lines or {name: line(run) for name, run in runs.items() if name != "paged, swap"}
     return dict(cases=cases, lines=lines)
+
+
+def without_times(run: Run) -> dict[str, Any]:
+    return {name: value for name, value in run.figures.items() if "second" not in name}
 
 
 def line(run: Run) -> dict[str, list[float]]:

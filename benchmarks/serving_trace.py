@@ -105,8 +105,8 @@ class Run(NamedTuple):
     """The whole trace, served.
 
     Attributes:
-        figures: seconds, tokens written a second, and the same until nobody waits for the first time, steps, how often
-            a sequence gave way, share of tokens read again, and means of Steps.
+        figures: seconds, tokens written a second of all cores together, a second, and a second until nobody waits for
+            the first time, steps, how often a sequence gave way, share of tokens read again, and means of Steps.
         steps: of all.
     """
 
@@ -130,7 +130,7 @@ def serve(memory: Memory, requests: list[Request], way: str, *, block_size: int 
     size = memory.places if way == "batches" else len(requests)
     generations, loaded = [], None
     steps = Steps([], [], [], [])
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     for first in range(0, len(requests), size):
         for request in requests[first : first + size]:
             generations.append(engine.submit(request))
@@ -142,7 +142,7 @@ def serve(memory: Memory, requests: list[Request], way: str, *, block_size: int 
             if way != "paged":
                 places = memory.places if way == "batches" else steps.held[-1]
                 steps.filled[-1] = steps.live[-1] * memory.places / max(places, 1)
-    seconds = time.perf_counter() - start
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     assert loaded is not None
     cache.check_integrity()
     assert cache.num_free_blocks == cache.num_blocks
@@ -150,6 +150,7 @@ def serve(memory: Memory, requests: list[Request], way: str, *, block_size: int 
     needed = written + sum(len(request.prompt) - 1 for request in requests)
     figures = dict(
         seconds=seconds,
+        tokens_per_cpu_second=written / cpu_seconds,
         tokens_per_second=written / seconds,
         tokens_per_second_loaded=loaded[1] / loaded[0],
         steps=len(steps.held),
