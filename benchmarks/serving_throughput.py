@@ -34,7 +34,7 @@ RATES = {
     "tokens_per_second_loaded": "tokens/s, loaded",
     "tokens_per_cpu_second": "tokens/CPU s",
 }
-DEFAULT = ("paged", "slots", "batches", *PEERS)
+DEFAULT = ("paged", "swap", "slots", "batches", *PEERS)
 
 
 def measure(file: Path, ways: list[str], count: int, memory: Memory) -> dict[str, Any]:
