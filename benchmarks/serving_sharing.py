@@ -1,13 +1,16 @@
 """KV memory saved by sharing: samples of one prompt, beams, and a system prompt common to several requests.
 
-    python benchmarks/serving_sharing.py --out benchmarks/results/serving_sharing.md
+    python benchmarks/serving_sharing.py
 
-Peak of the blocks in use, beside the blocks that the same sequences take when each keeps all of its own.
+Peak of the blocks in use, beside the blocks that the same sequences take when each keeps all of its own. Table, JSON
+and a plot go to `benchmarks/results/serving/sharing.*`.
 """
 
-import argparse
 import sys
 from pathlib import Path
+from typing import Any
+
+from serving_report import BLUE, GREY, panels, parser, publish, table
 
 from torch_paged.serving import Engine, Request, Sampling, beam_search
 
@@ -30,9 +33,6 @@ class Peak:
         blocks = (batch.seq_lens + self.cache.block_size - 1) // self.cache.block_size
         self.alone = max(self.alone, int(blocks.sum()))
         return self.model(tokens, batch)
-
-    def row(self, name: str) -> str:
-        return f"| {name} | {self.shared} | {self.alone} | {1 - self.shared / self.alone:.0%} |"
 
 
 def samples(count: int) -> Peak:
@@ -59,26 +59,54 @@ def system_prompt(count: int) -> Peak:
     return peak
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    lines = [
-        f"The demo model, a prompt of {len(PROMPT)} tokens, {NEW_TOKENS} new ones, blocks of 16 tokens.",
-        "",
-        "| | most blocks in use | each alone | saved |",
-        "|---|---|---|---|",
+CASES = {"samples of a prompt": samples, "beams": beams, "requests with one system prompt": system_prompt}
+
+
+def measure() -> dict[str, Any]:
+    cases = {}
+    for name, run in CASES.items():
+        for count in (2, 4, 8):
+            peak = run(count)
+            cases[f"{count} {name}"] = dict(shared=peak.shared, alone=peak.alone)
+    return dict(prompt=len(PROMPT), new_tokens=NEW_TOKENS, block_size=16, cases=cases)
+
+
+def text(measured: dict[str, Any]) -> str:
+    rows = [
+        [name, f"{seen['shared']}", f"{seen['alone']}", f"{1 - seen['shared'] / seen['alone']:.0%}"]
+        for name, seen in measured["cases"].items()
     ]
-    for count in (2, 4, 8):
-        lines.append(samples(count).row(f"{count} samples"))
-    for count in (2, 4, 8):
-        lines.append(beams(count).row(f"{count} beams"))
-    for count in (2, 4, 8):
-        lines.append(system_prompt(count).row(f"{count} requests with one system prompt"))
-    print("\n".join(lines))
-    if args.out:
-        args.out.parent.mkdir(exist_ok=True)
-        args.out.write_text("\n".join(lines) + "\n")
+    return "\n\n".join(
+        [
+            "# Memory saved by sharing",
+            f"`python benchmarks/serving_sharing.py`. The demo model, a prompt of {measured['prompt']} tokens, "
+            f"{measured['new_tokens']} new ones, blocks of {measured['block_size']} tokens.",
+            table(["", "most blocks in use", "each alone", "saved"], rows),
+        ]
+    )
+
+
+def draw(measured: dict[str, Any]) -> Any:
+    figure, (axis,) = panels("Most blocks in use, shared and each alone", width=8)
+    names = list(measured["cases"])
+    for offset, (way, color) in enumerate({"shared": BLUE, "alone": GREY}.items()):
+        values = [measured["cases"][name][way] for name in names]
+        axis.barh([i + 0.4 * offset - 0.2 for i in range(len(names))], values, height=0.38, color=color, label=way)
+    for place, name in enumerate(names):
+        seen = measured["cases"][name]
+        axis.text(
+            seen["shared"], place - 0.2, f" saves {1 - seen['shared'] / seen['alone']:.0%}", va="center", fontsize=8
+        )
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.invert_yaxis()
+    axis.grid(visible=False)
+    axis.legend(fontsize=8)
+    return figure
+
+
+def main() -> None:
+    args = parser(__doc__).parse_args()
+    publish("sharing", args.out, None if args.redraw else measure(), text, draw)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,20 @@
-"""Serving a trace in the same KV memory: paged, against contiguous slots and run-to-completion batches.
+"""The trace that serving is measured with, and ways to serve it in a given KV memory.
 
-    python benchmarks/serving_trace.py --requests 192 --slots 8 --out benchmarks/results/serving_trace.md
+Prompts and outputs have log-normal lengths: medians 160 and 220, sigma 1.0, fixed seed. No request has more than
+MOST_TOKENS tokens: what is too long is cut. Three ways keep keys and values; model, kernels and scheduler are the same:
 
-Prompts and outputs have log-normal lengths (medians 160 and 220, sigma 1.0, fixed seed), cut so that no request has
-more than 2048 tokens. All ways run the same model, kernels, scheduler and sampling; they differ in the cache alone:
+    paged      blocks are given out as sequences grow, and requests are let in while there are blocks
+    slots      every sequence has a place of MOST_TOKENS tokens, and the next one gets it when it ends
+    batches    the same places, but the next sequences come when all of a batch have ended
 
-    paged          blocks of 16 tokens, for each of the policies
-    contiguous     one block of 2048 tokens a sequence: a slot of the maximum length, refilled when its sequence ends
-    batches        the same slots, refilled when all sequences of a batch have ended
-
-What is measured while requests wait: the share of the memory's slots that hold live tokens, the share of allocated ones
-that do, and the sequences held. Throughput counts written tokens, over the whole trace.
+Places are kept in blocks of 16 tokens as well, so that attention is as fast, and only needed keys are read.
 """
 
-import argparse
-import platform
-import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,139 +27,147 @@ from demo import WEIGHTS
 from model import Decoder, load
 
 MOST_TOKENS = 2048
-COLUMNS = "tokens/s | sequences | pool live | slots filled | gave way | read again | steps"
+WAYS = ("paged", "slots", "batches")
 
 
-def trace(requests: int) -> list[Request]:
+def trace(requests: int, cut_each: bool = False) -> list[Request]:
+    """`cut_each`: MOST_TOKENS is the most of the prompt and of the output, each for itself; else of both together."""
     rng = np.random.default_rng(0)
     prompts, outputs = (
-        np.clip(rng.lognormal(np.log(median), 1.0, requests), 1, MOST_TOKENS - 1).astype(int) for median in (160, 220)
+        np.clip(rng.lognormal(np.log(median), 1.0, requests), 1, MOST_TOKENS - (not cut_each)).astype(int)
+        for median in (160, 220)
     )
+    if not cut_each:
+        outputs = np.minimum(outputs, MOST_TOKENS - prompts)
     return [
         Request(
             prompt=rng.integers(1, 256, prompt).tolist(),
-            max_new_tokens=min(int(output), MOST_TOKENS - int(prompt)),
+            max_new_tokens=int(output),
             namespace=number,  # so that no prefix is found: this is about slots
         )
         for number, (prompt, output) in enumerate(zip(prompts, outputs, strict=True))
     ]
 
 
-class Result(NamedTuple):
-    seconds: float
-    written: int
-    read: int
-    steps: int
-    preemptions: int
-    held: list[int]  # sequences, of each step in which requests waited
-    live: list[float]
-    filled: list[float]
+class Memory(NamedTuple):
+    """KV memory: `places` of `most_tokens` tokens.
 
-    def row(self, name: str, needed: int) -> str:
-        held, live, filled = (statistics.fmean(values or [0]) for values in (self.held, self.live, self.filled))
-        again = f"{self.read / needed - 1:.1%}"
-        return (
-            f"| {name} | {self.written / self.seconds:.0f} | {held:.1f} | {live:.1%} | {filled:.1%} "
-            f"| {self.preemptions} | {again} | {self.steps} |"
-        )
+    Attributes:
+        model: False: nothing is computed, and every token is 0. For what depends on lengths alone.
+    """
 
+    places: int
+    most_tokens: int = MOST_TOKENS
+    model: bool = True
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
 
-class Memory:
-    """The KV memory of `slots` sequences of the maximum length, in blocks of any size."""
-
-    def __init__(self, slots: int, dtype: torch.dtype, device: str) -> None:
-        self.slots, self.dtype, self.device = slots, dtype, device
-        self.config, self.weights = load(WEIGHTS)
-
-    def model(self, block_size: int) -> tuple[PagedKVCache, torch.nn.Module]:
-        config = self.config
+    def build(self, block_size: int) -> tuple[PagedKVCache, Callable[..., torch.Tensor]]:
+        config, weights = load(WEIGHTS)
         cache = PagedKVCache(
-            config.num_layers,
-            config.num_kv_heads,
-            config.head_dim,
+            *((config.num_layers, config.num_kv_heads, config.head_dim) if self.model else (1, 1, 1)),
             block_size=block_size,
-            num_blocks=self.slots * MOST_TOKENS // block_size,
-            max_seqs=256,
-            max_seq_len=MOST_TOKENS,
+            num_blocks=self.places * self.most_tokens // block_size,
+            max_seqs=1024,
+            max_seq_len=self.most_tokens,
             dtype=self.dtype,
             device=self.device,
         )
+        if not self.model:
+            return cache, lambda _, batch: torch.zeros(len(batch.last_token), 2)
         model = Decoder(config, cache.layers).to(self.device, self.dtype)
-        model.load_state_dict(self.weights)
+        model.load_state_dict(weights)
         return cache, model
 
 
-def serve(memory: Memory, requests: list[Request], *, block_size: int, batches: bool = False, **options) -> Result:
-    """The whole trace; with `batches`, as many at a time as there are slots, until all of them have ended."""
-    cache, model = memory.model(block_size)
+class Steps(NamedTuple):
+    """What was seen after each step.
+
+    Attributes:
+        waiting: whether requests waited.
+        held: sequences that hold memory.
+        live: share of all slots that hold a token of a sequence.
+        filled: the same of the slots that are given out: of blocks, or of places (in `batches` until the last ends).
+    """
+
+    waiting: list[bool]
+    held: list[int]
+    live: list[float]
+    filled: list[float]
+
+    def while_waiting(self) -> dict[str, float]:
+        """Means over the steps in which requests waited."""
+        values = {"sequences": self.held, "live": self.live, "filled": self.filled}
+        return {name: float(np.mean(np.array(each)[self.waiting])) for name, each in values.items()}
+
+
+class Run(NamedTuple):
+    """The whole trace, served.
+
+    Attributes:
+        figures: seconds, tokens written a second of all cores together, a second, and a second until nobody waits for
+            the first time, steps, how often a sequence gave way, share of tokens read again, and means of Steps.
+        steps: of all.
+    """
+
+    figures: dict[str, Any]
+    steps: Steps
+
+
+def serve(memory: Memory, requests: list[Request], way: str, *, block_size: int = 16, **options: Any) -> Run:
+    """Serve all requests, which are there from the start. `options`: of the Engine."""
+    cache, model = memory.build(block_size)
     read = 0
 
-    def counting(tokens, batch):
+    def counting(tokens: torch.Tensor, batch: Any) -> torch.Tensor:
         nonlocal read
         read += len(tokens)
         return model(tokens, batch)
 
+    if way != "paged":
+        options |= dict(max_running=memory.places, watermark=0.0)
     engine = Engine(cache, counting, **options)
-    size = memory.slots if batches else len(requests)
-    held, live, filled, steps = [], [], [], 0
-    start = time.perf_counter()
+    size = memory.places if way == "batches" else len(requests)
+    generations, loaded = [], None
+    steps = Steps([], [], [], [])
+    start, cpu_start = time.perf_counter(), time.process_time()
     for first in range(0, len(requests), size):
         for request in requests[first : first + size]:
-            engine.submit(request)
+            generations.append(engine.submit(request))
         while engine.step():
-            steps += 1
-            if engine.load.waiting or engine.load.swapped or (batches and first + size < len(requests)):
-                sequences = cache._manager.sequences
-                rows = sequences.live_rows
-                rows = rows[sequences.num_blocks[rows] > 0]
-                tokens, slots = sequences.length[rows].sum(), sequences.num_blocks[rows].sum() * block_size
-                held.append(len(rows))
-                live.append(tokens / (cache.num_blocks * block_size))
-                filled.append(tokens / max(slots, 1))
-    seconds = time.perf_counter() - start
+            waiting = engine.load.waiting + engine.load.swapped > 0 or first + size < len(requests)
+            if loaded is None and not waiting:
+                loaded = time.perf_counter() - start, sum(len(g.samples[0].written) for g in generations)
+            look(cache, steps, waiting)
+            if way != "paged":
+                places = memory.places if way == "batches" else steps.held[-1]
+                steps.filled[-1] = steps.live[-1] * memory.places / max(places, 1)
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    assert loaded is not None
     cache.check_integrity()
     assert cache.num_free_blocks == cache.num_blocks
     written = sum(request.max_new_tokens for request in requests)
-    return Result(seconds, written, read, steps, engine.load.preemptions, held, live, filled)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--requests", default=192, type=int)
-    parser.add_argument("--slots", default=8, type=int, help="KV memory, in sequences of the maximum length")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--token-budget", default=512, type=int)
-    parser.add_argument("--block-sizes", default=[1, 4, 64, 256], type=int, nargs="*", help="also, with recompute")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-
-    memory = Memory(args.slots, getattr(torch, args.dtype), args.device)
-    requests = trace(args.requests)
-    needed = sum(len(request.prompt) + request.max_new_tokens - 1 for request in requests)
-    device = (
-        torch.cuda.get_device_name(args.device) if args.device != "cpu" else f"CPU, {torch.get_num_threads()} threads"
+    needed = written + sum(len(request.prompt) - 1 for request in requests)
+    figures = dict(
+        seconds=seconds,
+        tokens_per_cpu_second=written / cpu_seconds,
+        tokens_per_second=written / seconds,
+        tokens_per_second_loaded=loaded[1] / loaded[0],
+        steps=len(steps.held),
+        gave_way=engine.load.preemptions,
+        read_again=read / needed - 1,
+        **steps.while_waiting(),
     )
-    versions = f"PyTorch {torch.__version__}, Python {platform.python_version()}"
-    lines = [
-        f"{args.requests} requests of {needed / args.requests:.0f} tokens on average, KV memory of {args.slots} x "
-        f"{MOST_TOKENS} tokens, {args.dtype}, {device}, {versions}.",
-        "",
-        f"| | {COLUMNS} |",
-        "|---" * (COLUMNS.count("|") + 2) + "|",
-    ]
-    print("\n".join(lines), flush=True)
-    ways = {f"paged, {policy}": dict(block_size=16, policy=policy) for policy in ("recompute", "swap", "wait")}
-    ways |= {f"paged, recompute, blocks of {size}": dict(block_size=size) for size in args.block_sizes}
-    slotted = dict(block_size=MOST_TOKENS, watermark=0.0)
-    ways |= {"contiguous slots": slotted, "run-to-completion batches": slotted | dict(batches=True)}
-    for name, options in ways.items():
-        lines.append(serve(memory, requests, **options, token_budget=args.token_budget).row(name, needed))
-        print(lines[-1], flush=True)
-    if args.out:
-        args.out.parent.mkdir(exist_ok=True)
-        args.out.write_text("\n".join(lines) + "\n")
+    return Run(figures, steps)
 
 
-if __name__ == "__main__":
-    main()
+def look(cache: PagedKVCache, steps: Steps, waiting: bool) -> None:
+    """Note how full the memory is."""
+    sequences = cache._manager.sequences
+    rows = sequences.live_rows
+    rows = rows[sequences.num_blocks[rows] > 0]
+    tokens, blocks = int(sequences.length[rows].sum()), int(sequences.num_blocks[rows].sum())
+    steps.waiting.append(waiting)
+    steps.held.append(len(rows))
+    steps.live.append(tokens / (cache.num_blocks * cache.block_size))
+    steps.filled.append(tokens / max(blocks * cache.block_size, 1))

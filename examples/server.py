@@ -29,6 +29,7 @@ from torch_paged.serving import AsyncEngine, Engine, Piece, Request, Sampling
 MODEL = "torch-paged-demo"
 CLIENT_CLOSED_REQUEST = 499
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed", "logprobs")
+MOST_SAMPLES = 16
 KNOWN = {*SAMPLING, "model", "prompt", "max_tokens", "n", "stop", "stream", "priority", "user"}
 
 
@@ -39,6 +40,8 @@ def parse(body: Any) -> Request:
     if unknown := body.keys() - KNOWN:
         raise ValueError(f"not supported: {', '.join(sorted(unknown))}")
     given = {name: value for name, value in body.items() if value is not None}
+    if given.get("n", 1) > MOST_SAMPLES:
+        raise ValueError(f"n must be at most {MOST_SAMPLES}, got {given['n']}")
     stop = given.get("stop", [])
     return Request(
         prompt=list(given["prompt"].encode()),

@@ -175,6 +175,22 @@ def test_serve_under_pressure(policy):
     assert last[5] == "12"
 
 
+def test_the_table_is_live_in_a_terminal(monkeypatch, capsys):
+    under_pressure = importlib.import_module("serve_under_pressure")
+    monkeypatch.setattr(
+        sys, "argv", ["serve_under_pressure.py", "--requests", "6", "--blocks", "12", "--policy", "swap"]
+    )
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    under_pressure.main()
+    rows = [line.split() for line in capsys.readouterr().out.split("\n")[1].split("\r")]
+    assert len(rows) > 30
+    assert [int(row[0]) for row in rows[:-1]] == [*range(1, len(rows))]
+    running, waiting, swapped = (max(int(row[column]) for row in rows) for column in (1, 2, 3))
+    assert running >= 2
+    assert waiting >= 1
+    assert swapped >= 1
+
+
 def test_shared_prefix():
     output = run("shared_prefix.py")
     assert "check passed" in output

@@ -244,6 +244,7 @@ def test_figures(manager):
     stats = manager.stats(10)
     assert (stats.blocks_cached, stats.blocks_evictable, stats.blocks_used, stats.blocks_free) == (2, 1, 1, 7)
     assert (stats.tokens_looked_up, stats.tokens_found) == (15, 4)
+    assert stats.hit_rate == 4 / 15
 
 
 @pytest.mark.parametrize(

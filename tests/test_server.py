@@ -89,7 +89,13 @@ def test_a_stream(served):
         ({"prompt": "x", "temperature": -1}, "temperature must be at least 0"),
         ({"prompt": "xy", "max_tokens": 128}, "take 129 places, max_seq_len is 128"),
         ({"prompt": "x", "max_tokens": 500}, "take 500 places, max_seq_len is 128"),
-        ({"prompt": "x", "max_tokens": "many"}, "not supported between"),
+        ({"prompt": "x", "max_tokens": "many"}, "max_new_tokens must be an integer, got 'many'"),
+        ({"prompt": "x", "max_tokens": 2.5}, "max_new_tokens must be an integer, got 2.5"),
+        ({"prompt": "x", "user": {}}, "namespace must be hashable, got {}"),
+        ({"prompt": "x", "logprobs": 1.5}, "logprobs must be an integer, got 1.5"),
+        ({"prompt": "x", "n": 10**12}, "n must be at most 16, got 1000000000000"),
+        ({"prompt": "x", "stop": 5}, "not iterable"),
+        ({"prompt": "x", "stop": [5]}, "stop_strings must be strings, got"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])

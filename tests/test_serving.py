@@ -1,5 +1,6 @@
 """The engine over a model that reads everything from the cache: results, order, pressure, endings."""
 
+import numpy as np
 import pytest
 import torch
 from serving_fakes import VOCAB, FakeModel, Faulty, expected, make_cache
@@ -19,6 +20,11 @@ def make_engine(cache=None, **options):
     cache = make_cache() if cache is None else cache
     model = FakeModel(cache)
     return Engine(cache, model, **options), cache, model
+
+
+def submit(request, **options):
+    engine, _, _ = make_engine(**options)
+    return engine.submit(request)
 
 
 def assert_empty(engine, cache):
@@ -208,6 +214,25 @@ def test_cancelled_at_any_moment(ahead, steps):
     assert_empty(engine, cache)
 
 
+@pytest.mark.parametrize("policy", ["recompute", "swap"])
+def test_cancelled_while_out_of_the_cache(policy):
+    """Both samples of the request that gave way, and one of the two alone that stays in."""
+    engine, cache, _ = make_engine(make_cache(num_blocks=12), policy=policy)
+    kept = engine.submit(Request(prompt=[3] * 12, max_new_tokens=20))
+    cancelled = engine.submit(Request(prompt=[4] * 12, max_new_tokens=20, samples=2))
+    while not (engine.load.swapped if policy == "swap" else engine.load.preemptions):
+        engine.step()
+    engine.cancel(cancelled)
+    assert engine.load[:3] == (1, 0, 0)
+    assert cache.stats().bytes_swapped == 0
+    cache.check_integrity()
+    while engine.step():
+        pass
+    assert [sample.finish_reason for sample in cancelled.samples] == ["cancelled"] * 2
+    assert kept.samples[0].written == expected([3] * 12, 20)
+    assert_empty(engine, cache)
+
+
 def test_a_stream_closed_early_cancels():
     engine, cache, _ = make_engine()
     stream = engine.stream(Request(prompt=[1, 2, 3], max_new_tokens=30))
@@ -273,6 +298,28 @@ def test_an_endless_stream_of_urgent_requests_starves_nobody():
         engine.step()
         assert len(urgent) < 40
     assert 5 <= sum(generation.finished for generation in urgent) <= 12
+
+
+@pytest.mark.parametrize("policy", ["wait", "recompute", "swap"])
+@pytest.mark.parametrize("watermark", [0.0, 0.25, 0.5])
+def test_admission_leaves_the_watermark_free(policy, watermark):
+    """Requests that never grow past their prompts' last blocks: 3 of 20 blocks each, so that 6, 5 or 3 fit at once."""
+    engine, cache, _ = make_engine(make_cache(num_blocks=20), policy=policy, watermark=watermark)
+    generations = [engine.submit(Request(prompt=[i + 1] * 9, max_new_tokens=3)) for i in range(10)]
+    most, fewest_free = 0, 20
+    while engine.step():
+        most, fewest_free = max(most, engine.load.running), min(fewest_free, cache.num_free_blocks)
+    assert most == {0.0: 6, 0.25: 5, 0.5: 3}[watermark]
+    assert fewest_free == 20 - 3 * most >= 20 * watermark
+    assert all(generation.samples[0].finish_reason == "length" for generation in generations)
+    assert_empty(engine, cache)
+
+
+def test_the_watermark_holds_nobody_back_who_is_alone():
+    engine, cache, _ = make_engine(make_cache(num_blocks=10), watermark=0.9)
+    (generation,) = engine.run([Request(prompt=[1] * 20, max_new_tokens=20)])
+    assert generation.samples[0].written == expected([1] * 20, 20)
+    assert_empty(engine, cache)
 
 
 def test_who_gives_way_is_the_least_urgent():
@@ -408,7 +455,11 @@ def test_a_decode_that_raises_ends_its_own_sample():
         (lambda: Sampling(top_k=-1), "top_k must be at least 0, got -1"),
         (lambda: Sampling(top_p=0), r"top_p must lie in \(0, 1\], got 0"),
         (lambda: Sampling(min_p=2), r"min_p must lie in \[0, 1\], got 2"),
-        (lambda: Sampling(logprobs=-1), "logprobs must be None or at least 0, got -1"),
+        (lambda: Sampling(logprobs=-1), "logprobs must be at least 0, got -1"),
+        (lambda: Request(prompt=[1], priority=10**400), "priority must be finite, got inf"),
+        (lambda: Request(prompt=[1], stop_tokens=5), r"stop_tokens must be flat: \[n\] integers, got shape \[\]"),
+        (lambda: Sampling(seed=-(1 << 64)), "seed must be at least -9223372036854775808, got"),
+        (lambda: submit(Request(prompt=[3, 97]), vocab_size=97), "prompt must be token ids below 97, got 97"),
         (lambda: make_engine(policy="hope"), "policy must be one of wait, recompute, swap, got 'hope'"),
         (lambda: make_engine(token_budget=0), "token_budget must be at least 1, got 0"),
         (lambda: make_engine(max_running=0), "max_running must be at least 1, got 0"),
@@ -418,3 +469,38 @@ def test_a_decode_that_raises_ends_its_own_sample():
 def test_errors_say_what_was_expected(make, why):
     with pytest.raises(ValueError, match=why):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: Request(prompt=[1], max_new_tokens=2.5), "max_new_tokens must be an integer, got 2.5"),
+        (lambda: Request(prompt=[1], samples=2.0), "samples must be an integer, got 2.0"),
+        (lambda: Request(prompt=[1], stop_tokens=[0.5]), "stop_tokens must be integers, got float64"),
+        (lambda: Request(prompt=[1], stop_strings=["x", 5]), r"stop_strings must be strings, got \('x', 5\)"),
+        (lambda: Request(prompt=[1], priority="high"), "priority must be a real number, got 'high'"),
+        (lambda: Request(prompt=[1], namespace=[]), r"namespace must be hashable, got \[\]"),
+        (lambda: Sampling(temperature="hot"), "temperature must be a real number, got 'hot'"),
+        (lambda: Sampling(top_p=None), "top_p must be a real number, got None"),
+        (lambda: Sampling(min_p=1j), "min_p must be a real number, got 1j"),
+        (lambda: Sampling(top_k=1.5), "top_k must be an integer, got 1.5"),
+        (lambda: Sampling(seed=1.5), "seed must be an integer, got 1.5"),
+        (lambda: Sampling(logprobs=1.5), "logprobs must be an integer, got 1.5"),
+    ],
+)
+def test_what_no_step_could_serve_is_refused_on_arrival(make, why):
+    """In a step it would hit everybody else's requests too."""
+    with pytest.raises(TypeError, match=why):
+        make()
+
+
+def test_extremes_are_served():
+    """Integers beyond 64 bits, stop tokens as a tensor, numbers of NumPy."""
+    engine, cache, _ = make_engine()
+    stop = torch.tensor(expected([3], 3)[2:])
+    sampling = Sampling(temperature=np.float32(1e-30), top_k=1 << 70, seed=1 << 90, logprobs=1 << 70)
+    request = Request(prompt=[3], max_new_tokens=np.int64(9), sampling=sampling, stop_tokens=stop)
+    (generation,) = engine.run([request])
+    assert generation.samples[0].written == expected([3], 3)
+    assert len(generation.samples[0].logprobs[0].top) == VOCAB
+    assert_empty(engine, cache)

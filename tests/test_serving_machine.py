@@ -75,6 +75,7 @@ class Machine(RuleBasedStateMachine):
     def step(self, steps):
         for _ in range(steps):
             self.one_step()
+            self.cache.check_integrity()
 
     def one_step(self):
         try:

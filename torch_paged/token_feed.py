@@ -33,7 +33,8 @@ class TokenFeed:
         """Tokens that `put` takes, checked as far as they are known. Raises TypeError, ValueError."""
         if not (isinstance(tokens, Tensor) and tokens.is_cuda):
             return as_integers("tokens", tokens), None
-        if tokens.dim() != 1 or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        no_integers = tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool
+        if tokens.dim() != 1 or (no_integers and len(tokens)):  # of nothing, torch.tensor([]) makes float32
             raise TypeError(f"tokens must be flat integers, got {tokens.dtype} {list(tokens.shape)}")
         with torch.cuda.device(tokens.device):
             copy = tokens.to("cpu", non_blocking=True)  # pinned

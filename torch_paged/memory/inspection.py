@@ -50,6 +50,11 @@ class MemoryStats(NamedTuple):
     seqs_swapped: int
     bytes_swapped: int
 
+    @property
+    def hit_rate(self) -> float:
+        """Share of the looked-up tokens that the prefix cache held, 0 to 1."""
+        return self.tokens_found / max(self.tokens_looked_up, 1)
+
 
 def stats(manager: MemoryManager, bytes_per_token: Sequence[int]) -> MemoryStats:
     """Count. Costs time in proportion to the blocks; not for every step."""

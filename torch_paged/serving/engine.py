@@ -48,6 +48,8 @@ class Engine:
         model: `model(tokens, batch) -> logits`: tokens int64 [num_tokens], batch a PagedBatch, logits
             [num_seqs, vocab_size] of the rows `batch.last_token`, compiled or not.
         decode: text of a list of tokens, for stop strings and streamed text.
+        vocab_size: of the model: prompts with other tokens are refused. None: they are not looked at, and what the
+            model does with one that it does not know hits all requests of its step.
         ahead: whether to launch a step before the last one's tokens are read; None: on a GPU.
         options: of the Scheduler: `token_budget`, `max_running`, `policy`, `watermark`, `patience`.
     """
@@ -58,12 +60,14 @@ class Engine:
         model: Model,
         *,
         decode: Decode | None = None,
+        vocab_size: int | None = None,
         ahead: bool | None = None,
         **options: Any,
     ) -> None:
         self._scheduler = Scheduler(cache, **options)
         self._model = model
         self._decode = decode
+        self._vocab_size = vocab_size
         self._device = cache.device
         self._ahead = cache.device.type == "cuda" if ahead is None else ahead
         self._launched: deque[_Launched] = deque()
@@ -83,10 +87,12 @@ class Engine:
         """Queue a request. One that can never fit is finished at once, see `Generation.error`.
 
         Raises:
-            ValueError: it has stop strings, and the engine no `decode`.
+            ValueError: it has stop strings, and the engine no `decode`; its prompt has tokens not below `vocab_size`.
         """
         if request.stop_strings and self._decode is None:
             raise ValueError("stop_strings need an Engine with decode=, which turns tokens into text")
+        if self._vocab_size is not None and max(request.prompt) >= self._vocab_size:
+            raise ValueError(f"prompt must be token ids below {self._vocab_size}, got {max(request.prompt)}")
         generation = Generation(request)
         if self._decode is not None:
             for sample in generation.samples:

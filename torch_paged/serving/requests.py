@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import secrets
 from collections.abc import Hashable, Sequence
 from typing import Any
 
-from torch_paged.memory.arrays import as_integers
+from torch_paged.memory.arrays import as_integer, as_integers
 from torch_paged.serving.text import TextStop
 
 _MASK = (1 << 64) - 1
@@ -17,6 +18,21 @@ _MASK = (1 << 64) - 1
 def _require(holds: Any, rule: str, actual: Any) -> None:
     if not holds:
         raise ValueError(f"{rule}, got {actual!r}")
+
+
+def _as_real(name: str, value: Any) -> float:
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a real number, got {value!r}")
+    try:
+        return float(value)
+    except OverflowError:  # an integer beyond all floats, and so out of any range
+        return math.inf
+
+
+def _set(instance: Any, **values: Any) -> None:
+    """Fields of a frozen dataclass, from its own `__post_init__`."""
+    for name, value in values.items():
+        object.__setattr__(instance, name, value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +50,7 @@ class Sampling:
 
     Raises:
         ValueError: one of them is out of its range.
+        TypeError: one of them is of another type.
     """
 
     temperature: float = 0.0
@@ -44,11 +61,15 @@ class Sampling:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        _set(self, **{name: _as_real(name, getattr(self, name)) for name in ("temperature", "top_p", "min_p")})
         _require(0 <= self.temperature < math.inf, "temperature must be at least 0 and finite", self.temperature)
-        _require(self.top_k >= 0, "top_k must be at least 0", self.top_k)
         _require(0 < self.top_p <= 1, "top_p must lie in (0, 1]", self.top_p)
         _require(0 <= self.min_p <= 1, "min_p must lie in [0, 1]", self.min_p)
-        _require(self.logprobs is None or self.logprobs >= 0, "logprobs must be None or at least 0", self.logprobs)
+        _set(self, top_k=as_integer("top_k", self.top_k, at_least=0))
+        if self.seed is not None:
+            _set(self, seed=as_integer("seed", self.seed, at_least=-(1 << 63)))
+        if self.logprobs is not None:
+            _set(self, logprobs=as_integer("logprobs", self.logprobs, at_least=0))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +88,7 @@ class Request:
 
     Raises:
         ValueError: one of them is out of its range.
-        TypeError: the prompt is not integers.
+        TypeError: one of them is of another type; the namespace is not hashable.
     """
 
     prompt: Sequence[int]
@@ -83,12 +104,25 @@ class Request:
         prompt = as_integers("prompt", self.prompt)
         _require(len(prompt) > 0, "prompt must have at least one token", prompt.tolist())
         _require(prompt.min() >= 0, "prompt must be token ids of at least 0", prompt.min())
-        object.__setattr__(self, "prompt", prompt.tolist())
-        _require(self.max_new_tokens >= 1, "max_new_tokens must be at least 1", self.max_new_tokens)
-        _require(self.samples >= 1, "samples must be at least 1", self.samples)
         _require(not isinstance(self.stop_strings, str), "stop_strings must be a list of strings", self.stop_strings)
-        _require(all(self.stop_strings), "stop_strings must not be empty", self.stop_strings)
+        stop_strings = tuple(self.stop_strings)
+        if not all(isinstance(stop, str) for stop in stop_strings):
+            raise TypeError(f"stop_strings must be strings, got {stop_strings!r}")
+        _require(all(stop_strings), "stop_strings must not be empty", stop_strings)
+        _set(
+            self,
+            prompt=prompt.tolist(),
+            max_new_tokens=as_integer("max_new_tokens", self.max_new_tokens, at_least=1),
+            samples=as_integer("samples", self.samples, at_least=1),
+            stop_tokens=as_integers("stop_tokens", self.stop_tokens).tolist(),
+            stop_strings=stop_strings,
+            priority=_as_real("priority", self.priority),
+        )
         _require(math.isfinite(self.priority), "priority must be finite", self.priority)
+        try:
+            hash(self.namespace)
+        except TypeError:
+            raise TypeError(f"namespace must be hashable, got {self.namespace!r}") from None
 
 
 class TokenLogprobs:

@@ -142,7 +142,7 @@ def rules_of(samples: list[Sample], rows: int, device: torch.device) -> Rules:
             ([s.temperature for s in each], [s.top_p for s in each], [s.min_p for s in each])
         ):
             reals[: len(each), column] = torch.tensor(values, dtype=torch.float64)
-        host[:, 3] = torch.tensor([s.top_k or _NO_LIMIT for s in each] + [1] * padding)
+        host[:, 3] = torch.tensor([min(s.top_k or _NO_LIMIT, _NO_LIMIT) for s in each] + [1] * padding)
         host[: len(each), 4] = torch.tensor([sample.seed for sample in samples])
     sent = to_device(host, device)
     temperature, top_p, min_p = sent.view(torch.float64)[:, :3].float().split(1, dim=1)
