@@ -141,11 +141,7 @@ template <class Dot, class T, int HEADS, int VECS>
 INLINE void accumulate_panel(const float* weights, int64_t weight_lanes, Rows values, int num_keys, int first,
                              int n, const float* factors, float* out, int64_t stride, Rows ahead, int skip,
                              int ahead_bytes) {
-  Vec sums[HEADS][VECS];
-#pragma GCC unroll 8
-  for (int h = 0; h < HEADS; h++)
-#pragma GCC unroll 8
-    for (int v = 0; v < VECS; v++) sums[h][v] = read<Vec>(out + h * stride + first + v * W) * splat(factors[h]);
+  Vec sums[HEADS][VECS] = {};  // of these keys alone: small sums round little
   for (int key = 0; key < num_keys; key += Dot::PER_LANE) {
     typename Dot::Operand lanes[VECS];
     const T* a = reinterpret_cast<const T*>(values[key]) + first;
@@ -166,7 +162,10 @@ INLINE void accumulate_panel(const float* weights, int64_t weight_lanes, Rows va
 #pragma GCC unroll 8
   for (int h = 0; h < HEADS; h++)
 #pragma GCC unroll 8
-    for (int v = 0; v < VECS; v++) store(out + h * stride + first + v * W, sums[h][v]);
+    for (int v = 0; v < VECS; v++) {
+      float* const to = out + h * stride + first + v * W;
+      store(to, read<Vec>(to) * splat(factors[h]) + sums[h][v]);
+    }
 }
 
 // The keys `ahead` are prefetched along the way, each panel a part of every row.

@@ -76,16 +76,17 @@ INLINE void soften(const Attention& a, const Unit& u, const State& s, int r, int
     largest = maximum(largest, v);
   }
   if (!PLAIN) scale = 1;  // it is in the logits
-  const float before = s.maxima[r], now = std::fmax(before, max_lanes(largest) * scale);
+  const float peak = max_lanes(largest), before = s.maxima[r], now = std::fmax(before, peak * scale);
   const bool seen = now > -INFINITY;
   s.maxima[r] = now;
   s.factors[r] = seen && now != before ? exp2_negative(splat((before - now) * LOG2_E))[0] : 1;
-  const Vec factor = splat(scale * LOG2_E), shift = splat(now * LOG2_E);
+  // The difference first: it is exact where it is small, and the largest weight is 1.
+  const Vec factor = splat(scale * LOG2_E), shift = splat(now > before ? peak : before / scale);
   Vec sum{};
   for (int i = 0; i < count; i += W) {
     Vec v{};
     if (seen && i + W > begin && i < end) {
-      v = exp2_negative(read<Vec>(x + i) * factor - shift);
+      v = exp2_negative((read<Vec>(x + i) - shift) * factor);
       sum += v;
       if (!PLAIN && value_scales) v *= read<Vec>(value_scales + i);
     }

@@ -56,12 +56,7 @@ void pack_values(Rows values, int num_keys, int dim, float* packed) {
 template <class Dot, int ROWS>
 INLINE void product_block(const float* a, int64_t a_stride, const float* packed, int steps, const float* factors,
                           float* out, int64_t stride) {
-  Vec sums[ROWS][PANEL_VECS];
-#pragma GCC unroll 8
-  for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 4
-    for (int v = 0; v < PANEL_VECS; v++)
-      sums[r][v] = factors ? read<Vec>(out + r * stride + v * W) * splat(factors[r]) : Vec{};
+  Vec sums[ROWS][PANEL_VECS] = {};
   for (int step = 0; step < steps; step++) {
     typename Dot::Operand b[PANEL_VECS];
 #pragma GCC unroll 4
@@ -76,7 +71,10 @@ INLINE void product_block(const float* a, int64_t a_stride, const float* packed,
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
-    for (int v = 0; v < PANEL_VECS; v++) store(out + r * stride + v * W, sums[r][v]);
+    for (int v = 0; v < PANEL_VECS; v++) {
+      float* const to = out + r * stride + v * W;
+      store(to, factors ? read<Vec>(to) * splat(factors[r]) + sums[r][v] : sums[r][v]);
+    }
 }
 
 // out[row][column] = factors[row] * out[row][column] + sum over steps; without factors, out is not read.

@@ -159,8 +159,8 @@ INLINE Vec exp2_negative(Vec x) {
   const Vec magic = splat(12582912.0f);  // adding it rounds to an integer
   const Vec n = x + magic - magic;
 #endif
-  const Vec p = polynomial(x - n, splat(1.3264727e-3f), 9.6715139e-3f, 5.5507336e-2f, 2.4022242e-1f, 6.9314700e-1f,
-                           1.0f);
+  const Vec p = polynomial(x - n, splat(1.5353359e-4f), 1.3398875e-3f, 9.6184369e-3f, 5.5503324e-2f, 2.4022648e-1f,
+                           6.9314718e-1f, 1.0f);
   return p * bit_cast<Vec>((__builtin_convertvector(n, IVec) + 127) << 23);
 }
 
