@@ -1,5 +1,6 @@
 """What a call of attention launches: decided by its tensors' metadata, and remembered, as decoding repeats one call."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch_paged.kernels.vectors import effective_strides
 class Step(NamedTuple):
     """One launch of the kernel and of the one that combines, with all that the metadata of a call decide."""
 
-    attend: Launcher
+    attend: Callable[..., None]
     combine: Launcher
     partial_floats: int
     handoff_ints: int
@@ -58,7 +59,7 @@ def step_of(
     num_blocks, block_size, num_kv_heads, _ = key_cache.shape
     max_keys = min(block_table.shape[1] * block_size, 2**31 - 1024)
     return Step(
-        attend=Launcher(kernel, (launch.programs, 1, 1), dict(V=launch.variant), launch.options),
+        attend=_launcher(kernel, launch),
         combine=combine_launcher(launch),
         partial_floats=launch.partial_floats,
         handoff_ints=launch.handoff_ints,
@@ -68,6 +69,15 @@ def step_of(
             effective_strides(value_cache)[:3], block_table.stride(0),
         ),
     )  # fmt: skip
+
+
+def _launcher(kernel: Any, launch: AttentionLaunch) -> Callable[..., None]:
+    """Launches `kernel`, or what serves in its place."""
+    if launch.variant.copy_rows:
+        from torch_paged.kernels.hopper_launch import HopperLauncher
+
+        return HopperLauncher(launch)
+    return Launcher(kernel, (launch.programs, 1, 1), dict(V=launch.variant), launch.options)
 
 
 def problem_of(
@@ -94,6 +104,7 @@ def problem_of(
         shared_values=key_cache.data_ptr() == value_cache.data_ptr()
         and key_cache.stride() == value_cache.stride()
         and key_cache.shape[3] >= value_cache.shape[3],
+        copyable=_copyable(key_cache) and _copyable(value_cache),
     )
 
 
@@ -107,3 +118,9 @@ def _aligned(tensor: Tensor) -> bool:
     """Whether every row of `tensor` starts at a multiple of 16 bytes."""
     strides = effective_strides(tensor)[:-1]
     return tensor.data_ptr() % 16 == 0 and all(stride * tensor.element_size() % 16 == 0 for stride in strides)
+
+
+def _copyable(cache: Tensor) -> bool:
+    """Whether a descriptor of the copy engine can name the strides of `cache`."""
+    strides = [stride for size, stride in zip(cache.shape[:-1], cache.stride(), strict=False) if size > 1]
+    return _aligned(cache) and all(0 < stride < 2**36 for stride in strides)

@@ -102,17 +102,21 @@ def _position(offset, sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, ma
 
 
 @triton.jit
-def next_sequence(sequence, cu_seqlens_q, num_tokens, num_seqs, V: tl.constexpr):
-    """The sequence after `sequence` that has units in this variant, or a number past the last one."""
+def next_sequence(sequence, lane, cu_seqlens_q, num_tokens, num_seqs, V: tl.constexpr):
+    """The sequence after `sequence` that has units in this variant, or a number past the last one.
+
+    `lane` is 0, 1, ...: as many sequences are looked at together.
+    """
+    LANES: tl.constexpr = lane.shape[0]
     following = sequence + 1
     if V.ragged:
         found = following
         searching = following <= num_seqs
         while searching:
-            candidate = following + tl.arange(0, SEQUENCES)
+            candidate = following + lane
             _, queries = query_range(candidate, cu_seqlens_q, num_tokens, num_seqs, V)
-            found = tl.min(tl.where(query_tiles(queries, V) > 0, candidate, following + SEQUENCES))
-            following += SEQUENCES
+            found = tl.min(tl.where(query_tiles(queries, V) > 0, candidate, following + LANES), 0)
+            following += LANES
             searching = (found == following) & (following <= num_seqs)
         following = found
     return following
@@ -165,3 +169,20 @@ def deal(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V
     # A piece that ends between two units ends with the whole of the first.
     whole = end_tile == 0
     return begin_sequence, begin_unit, begin_tile, units + 1 - whole.to(tl.int32), tl.where(whole, LAST_TILE, end_tile)
+
+
+@triton.jit(
+    do_not_specialize=["num_tokens", "num_seqs", "num_kv_heads", "max_keys"],
+    do_not_specialize_on_alignment=["seq_lens", "cu_seqlens_q"],
+)
+def deal_pieces(seq_lens, cu_seqlens_q, pieces, num_tokens, num_seqs, num_kv_heads, max_keys, V: tl.constexpr):
+    """Writes what `deal` says to `pieces`, int32 `[programs, 5]`, for a kernel that cannot deal by itself."""
+    sequence, unit, first, units, end_tile = deal(
+        seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V
+    )
+    piece = pieces + 5 * tl.program_id(0)
+    tl.store(piece, sequence)
+    tl.store(piece + 1, unit)
+    tl.store(piece + 2, first)
+    tl.store(piece + 3, units)
+    tl.store(piece + 4, end_tile)
