@@ -38,6 +38,13 @@ def _visible(token, queries, keys, V: gl.constexpr):
 
 
 @gluon.jit
+def _piece(pieces):
+    """What `deal` gave this program."""
+    piece = pieces + 5 * gl.program_id(0)
+    return gl.load(piece), gl.load(piece + 1), gl.load(piece + 2), gl.load(piece + 3), gl.load(piece + 4)
+
+
+@gluon.jit
 def _unit(sequence, unit, batch, V: gl.constexpr):
     """What a unit is: first token, queries, keys and units per head of its sequence, its head, first row and rows."""
     seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys = batch
@@ -74,25 +81,27 @@ def _slot(count, V: gl.constexpr):
 
 
 @gluon.jit
-def _copy_tile(source, buffers, ids, slots, head, stage, arrived, DIM: gl.constexpr, V: gl.constexpr):
-    """Starts the copies of one tile, `[TILE, DIM]` in pieces of `[rows of a block, COLUMNS]`."""
-    BLOCKS: gl.constexpr = V.tile // V.copy_rows
-    PIECES: gl.constexpr = DIM // COLUMNS
-    mbarrier.expect(arrived.index(stage), V.tile * DIM * 2)
-    for block in gl.static_range(BLOCKS):
-        for piece in gl.static_range(PIECES):
-            buffer = buffers.index((stage * PIECES + piece) * BLOCKS + block)
-            _copy(source, [ids[block], slots[block], head, piece * COLUMNS], arrived.index(stage), buffer)
-
-
-@gluon.jit
-def _load(maps, block_table, table_stride, num_blocks, num_kv_heads, piece, batch, buffers, barriers, V: gl.constexpr):
-    """One warp: copies the keys and values of this program's piece, tile by tile, as their buffers become free.
+def _copy_tile(source, buffers, ids, tile, keys, head, stage, arrived, DIM: gl.constexpr, V: gl.constexpr):
+    """Starts the copies of one tile, `[TILE, DIM]` in pieces of `[rows of a block, COLUMNS]`.
 
     Keys past the last one must not show, NaN least of all. Blocks without keys are read past the cache's end, where
     the copy engine finds zeros. The last block is copied as many slots too early as it lacks keys, slots below 0
     being zeros too: its keys stand at the end of its rows (see `_positions`).
     """
+    BLOCKS: gl.constexpr = V.tile // V.copy_rows
+    PIECES: gl.constexpr = DIM // COLUMNS
+    mbarrier.expect(arrived.index(stage), V.tile * DIM * 2)
+    for block in gl.static_range(BLOCKS):
+        position = tile * V.tile + block * V.copy_rows
+        slot = position % V.block_size - gl.maximum(position + V.copy_rows - keys, 0)
+        for piece in gl.static_range(PIECES):
+            buffer = buffers.index((stage * PIECES + piece) * BLOCKS + block)
+            _copy(source, [ids[block], slot, head, piece * COLUMNS], arrived.index(stage), buffer)
+
+
+@gluon.jit
+def _load(maps, block_table, table_stride, num_blocks, num_kv_heads, pieces, batch, buffers, barriers, V: gl.constexpr):
+    """One warp: copies the keys and values of this program's piece, tile by tile, as their buffers become free."""
     BLOCKS: gl.constexpr = V.tile // V.copy_rows
     SHAPE: gl.constexpr = [1, V.copy_rows, 1, COLUMNS]
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 4)
@@ -102,7 +111,7 @@ def _load(maps, block_table, table_stride, num_blocks, num_kv_heads, piece, batc
     keys_free, keys_here, values_free, values_here = barriers
     key_buffers = buffers[1]._reinterpret(key_map.dtype, [KEY_PIECES] + SHAPE, LAYOUT)
     value_buffers = buffers[2]._reinterpret(key_map.dtype, [VALUE_PIECES] + SHAPE, LAYOUT)
-    sequence, unit, first, units, end_tile = piece
+    sequence, unit, first, units, end_tile = _piece(pieces)
     count = first * 0
     for index in range(units):
         _, queries, keys, tiles, head, first_row, rows = _unit(sequence, unit, batch, V)
@@ -111,18 +120,15 @@ def _load(maps, block_table, table_stride, num_blocks, num_kv_heads, piece, batc
         table = block_table + sequence.to(gl.int64) * table_stride
         for tile in range(first, last):
             ids = ()
-            slots = ()
             for block in gl.static_range(BLOCKS):
                 position = tile * V.tile + block * V.copy_rows
                 used = position < keys
                 ids = ids + (gl.load(table + position // V.block_size, mask=used, other=num_blocks),)
-                lacking = gl.where(used, gl.maximum(position + V.copy_rows - keys, 0), 0)
-                slots = slots + (position % V.block_size - lacking,)
             stage, phase = _slot(count, V)
             mbarrier.wait(keys_free.index(stage), phase ^ 1)
-            _copy_tile(key_map, key_buffers, ids, slots, head, stage, keys_here, V.head_dim, V)
+            _copy_tile(key_map, key_buffers, ids, tile, keys, head, stage, keys_here, V.head_dim, V)
             mbarrier.wait(values_free.index(stage), phase ^ 1)
-            _copy_tile(value_map, value_buffers, ids, slots, head, stage, values_here, V.value_dim, V)
+            _copy_tile(value_map, value_buffers, ids, tile, keys, head, stage, values_here, V.value_dim, V)
             count += 1
         first = first * 0
         sequence, unit = _next(sequence, unit, tiles, num_kv_heads, batch, V)
@@ -243,7 +249,7 @@ def _load_query(query, query_strides, memory, packed, valid, V: gl.constexpr):
 
 @gluon.jit
 def _attend(
-    WARPGROUP: gl.constexpr, tensors, query_strides, scale, num_kv_heads, piece, batch, buffers, barriers,
+    WARPGROUP: gl.constexpr, tensors, query_strides, scale, num_kv_heads, pieces, batch, buffers, barriers,
     V: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: attention of its half of the rows of every unit in this program's piece."""
@@ -255,10 +261,14 @@ def _attend(
     query_buffers, key_buffers, value_buffers = buffers
     keys_free, keys_here, values_free, values_here = barriers
     queries_here = query_buffers.index(WARPGROUP)
-    sequence, unit, first, units, end_tile = piece
+    sequence, unit, first, units, end_tile = _piece(pieces)
     program = gl.program_id(0)
     lane = WARPGROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
-    left_before, left_sequence, left_unit = program * 0, program * 0 - 1, program * 0  # see `attention`
+    # Others may look in this program's first slot for a part: an empty one, unless it leaves one there.
+    _write_sums(partial, lane * 0.0 - float("inf"), lane * 0.0, 2 * program * V.block_m + lane, lane >= 0, V)
+    if WARPGROUP == 0:
+        gl.store(handoff + program, 0)
+        gl.store(handoff + gl.num_programs(0) + program, -1)
     count = first * 0
     for index in range(units):
         start, queries, keys, tiles, head, first_row, rows = _unit(sequence, unit, batch, V)
@@ -304,21 +314,17 @@ def _attend(
                 factor = gl.convert_layout(1.0 / gl.where(total > 0, total, 1.0), gl.SliceLayout(1, OUTPUT))
                 _store(output_rows + first_output * V.value_dim, row, output * factor[:, None], valid, V)
             else:
-                begun_here = first == 0
-                slot = 2 * program + begun_here.to(gl.int32)
+                slot = 2 * program + (first == 0).to(gl.int32)
                 _write_sums(partial, largest, total, slot * V.block_m + lane, valid, V)
                 _store(partial + slot * V.block_m * V.value_dim, lane, output, valid, V)
-                left_sequence = gl.where(begun_here, sequence, left_sequence)
-                left_unit = gl.where(begun_here, unit, left_unit)
-                left_before = gl.where(begun_here, left_before, gl.where(last == key_tiles, 2, 1))
+                if WARPGROUP == 0:
+                    if first == 0:
+                        gl.store(handoff + gl.num_programs(0) + program, sequence)
+                        gl.store(handoff + 2 * gl.num_programs(0) + program, unit)
+                    else:
+                        gl.store(handoff + program, gl.where(last == key_tiles, 2, 1))
         first = first * 0
         sequence, unit = _next(sequence, unit, tiles, num_kv_heads, batch, V)
-    if left_before == 0:  # others may look here for a part: an empty one
-        _write_sums(partial, lane * 0.0 - float("inf"), lane * 0.0, 2 * program * V.block_m + lane, lane >= 0, V)
-    if WARPGROUP == 0:
-        gl.store(handoff + program, left_before)
-        gl.store(handoff + gl.num_programs(0) + program, left_sequence)
-        gl.store(handoff + 2 * gl.num_programs(0) + program, left_unit)
 
 
 @gluon.jit(
@@ -353,17 +359,15 @@ def attention_hopper(
         mbarrier.init(keys_here.index(stage), count=1)
         mbarrier.init(values_here.index(stage), count=1)
     barriers = (keys_free, keys_here, values_free, values_here)
-    base = pieces + 5 * gl.program_id(0)
-    piece = (gl.load(base), gl.load(base + 1), gl.load(base + 2), gl.load(base + 3), gl.load(base + 4))
     batch = (seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys)
     tensors = (query, output, lse, partial, handoff)
     maps = (key_map, value_map)
     gl.warp_specialize(
         [
-            (_attend, (0, tensors, query_strides, scale, num_kv_heads, piece, batch, buffers, barriers, V)),
-            (_attend, (1, tensors, query_strides, scale, num_kv_heads, piece, batch, buffers, barriers, V)),
-            (_load, (maps, block_table, table_stride, num_blocks, num_kv_heads, piece, batch, buffers, barriers, V)),
+            (_attend, (0, tensors, query_strides, scale, num_kv_heads, pieces, batch, buffers, barriers, V)),
+            (_attend, (1, tensors, query_strides, scale, num_kv_heads, pieces, batch, buffers, barriers, V)),
+            (_load, (maps, block_table, table_stride, num_blocks, num_kv_heads, pieces, batch, buffers, barriers, V)),
         ],
         [4, 1],
-        [240, 24],
+        [232, 40],
     )
