@@ -92,6 +92,16 @@ ODD = {
         "dim 512": Case((100, 30), (9, 2), heads=16, kv_heads=1, dim=512, value_dim=512, ragged=True),
         "dim 576/512": Case((100, 300), (1, 1), heads=64, kv_heads=1, dim=576, value_dim=512, block=64),
         "not causal": Case((50, 190, 0), (70, 190, 3), heads=4, kv_heads=4, causal=False, ragged=True),
+        "prefill": Case((700, 1, 130, 9), (700, 1, 40, 0), heads=8, kv_heads=2, ragged=True, head_major=False),
+        "prefill, block 8": Case(
+            (333, 500), (333, 257), heads=4, kv_heads=4, dim=64, value_dim=64, block=8, ragged=True
+        ),
+        "prefill, block 64": Case((600, 600), (600, 600), heads=16, kv_heads=1, block=64),
+        "prefill, block 256": Case((1000, 300, 257), (130, 300, 257), heads=6, kv_heads=2, block=256, ragged=True),
+        "prefill, block 128": Case((301, 129), (130, 140), heads=5, kv_heads=1, block=128, causal=False, ragged=True),
+        "prefill, dims 128/64": Case((300, 190), (200, 190), heads=4, kv_heads=2, value_dim=64, block=32, ragged=True),
+        "prefill, dim 256, block 64": Case((500,), (500,), heads=4, kv_heads=2, dim=256, value_dim=256, block=64),
+        "chunk": Case((9000,), (40,), heads=8, kv_heads=2),
     }.items()
 }
 

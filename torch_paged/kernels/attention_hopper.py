@@ -103,14 +103,14 @@ def _copy_tile(source, buffers, ids, tile, keys, head, stage, arrived, DIM: gl.c
 def _load(maps, block_table, table_stride, num_blocks, num_kv_heads, pieces, batch, buffers, barriers, V: gl.constexpr):
     """One warp: copies the keys and values of this program's piece, tile by tile, as their buffers become free."""
     BLOCKS: gl.constexpr = V.tile // V.copy_rows
-    SHAPE: gl.constexpr = [1, V.copy_rows, 1, COLUMNS]
+    ROWS_COPIED: gl.constexpr = V.copy_rows
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 4)
     KEY_PIECES: gl.constexpr = V.num_stages * BLOCKS * (V.head_dim // COLUMNS)
     VALUE_PIECES: gl.constexpr = V.num_stages * BLOCKS * (V.value_dim // COLUMNS)
     key_map, value_map = maps
     keys_free, keys_here, values_free, values_here = barriers
-    key_buffers = buffers[1]._reinterpret(key_map.dtype, [KEY_PIECES] + SHAPE, LAYOUT)
-    value_buffers = buffers[2]._reinterpret(key_map.dtype, [VALUE_PIECES] + SHAPE, LAYOUT)
+    key_buffers = buffers[1]._reinterpret(key_map.dtype, [KEY_PIECES, 1, ROWS_COPIED, 1, COLUMNS], LAYOUT)
+    value_buffers = buffers[2]._reinterpret(key_map.dtype, [VALUE_PIECES, 1, ROWS_COPIED, 1, COLUMNS], LAYOUT)
     sequence, unit, first, units, end_tile = _piece(pieces)
     count = first * 0
     for index in range(units):
@@ -123,7 +123,7 @@ def _load(maps, block_table, table_stride, num_blocks, num_kv_heads, pieces, bat
             for block in gl.static_range(BLOCKS):
                 position = tile * V.tile + block * V.copy_rows
                 used = position < keys
-                ids = ids + (gl.load(table + position // V.block_size, mask=used, other=num_blocks),)
+                ids += (gl.load(table + position // V.block_size, mask=used, other=num_blocks),)
             stage, phase = _slot(count, V)
             mbarrier.wait(keys_free.index(stage), phase ^ 1)
             _copy_tile(key_map, key_buffers, ids, tile, keys, head, stage, keys_here, V.head_dim, V)
@@ -298,7 +298,8 @@ def _attend(
                 False, V,
             )  # fmt: skip
             state, weights, count = _tiles(
-                state, weights, queries_here, buffers, barriers, masked, last, last, count, visible, keys, scale, True, V
+                state, weights, queries_here, buffers, barriers, masked, last, last, count, visible, keys, scale,
+                True, V,
             )  # fmt: skip
             largest, total, output = state
             _await(values_here, count, V)
