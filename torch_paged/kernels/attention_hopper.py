@@ -63,6 +63,12 @@ def _key_tiles(first_row, rows, queries, keys, V: gl.constexpr):
 
 
 @gluon.jit
+def _span(index, begin, units, end_tile, key_tiles):
+    """First tile and end of unit number `index` of a piece. Not carried from one to the next: Triton 3.6 loses it."""
+    return gl.where(index == 0, begin, 0), gl.minimum(gl.where(index == units - 1, end_tile, key_tiles), key_tiles)
+
+
+@gluon.jit
 def _next(sequence, unit, tiles, num_kv_heads, batch, V: gl.constexpr):
     """The unit after `unit`."""
     LANES: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
@@ -111,12 +117,11 @@ def _load(maps, block_table, table_stride, num_blocks, num_kv_heads, pieces, bat
     keys_free, keys_here, values_free, values_here = barriers
     key_buffers = buffers[1]._reinterpret(key_map.dtype, [KEY_PIECES, 1, ROWS_COPIED, 1, COLUMNS], LAYOUT)
     value_buffers = buffers[2]._reinterpret(key_map.dtype, [VALUE_PIECES, 1, ROWS_COPIED, 1, COLUMNS], LAYOUT)
-    sequence, unit, first, units, end_tile = _piece(pieces)
-    count = first * 0
+    sequence, unit, begin, units, end_tile = _piece(pieces)
+    count = begin * 0
     for index in range(units):
         _, queries, keys, tiles, head, first_row, rows = _unit(sequence, unit, batch, V)
-        last = _key_tiles(first_row, rows, queries, keys, V)
-        last = gl.minimum(gl.where(index == units - 1, end_tile, last), last)
+        first, last = _span(index, begin, units, end_tile, _key_tiles(first_row, rows, queries, keys, V))
         table = block_table + sequence.to(gl.int64) * table_stride
         for tile in range(first, last):
             ids = ()
@@ -130,7 +135,6 @@ def _load(maps, block_table, table_stride, num_blocks, num_kv_heads, pieces, bat
             mbarrier.wait(values_free.index(stage), phase ^ 1)
             _copy_tile(value_map, value_buffers, ids, tile, keys, head, stage, values_here, V.value_dim, V)
             count += 1
-        first = first * 0
         sequence, unit = _next(sequence, unit, tiles, num_kv_heads, batch, V)
 
 
@@ -261,7 +265,7 @@ def _attend(
     query_buffers, key_buffers, value_buffers = buffers
     keys_free, keys_here, values_free, values_here = barriers
     queries_here = query_buffers.index(WARPGROUP)
-    sequence, unit, first, units, end_tile = _piece(pieces)
+    sequence, unit, begin, units, end_tile = _piece(pieces)
     program = gl.program_id(0)
     lane = WARPGROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
     # Others may look in this program's first slot for a part: an empty one, unless it leaves one there.
@@ -269,11 +273,11 @@ def _attend(
     if WARPGROUP == 0:
         gl.store(handoff + program, 0)
         gl.store(handoff + gl.num_programs(0) + program, -1)
-    count = first * 0
+    count = begin * 0
     for index in range(units):
         start, queries, keys, tiles, head, first_row, rows = _unit(sequence, unit, batch, V)
         key_tiles = _key_tiles(first_row, rows, queries, keys, V)
-        last = gl.minimum(gl.where(index == units - 1, end_tile, key_tiles), key_tiles)
+        first, last = _span(index, begin, units, end_tile, key_tiles)
         if first < last:
             first_token = first_row // V.group
             packed = first_row % V.group + lane
@@ -324,7 +328,6 @@ def _attend(
                         gl.store(handoff + 2 * gl.num_programs(0) + program, unit)
                     else:
                         gl.store(handoff + program, gl.where(last == key_tiles, 2, 1))
-        first = first * 0
         sequence, unit = _next(sequence, unit, tiles, num_kv_heads, batch, V)
 
 
