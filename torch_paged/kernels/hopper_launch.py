@@ -7,7 +7,8 @@ from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from torch_paged.kernels.attention_hopper import COLUMNS, attention_hopper
+from torch_paged.kernels.attention_hopper import attention_hopper
+from torch_paged.kernels.hopper_loader import COLUMNS
 from torch_paged.kernels.launch import Launcher
 from torch_paged.kernels.launch_config import AttentionLaunch
 from torch_paged.kernels.schedule import deal_pieces

@@ -228,8 +228,9 @@ def _copy_rows(problem: Problem, device: Device, rows: int) -> int:
 
 
 def _hopper_tiles(problem: Problem) -> Tiles:
-    """Tiles of `attention_hopper`: two warpgroups of 64 rows, two buffers each for keys and values."""
-    return Tiles(MANY_ROWS, 64 if max(problem.head_dim, problem.value_dim) > 128 else 128, 4, 2, 1)
+    """Tiles of `attention_hopper`: two warpgroups of 64 rows, several buffers each for keys and for values."""
+    width = max(problem.head_dim, problem.value_dim)
+    return Tiles(MANY_ROWS, 64 if width > 128 else 128, 4, {64: 4, 128: 3, 256: 2}[width], 1)
 
 
 def _max_registers(problem: Problem, device: Device, tiles: Tiles) -> int | None:

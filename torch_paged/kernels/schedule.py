@@ -56,6 +56,22 @@ def query_tiles(queries, V: tl.constexpr):
 
 
 @triton.jit
+def visible_keys(token, queries, keys, V: tl.constexpr):
+    """Number of keys that query `token` of a sequence sees."""
+    if V.causal:
+        seen = tl.minimum(tl.maximum(keys - queries + 1 + token, 0), keys)
+    else:
+        seen = token * 0 + keys
+    return seen
+
+
+@triton.jit
+def tiles_of_keys(first_row, rows, queries, keys, V: tl.constexpr):
+    """Tiles of keys that the last of a unit's `rows` sees, at least one."""
+    return tl.maximum(tl.cdiv(visible_keys((first_row + rows - 1) // V.group, queries, keys, V), V.tile), 1)
+
+
+@triton.jit
 def _work(tile, queries, keys, V: tl.constexpr):
     """Cost of the query tiles before `tile`: the keys that each of them sees, times the group, plus a fixed part."""
     tile = tile.to(tl.int64)
@@ -176,10 +192,22 @@ def deal(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V
     do_not_specialize_on_alignment=["seq_lens", "cu_seqlens_q"],
 )
 def deal_pieces(seq_lens, cu_seqlens_q, pieces, num_tokens, num_seqs, num_kv_heads, max_keys, V: tl.constexpr):
-    """Writes what `deal` says to `pieces`, int32 `[programs, 5]`, for a kernel that cannot deal by itself."""
+    """Writes what `deal` says to `pieces`, int32 `[programs, 5]`, without units of which a program has no tile."""
     sequence, unit, first, units, end_tile = deal(
         seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V
     )
+    _, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
+    keys = key_count(sequence, seq_lens, num_seqs, max_keys)
+    tiles = tl.maximum(query_tiles(queries, V), 1)
+    first_row = unit % tiles * V.block_m
+    key_tiles = tiles_of_keys(first_row, tl.minimum(queries * V.group - first_row, V.block_m), queries, keys, V)
+    if (units > 0) & (first >= tl.minimum(tl.where(units == 1, end_tile, key_tiles), key_tiles)):
+        first = first * 0
+        units -= 1
+        unit += 1
+        if unit >= tiles * num_kv_heads:
+            unit = unit * 0
+            sequence = next_sequence(sequence, tl.arange(0, SEQUENCES), cu_seqlens_q, num_tokens, num_seqs, V)
     piece = pieces + 5 * tl.program_id(0)
     tl.store(piece, sequence)
     tl.store(piece + 1, unit)
