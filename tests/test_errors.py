@@ -40,6 +40,17 @@ def append(**changes):
     return ops.append, arguments | changes
 
 
+def rotary(**changes):
+    arguments = append()[1] | dict(query=torch.randn(3, 4, 32), cos=torch.ones(8, 16), sin=torch.ones(8, 16))
+    return ops.rotary_append, arguments | dict(positions=torch.tensor([0, 3, 7])) | changes
+
+
+INT8, FLOAT8 = (
+    dict(key_cache=torch.zeros(5, 4, 2, 32, dtype=dtype), value_cache=torch.zeros(5, 4, 2, 32, dtype=dtype))
+    for dtype in (torch.int8, torch.float8_e4m3fn)
+)
+
+
 def copy_blocks(pairs, **changes):
     return ops.copy_blocks, dict(
         caches=[torch.randn(5, 4), torch.randn(5, 2)], block_pairs=torch.tensor(pairs)
@@ -62,8 +73,8 @@ METADATA = {
     "query-dtype": (attention(query=torch.randn(3, 4, 32).double()), TypeError, r"query must be float32 or .* got float64 \[3, 4, 32\]"),
     "query-rank": (attention(query=torch.randn(3, 128)), ValueError, r"query must be .*\[num_tokens, num_heads, head_dim\], got float32 \[3, 128\]"),
     "query-stride": (attention(query=torch.randn(3, 32, 4).transpose(1, 2)), ValueError, r"query must have a last stride of 1, got strides \[128, 1, 4\]"),
-    "cache-dtype": (attention(key_cache=torch.randn(5, 4, 2, 32).half()), TypeError, "key_cache must have query's dtype float32, got float16"),
-    "value-dtype": (attention(value_cache=torch.randn(5, 4, 2, 32).half()), TypeError, "value_cache must have query's dtype float32, got float16"),
+    "cache-dtype": (attention(key_cache=torch.randn(5, 4, 2, 32).half()), TypeError, "key_cache must have query's dtype float32, or float8_e4m3fn, float8_e5m2, int8, got float16"),
+    "value-dtype": (attention(value_cache=torch.randn(5, 4, 2, 32).half()), TypeError, "value_cache must have query's dtype float32, or float8_e4m3fn, float8_e5m2, int8, got float16"),
     "cache-rank": (attention(key_cache=torch.randn(20, 2, 32)), ValueError, r"key_cache must be .*\[num_blocks, block_size, num_kv_heads, head_dim\], got"),
     "cache-stride": (attention(key_cache=torch.randn(5, 4, 32, 2).transpose(2, 3)), ValueError, "key_cache must have a last stride of 1"),
     "head-dims-differ": (attention(key_cache=torch.randn(5, 4, 2, 48)), ValueError, "key_cache must be .* with head_dim = 32, got"),
@@ -88,30 +99,47 @@ METADATA = {
     "scale-infinite": (attention(scale=float("inf")), ValueError, "scale must be a finite number, got inf"),
     "scale-nan": (attention(scale=float("nan")), ValueError, "scale must be a finite number, got nan"),
     "device": (attention(query=torch.randn(3, 4, 32, device="meta")), ValueError, "key_cache must be on meta like the others, got cpu"),
-    "window": (attention(sliding_window=4), NotImplementedError, "sliding_window is not supported yet, got 4"),
-    "softcap": (attention(softcap=30.0), NotImplementedError, "softcap is not supported yet, got 30.0"),
-    "alibi": (attention(alibi_slopes=torch.ones(4)), NotImplementedError, r"alibi_slopes is not supported yet, got float32 \[4\]"),
-    "sinks": (attention(sinks=torch.ones(4)), NotImplementedError, "sinks is not supported yet"),
-    "key-scale": (attention(key_scale=torch.ones(())), NotImplementedError, "key_scale is not supported yet"),
-    "value-scale": (attention(value_scale=torch.ones(())), NotImplementedError, "value_scale is not supported yet"),
-    "key-scale-cache": (attention(key_scale_cache=torch.ones(5, 4, 2)), NotImplementedError, "key_scale_cache is not"),
-    "value-scale-cache": (attention(value_scale_cache=torch.ones(5, 4, 2)), NotImplementedError, "value_scale_cache is not"),
-    "quantised": (attention(key_cache=torch.zeros(5, 4, 2, 32, dtype=torch.int8)), NotImplementedError, "key_cache of int8: quantised caches are not"),
+    "window": (attention(sliding_window=0), ValueError, "sliding_window must be at least 1, got 0"),
+    "window-not-causal": (attention(sliding_window=4, causal=False), ValueError, "sliding_window needs causal=True, got sliding_window=4, causal=False"),
+    "softcap-negative": (attention(softcap=-1.0), ValueError, r"softcap must be 0 \(off\) or a positive finite number, got -1.0"),
+    "softcap-infinite": (attention(softcap=float("inf")), ValueError, "softcap must be .* got inf"),
+    "alibi-length": (attention(alibi_slopes=torch.ones(3)), ValueError, r"alibi_slopes must be float32 \[num_heads\] with num_heads = 4, got float32 \[3\]"),
+    "alibi-dtype": (attention(alibi_slopes=torch.ones(4).half()), TypeError, r"alibi_slopes must be float32 \[num_heads\], got float16 \[4\]"),
+    "sinks-length": (attention(sinks=torch.ones(2)), ValueError, "sinks must be .* with num_heads = 4, got"),
+    "sinks-device": (attention(sinks=torch.ones(4, device="meta")), ValueError, "sinks must be on cpu like the others, got meta"),
+    "key-scale-unquantised": (attention(key_scale=torch.ones(())), ValueError, "key_scale must be None with an unquantised float32 key_cache, got one"),
+    "value-scale-unquantised": (attention(value_scale=torch.ones(2)), ValueError, "value_scale must be None with an unquantised float32 value_cache, got one"),
+    "scale-cache-unquantised": (attention(key_scale_cache=torch.ones(5, 4, 2)), ValueError, "key_scale_cache must be None with an unquantised"),
+    "int8-no-scale": (attention(**INT8), ValueError, "key_cache of int8 needs key_scale or key_scale_cache, got neither"),
+    "int8-no-value-scale": (attention(**INT8, key_scale=torch.ones(())), ValueError, "value_cache of int8 needs value_scale or value_scale_cache, got neither"),
+    "two-scales": (attention(**FLOAT8, key_scale=torch.ones(2), key_scale_cache=torch.ones(5, 4, 2)), ValueError, r"key_scale \(static\) and key_scale_cache \(per token\) exclude each other, got both"),
+    "scale-dtype": (attention(**FLOAT8, key_scale=torch.ones(2).half()), TypeError, r"key_scale must be float32, 0-dim or \[num_kv_heads\], got float16 \[2\]"),
+    "scale-length": (attention(**FLOAT8, value_scale=torch.ones(3)), ValueError, r"value_scale must be float32 \[num_kv_heads\] with num_kv_heads = 2, got float32 \[3\]"),
+    "scale-rank": (attention(**FLOAT8, value_scale=torch.ones(2, 1)), ValueError, r"value_scale must be .* got float32 \[2, 1\]"),
+    "scale-cache-shape": (attention(**FLOAT8, key_scale_cache=torch.ones(5, 4, 1)), ValueError, "key_scale_cache must be .* with num_kv_heads = 2, got"),
     "merge-dtype": (merge(output_a=torch.randn(3, 4, 32).double()), TypeError, "output_a must be float32 or"),
     "merge-lse-dtype": (merge(lse_b=torch.randn(3, 4).half()), TypeError, r"lse_b must be float32 \[num_tokens, num_heads\], got float16"),
     "merge-shape": (merge(output_b=torch.randn(2, 4, 32)), ValueError, "output_b must be .* with num_tokens = 3, got"),
     "merge-lse-shape": (merge(lse_a=torch.randn(3, 5)), ValueError, "lse_a must be .* with num_heads = 4, got"),
     "append-dtype": (append(key=torch.randn(3, 2, 32).double()), TypeError, "key must be float32 or"),
     "append-value-dtype": (append(value=torch.randn(3, 2, 32).half()), TypeError, "value must be float32"),
-    "append-cache-dtype": (append(key_cache=torch.randn(5, 4, 2, 32).half()), TypeError, "key_cache must have key's dtype float32, got float16"),
+    "append-cache-dtype": (append(key_cache=torch.randn(5, 4, 2, 32).half()), TypeError, "key_cache must have key's dtype float32, or float8_e4m3fn, float8_e5m2, int8, got float16"),
     "append-heads": (append(key=torch.randn(3, 3, 32), value=torch.randn(3, 3, 32)), ValueError, "key_cache must be .* with num_kv_heads = 3, got"),
     "append-rows": (append(value=torch.randn(2, 2, 32)), ValueError, "value must be .* with num_tokens = 3, got"),
     "append-slots-dtype": (append(slot_mapping=torch.zeros(3, dtype=INT32)), TypeError, r"slot_mapping must be int64 \[num_slots\], got int32 \[3\]"),
     "append-slots-many": (append(slot_mapping=torch.zeros(4, dtype=torch.int64)), ValueError, "slot_mapping must have at most key's 3 rows, got 4"),
     "append-value-alone": (append(value_cache=None), ValueError, "value and value_cache must be given together, got value without value_cache"),
     "append-cache-alone": (append(value=None), ValueError, "got value_cache without value"),
-    "append-scale": (append(key_scale=torch.ones(())), NotImplementedError, "key_scale is not supported yet"),
-    "append-scale-cache": (append(value_scale_cache=torch.ones(5, 4, 2)), NotImplementedError, "value_scale_cache is not supported yet"),
+    "append-scale": (append(key_scale=torch.ones(())), ValueError, "key_scale must be None with an unquantised float32 key_cache, got one"),
+    "append-int8": (append(**INT8), ValueError, "key_cache of int8 needs key_scale or key_scale_cache, got neither"),
+    "append-two-scales": (append(**FLOAT8, value_scale=torch.ones(2), value_scale_cache=torch.ones(5, 4, 2)), ValueError, "value_scale .* exclude each other, got both"),
+    "append-scale-of-nothing": (append(value=None, value_cache=None, value_scale=torch.ones(())), ValueError, "value_scale must be None with no value_cache, got one"),
+    "rotary-key-dtype": (rotary(key=torch.randn(3, 2, 32).half()), TypeError, "key must have query's dtype float32, got float16"),
+    "rotary-wide": (rotary(cos=torch.ones(8, 17), sin=torch.ones(8, 17)), ValueError, r"cos must have 1 to head_dim / 2 = 16 columns, got float32 \[8, 17\]"),
+    "rotary-sin": (rotary(sin=torch.ones(7, 16)), ValueError, "sin must be .* with num_positions = 8, got"),
+    "rotary-sin-dtype": (rotary(sin=torch.ones(8, 16).half()), TypeError, "sin must be float32"),
+    "rotary-positions": (rotary(positions=torch.zeros(3, dtype=INT32)), TypeError, "positions must be int64"),
+    "rotary-positions-length": (rotary(positions=torch.zeros(2, dtype=torch.int64)), ValueError, "positions must be .* with num_tokens = 3, got"),
     "copy-dtype": (copy_blocks([[0, 1]], block_pairs=torch.zeros(1, 2, dtype=INT32)), TypeError, r"block_pairs must be int64 \[num_pairs, 2\], got int32 \[1, 2\]"),
     "copy-shape": (copy_blocks([[0, 1, 2]]), ValueError, r"block_pairs must be int64 \[num_pairs, 2\], got int64 \[1, 3\]"),
     "copy-blocks-differ": (copy_blocks([[0, 1]], caches=[torch.randn(5, 4), torch.randn(6, 4)]), ValueError, r"caches must have the same first dimension, got 5 and, in caches\[1\], 6"),
@@ -135,6 +163,10 @@ VALUES = {
     "bounds-wrap": (attention(cu_seqlens_q=torch.tensor([0, 2**31 - 1, -(2**31), 3], dtype=INT32)), IndexError, "cu_seqlens_q must be non-decreasing"),
     "bounds-end": (attention(cu_seqlens_q=torch.tensor([0, 1, 2, 4], dtype=INT32)), IndexError, "cu_seqlens_q must end at or before num_tokens = 3, got 4"),
     "slot": (append(slot_mapping=torch.tensor([0, 20, 3])), IndexError, r"slot_mapping must be below 20, got 20 at \[1\]"),
+    "position": (rotary(positions=torch.tensor([0, 8, 1])), IndexError, r"positions must be 0 to 7, got 8 at \[1\]"),
+    "position-negative": (rotary(positions=torch.tensor([0, 2, -1])), IndexError, r"positions must be 0 to 7, got -1 at \[2\]"),
+    "rotary-slot": (rotary(slot_mapping=torch.tensor([0, 20, 3])), IndexError, r"slot_mapping must be below 20, got 20 at \[1\]"),
+    "window-block": (attention(block_table=torch.tensor([[9, 7], [9, 5], [4, 0]], dtype=INT32), sliding_window=1), IndexError, r"block_table must be 0 to 4, got 7 at \[0, 1\]"),
     "pair-source": (copy_blocks([[1, 0], [5, 2]]), IndexError, r"block_pairs must be below 5, got 5 at \[1, 0\]"),
     "pair-destination": (copy_blocks([[1, 0], [0, 9]]), IndexError, r"block_pairs must be below 5, got 9 at \[1, 1\]"),
     "pair-twice": (copy_blocks([[0, 2], [1, 2]]), ValueError, "block_pairs must name each destination once, got 2 more than once"),
@@ -153,6 +185,7 @@ def tensors_of(arguments):
 def assert_raises_and_writes_nothing(call, error, message, function):
     op, arguments = call
     tensors = [t for t in tensors_of(arguments) if isinstance(t, torch.Tensor) and t.device.type == "cpu"]
+    tensors = [t.view(torch.uint8) if t.element_size() == 1 else t for t in tensors]  # equal knows no float8
     before = [tensor.clone() for tensor in tensors]
     with pytest.raises(error, match=message):
         function(op, arguments)

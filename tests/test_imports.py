@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "torch_paged"
 ALLOWED = {
     "__init__": {"batch", "cache", "functional", "memory", "ops"},
     "functional": {"ops"},
-    "ops": {"bounds", "checks"},  # and, by name, cpu and kernels on first use
+    "ops": {"bounds", "checks", "options"},  # and, by name, cpu and kernels on first use
     "checks": set(),
     "bounds": set(),
     "cache": {"batch", "capacity", "functional", "layers", "memory", "staging", "token_feed", "transfer"},
@@ -24,8 +24,9 @@ ALLOWED = {
     "transfer": {"functional", "memory"},
     "batch": set(),
     "memory": set(),
-    "cpu": set(),
-    "kernels": set(),
+    "options": set(),
+    "cpu": {"options"},
+    "kernels": {"options"},
     "reference": set(),
     "testing": set(),
     "serving": {"batch", "cache", "memory"},

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from torch_paged import reference
+from torch_paged.options import PLAIN
 from torch_paged.testing import assert_within_budget, attention_inputs, low_precision_attention
 
 pytest.importorskip("triton")
@@ -79,10 +80,10 @@ def test_repeated_calls_agree_to_the_bit():
 
 def test_blocks_out_of_range_neither_fault_nor_spread():
     inputs = attention_inputs([1, 1, 20], [40, 33, 50], device=DEVICE)
-    expected, _ = attention(*arguments(inputs), True)
+    expected, _ = attention(*arguments(inputs), True, PLAIN)
     table = inputs.block_table.clone()
     table[1, 0], table[1, 1] = -5, 2**31 - 1
-    output, _ = attention(*arguments(inputs._replace(block_table=table)), True)
+    output, _ = attention(*arguments(inputs._replace(block_table=table)), True, PLAIN)
     assert torch.equal(output[0], expected[0])
     assert torch.equal(output[2:], expected[2:])
 
@@ -92,21 +93,21 @@ def test_impossible_lengths_neither_fault_nor_spread(keys):
     inputs = attention_inputs([1, 1, 3], [40, 33, 50], device=DEVICE)
     lens = inputs.seq_lens.clone()
     lens[1] = keys
-    expected, _ = attention(*arguments(inputs), True)
-    output, _ = attention(*arguments(inputs._replace(seq_lens=lens)), True)
+    expected, _ = attention(*arguments(inputs), True, PLAIN)
+    output, _ = attention(*arguments(inputs._replace(seq_lens=lens)), True, PLAIN)
     assert_within_budget(output[2:], expected[2:].double(), expected[2:])
 
 
 def test_query_bounds_that_run_backwards_or_away_do_not_fault():
     inputs = attention_inputs([1, 1, 3], [40, 33, 50], device=DEVICE)
     bounds = torch.tensor([-3, 2, 1, 10**6], dtype=torch.int32, device=DEVICE)
-    attention(*arguments(inputs._replace(cu_seqlens_q=bounds)), True)
+    attention(*arguments(inputs._replace(cu_seqlens_q=bounds)), True, PLAIN)
 
 
 def test_cache_without_blocks():
     inputs = attention_inputs([2, 2], [0, 0], uniform=True, device=DEVICE)
     empty = inputs._replace(key_cache=inputs.key_cache[:0], value_cache=inputs.value_cache[:0])
-    output, lse = attention(*arguments(empty), True)
+    output, lse = attention(*arguments(empty), True, PLAIN)
     assert not output.any()
     assert lse.isneginf().all()
 
@@ -114,7 +115,7 @@ def test_cache_without_blocks():
 @pytest.mark.parametrize("layout", ["query", "caches", "offset"])
 def test_rows_that_do_not_start_at_vectors(layout):
     inputs = attention_inputs(**BATCHES["mixed"], device=DEVICE, dtype=torch.bfloat16)
-    expected, _ = attention(*arguments(inputs), True)
+    expected, _ = attention(*arguments(inputs), True, PLAIN)
 
     def widened(tensor, front):
         room = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 3), torch.nan, dtype=tensor.dtype, device=DEVICE)
@@ -128,12 +129,12 @@ def test_rows_that_do_not_start_at_vectors(layout):
         inputs = inputs._replace(
             key_cache=widened(inputs.key_cache, front), value_cache=widened(inputs.value_cache, front)
         )
-    torch.testing.assert_close(attention(*arguments(inputs), True)[0], expected)
+    torch.testing.assert_close(attention(*arguments(inputs), True, PLAIN)[0], expected)
 
 
 def test_tables_and_lengths_may_be_strided_views():
     inputs = attention_inputs(**BATCHES["mixed"], device=DEVICE, dtype=torch.bfloat16)
-    expected, _ = attention(*arguments(inputs), True)
+    expected, _ = attention(*arguments(inputs), True, PLAIN)
 
     def strided(numbers):
         return numbers.repeat_interleave(2, -1)[..., ::2]
@@ -143,7 +144,7 @@ def test_tables_and_lengths_may_be_strided_views():
         seq_lens=strided(inputs.seq_lens),
         cu_seqlens_q=strided(inputs.cu_seqlens_q),
     )
-    assert torch.equal(attention(*arguments(views), True)[0], expected)
+    assert torch.equal(attention(*arguments(views), True, PLAIN)[0], expected)
 
 
 def test_warmup_reports_every_batch():

@@ -9,6 +9,7 @@ from torch_paged.functional import (
     copy_blocks,
     gather_blocks,
     merge_attention,
+    rotary_append,
     scatter_blocks,
     warmup,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "copy_blocks",
     "gather_blocks",
     "merge_attention",
+    "rotary_append",
     "scatter_blocks",
     "unbacked",
     "warmup",

@@ -19,11 +19,12 @@ def attention(
     seq_lens: Tensor,
     *,
     cu_seqlens_q: Tensor | None = None,
+    sliding_window: int | None = None,
     **options: Any,  # noqa: ARG001
 ) -> None:
     """IndexError for a length or a used block id out of range.
 
-    A block id is used when its sequence has a query and the block starts before the sequence's end.
+    A block id is used when some query of its sequence sees a key of the block.
     """
     num_seqs, width = block_table.shape
     num_blocks, block_size = key_cache.shape[:2]
@@ -31,13 +32,19 @@ def attention(
     lens = seq_lens.long()  # sums and limits may exceed 32 bits
     _all_inside(lens, (lens < 0) | (lens > limit), "seq_lens", f"0 to {limit}")
     used = (lens + block_size - 1) // block_size
+    counts = torch.full_like(lens, query.shape[0] // max(num_seqs, 1))
     if cu_seqlens_q is not None:
-        used *= _query_counts(cu_seqlens_q, query.shape[0]) > 0
+        counts = _query_counts(cu_seqlens_q, query.shape[0])
+        used *= counts > 0
     if num_seqs == 0 or query.shape[0] == 0:
         return
     table = block_table[:, : int(used.max())]
     wrong = (table < 0) | (table >= num_blocks)
-    wrong &= torch.arange(table.shape[1], device=table.device) < used[:, None]
+    columns = torch.arange(table.shape[1], device=table.device)
+    wrong &= columns < used[:, None]
+    if sliding_window is not None:
+        first = (lens - counts).clamp(min=0) - (sliding_window - 1)  # key that the first query with any sees
+        wrong &= columns >= first[:, None] // block_size
     _all_inside(table, wrong, "block_table", f"0 to {num_blocks - 1}")
 
 
@@ -56,6 +63,24 @@ def append(
     """IndexError for a slot past the cache; negative slots are skipped."""
     num_slots = key_cache.shape[0] * key_cache.shape[1]
     _all_inside(slot_mapping, slot_mapping >= num_slots, "slot_mapping", f"below {num_slots}")
+
+
+def rotary_append(
+    query: Tensor,  # noqa: ARG001
+    key: Tensor,
+    value: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,  # noqa: ARG001
+    positions: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor | None,
+    slot_mapping: Tensor,
+    **options: Any,
+) -> None:
+    """As for `append`, and IndexError for a position that `cos` has no row for."""
+    outside = (positions < 0) | (positions >= cos.shape[0])
+    _all_inside(positions, outside, "positions", f"0 to {cos.shape[0] - 1}")
+    append(key, value, key_cache, value_cache, slot_mapping, **options)
 
 
 def copy_blocks(caches: Sequence[Tensor], block_pairs: Tensor) -> None:

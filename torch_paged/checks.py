@@ -28,17 +28,29 @@ def attention(
     *,
     cu_seqlens_q: Tensor | None = None,
     scale: float | None = None,
-    causal: bool = True,  # noqa: ARG001 - both values are served
-    **options: Any,
+    causal: bool = True,
+    sliding_window: int | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    **scales: Tensor | None,
 ) -> None:
     """Arguments of `paged::attention` and `paged::attention_with_lse`."""
-    for name, value in options.items():
-        _not_yet(name, value)
     if isinstance(scale, float) and not math.isfinite(scale):
         raise ValueError(f"scale must be a finite number, got {scale}")
+    if isinstance(softcap, float) and not (math.isfinite(softcap) and softcap >= 0):
+        raise ValueError(f"softcap must be 0 (off) or a positive finite number, got {softcap}")
+    if sliding_window is not None:
+        _require(sliding_window >= 1, lambda: f"sliding_window must be at least 1, got {sliding_window}")
+        if not causal:
+            raise ValueError(f"sliding_window needs causal=True, got sliding_window={sliding_window}, causal=False")
     match = _Matcher(query)
     match("query", query, FLOAT_DTYPES, ("num_tokens", "num_heads", "head_dim"), unit_last_stride=True)
     _cache_pair(match, query.dtype, key_cache, value_cache, "query")
+    _scales(match, key_cache, value_cache, **scales)
+    for name, per_head in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
+        if per_head is not None:
+            match(name, per_head, _FLOAT32, ("num_heads",))
     match("block_table", block_table, _INT32, ("num_seqs", "max_blocks_per_seq"))
     match("seq_lens", seq_lens, _INT32, ("num_seqs",))
     size = match.sizes
@@ -82,15 +94,56 @@ def append(
     key_cache: Tensor,
     value_cache: Tensor | None,
     slot_mapping: Tensor,
-    **options: Any,
+    **scales: Tensor | None,
 ) -> None:
     """Arguments of `paged::append`."""
-    for name, option in options.items():
-        _not_yet(name, option)
+    match = _Matcher(key)
+    _rows_and_caches(match, key, value, key_cache, value_cache, slot_mapping)
+    _scales(match, key_cache, value_cache, **scales)
+
+
+def rotary_append(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor | None,
+    slot_mapping: Tensor,
+    *,
+    interleaved: bool = False,  # noqa: ARG001 - both values are served
+    **scales: Tensor | None,
+) -> None:
+    """Arguments of `paged::rotary_append`."""
+    match = _Matcher(query)
+    match("query", query, FLOAT_DTYPES, ("num_tokens", "num_heads", "head_dim"))
+    if key.dtype != query.dtype:
+        raise TypeError(f"key must have query's dtype {_name(query.dtype)}, got {_name(key.dtype)}")
+    _rows_and_caches(match, key, value, key_cache, value_cache, slot_mapping)
+    _scales(match, key_cache, value_cache, **scales)
+    match("cos", cos, FLOAT_DTYPES, ("num_positions", "rotary_dim / 2"))
+    match("sin", sin, (cos.dtype,), ("num_positions", "rotary_dim / 2"))
+    match("positions", positions, _INT64, ("num_tokens",))
+    half, head_dim = match.sizes["rotary_dim / 2"], match.sizes["head_dim"]
+    _require(
+        (half >= 1) & (2 * half <= head_dim),
+        lambda: f"cos must have 1 to head_dim / 2 = {head_dim / 2:g} columns, got {_form(cos)}",
+    )
+
+
+def _rows_and_caches(
+    match: "_Matcher",
+    key: Tensor,
+    value: Tensor | None,
+    key_cache: Tensor,
+    value_cache: Tensor | None,
+    slot_mapping: Tensor,
+) -> None:
     if (value is None) != (value_cache is None):
         given, missing = ("value", "value_cache") if value_cache is None else ("value_cache", "value")
         raise ValueError(f"value and value_cache must be given together, got {given} without {missing}")
-    match = _Matcher(key)
     match("key", key, FLOAT_DTYPES, ("num_tokens", "num_kv_heads", "head_dim"))
     if value is not None:
         match("value", value, (key.dtype,), ("num_tokens", "num_kv_heads", "value_head_dim"))
@@ -160,13 +213,12 @@ def _cache_pair(match: _Matcher, dtype: torch.dtype, key_cache: Tensor, value_ca
     caches = [("key_cache", key_cache, "head_dim")]
     if value_cache is not None:
         caches.append(("value_cache", value_cache, "value_head_dim"))
+    stored = (dtype, *QUANTISED_DTYPES)
     for name, cache, dim in caches:
-        if cache.dtype in QUANTISED_DTYPES:
-            raise NotImplementedError(f"{name} of {_name(cache.dtype)}: quantised caches are not supported yet")
-        if cache.dtype != dtype:
-            raise TypeError(f"{name} must have {like}'s dtype {_name(dtype)}, got {_name(cache.dtype)}")
-        dims = ("num_blocks", "block_size", "num_kv_heads", dim)
-        match(name, cache, (dtype,), dims, unit_last_stride=True)
+        if cache.dtype not in stored:
+            others = ", ".join(map(_name, QUANTISED_DTYPES))
+            raise TypeError(f"{name} must have {like}'s dtype {_name(dtype)}, or {others}, got {_name(cache.dtype)}")
+        match(name, cache, stored, ("num_blocks", "block_size", "num_kv_heads", dim), unit_last_stride=True)
     sizes = match.sizes
     _require(sizes["block_size"] >= 1, lambda: f"block_size must be at least 1, got {sizes['block_size']}")
     _require(sizes["num_kv_heads"] >= 1, lambda: f"num_kv_heads must be at least 1, got {sizes['num_kv_heads']}")
@@ -180,6 +232,33 @@ def _cache_pair(match: _Matcher, dtype: torch.dtype, key_cache: Tensor, value_ca
             f"got {key_dim} and {value_dim}"
         ),
     )
+
+
+def _scales(
+    match: _Matcher,
+    key_cache: Tensor,
+    value_cache: Tensor | None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+    key_scale_cache: Tensor | None = None,
+    value_scale_cache: Tensor | None = None,
+) -> None:
+    sides = (("key", key_cache, key_scale, key_scale_cache), ("value", value_cache, value_scale, value_scale_cache))
+    for side, cache, scale, scale_cache in sides:
+        given = [f"{side}_scale"] * (scale is not None) + [f"{side}_scale_cache"] * (scale_cache is not None)
+        if given and (cache is None or cache.dtype not in QUANTISED_DTYPES):
+            stored = "no" if cache is None else f"an unquantised {_name(cache.dtype)}"
+            raise ValueError(f"{given[0]} must be None with {stored} {side}_cache, got one")
+        if len(given) == 2:
+            raise ValueError(f"{side}_scale (static) and {side}_scale_cache (per token) exclude each other, got both")
+        if cache is not None and cache.dtype == torch.int8 and not given:
+            raise ValueError(f"{side}_cache of int8 needs {side}_scale or {side}_scale_cache, got neither")
+        if scale is not None:
+            if scale.dtype != torch.float32:
+                raise TypeError(f"{side}_scale must be float32, 0-dim or [num_kv_heads], got {_form(scale)}")
+            match(f"{side}_scale", scale, _FLOAT32, ("num_kv_heads",) if scale.dim() else ())
+        if scale_cache is not None:
+            match(f"{side}_scale_cache", scale_cache, _FLOAT32, ("num_blocks", "block_size", "num_kv_heads"))
 
 
 def _block_list(match: _Matcher, caches: Sequence[Tensor]) -> None:
@@ -225,11 +304,6 @@ def _require(condition: Any, message: Callable[[], str]) -> None:
     """Raise ValueError unless `condition`; a condition on symbolic sizes becomes an assertion of the graph."""
     if condition is not True:
         torch._check_value(condition, message)
-
-
-def _not_yet(name: str, value: Any) -> None:
-    if value is not None and (name, value) != ("softcap", 0.0):
-        raise NotImplementedError(f"{name} is not supported yet, got {_form(value)}")
 
 
 def _expected(dtypes: tuple[torch.dtype, ...], dims: tuple[str, ...]) -> str:

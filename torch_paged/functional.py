@@ -8,7 +8,6 @@ lengths out of range are an IndexError on CPU, and on a GPU with `TORCH_PAGED_DE
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,24 +27,39 @@ def attention(
     cu_seqlens_q: Tensor | None = None,
     scale: float | None = None,
     causal: bool = True,
-    **options: Any,
+    sliding_window: int | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+    key_scale_cache: Tensor | None = None,
+    value_scale_cache: Tensor | None = None,
 ) -> Tensor:
     """Attention of ragged queries over a paged KV cache, by online softmax over the blocks of each sequence.
 
     Query i of a sequence with q queries and s keys stands at position s - q + i; with `causal` it sees the keys up to
     its own position. A row that sees no key, and a row past the last of `cu_seqlens_q`, is zeros.
+    A logit is `scale * q.k`, then capped, then lowered by the ALiBi slope times the distance, then masked.
     Method: Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention" (2023).
 
     Args:
         query: fp32, fp16 or bf16 [T, H, D], any strides with a unit last one.
-        key_cache: [N, B, Hk, D] in query's dtype, any strides with a unit last one.
+        key_cache: [N, B, Hk, D] in query's dtype, float8_e4m3fn, float8_e5m2 or int8, any strides with a unit last one.
         value_cache: [N, B, Hk, Dv] likewise; may be a view of the key cache (`key_cache[..., :Dv]`).
-        block_table: int32 [S, max_blocks_per_seq]; entries past a sequence's keys are never read.
+        block_table: int32 [S, max_blocks_per_seq]; an entry none of whose keys any query sees is never read.
         seq_lens: int32 [S], keys per sequence, the new tokens included.
         cu_seqlens_q: int32 [S + 1], where each sequence's queries start; None: T / S queries each.
         scale: factor of the logits, any finite number; None: 1 / sqrt(D).
         causal: whether a query sees only the keys up to its position.
-        options: the operator's further keywords; each raises NotImplementedError until it is implemented.
+        sliding_window: W >= 1: a query sees itself and the W - 1 keys before it; needs `causal`.
+        softcap: c > 0 makes `c * tanh(logit / c)` of a scaled logit (Gemma 2); 0: off.
+        alibi_slopes: float32 [H], of Press et al., "Train Short, Test Long" (2021).
+        sinks: float32 [H], one extra logit in each row's denominator, neither scaled nor capped (gpt-oss). A row that
+            sees no key then has lse = sink.
+        key_scale, value_scale: float32, 0-dim or [Hk]: true value = stored value * scale. int8 needs them or those
+            below, float8 may go without, an unquantised cache must.
+        key_scale_cache, value_scale_cache: float32 [N, B, Hk], a scale for each token and head, as `append` writes.
 
     Returns:
         Contiguous [T, H, Dv] in query's dtype.
@@ -59,7 +73,14 @@ def attention(
         cu_seqlens_q=cu_seqlens_q,
         scale=scale,
         causal=causal,
-        **options,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        key_scale=key_scale,
+        value_scale=value_scale,
+        key_scale_cache=key_scale_cache,
+        value_scale_cache=value_scale_cache,
     )
     return result
 
@@ -74,7 +95,14 @@ def attention_with_lse(
     cu_seqlens_q: Tensor | None = None,
     scale: float | None = None,
     causal: bool = True,
-    **options: Any,
+    sliding_window: int | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+    key_scale_cache: Tensor | None = None,
+    value_scale_cache: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attention`, and the logarithm of each row's softmax denominator, for `merge_attention`.
 
@@ -90,7 +118,14 @@ def attention_with_lse(
         cu_seqlens_q=cu_seqlens_q,
         scale=scale,
         causal=causal,
-        **options,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        key_scale=key_scale,
+        value_scale=value_scale,
+        key_scale_cache=key_scale_cache,
+        value_scale_cache=value_scale_cache,
     )
     return output, lse
 
@@ -117,19 +152,92 @@ def append(
     key_cache: Tensor,
     value_cache: Tensor | None,
     slot_mapping: Tensor,
-    **options: Any,
+    *,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+    key_scale_cache: Tensor | None = None,
+    value_scale_cache: Tensor | None = None,
 ) -> None:
     """WRITES row i of `key` and `value` to slot `slot_mapping[i]` of the caches.
+
+    A quantised cache stores `row / scale`, rounded to the nearest number of its type, ties to even, and never past
+    its largest. A scale cache gets the row's and head's own scale: its largest magnitude over the type's largest
+    number, or 1 where that is 0 or subnormal. What is not finite in a row stays of no use.
 
     Args:
         key: [T, Hk, D], any strides.
         value: [T, Hk, Dv], or None together with `value_cache` where the value is a view of the key cache.
-        key_cache: [N, B, Hk, D] in key's dtype, MUTATED.
+        key_cache: [N, B, Hk, D] in key's dtype, float8_e4m3fn, float8_e5m2 or int8, MUTATED.
         value_cache: [N, B, Hk, Dv] likewise, MUTATED.
         slot_mapping: int64 [n], n <= T: block * B + offset. Negative: skip. Rows of key past n are not written.
-        options: the operator's further keywords; each raises NotImplementedError until it is implemented.
+        key_scale, value_scale: float32, 0-dim or [Hk], of a quantised cache; None with float8: 1.
+        key_scale_cache, value_scale_cache: float32 [N, B, Hk] instead, MUTATED.
     """
-    _ops.append(key, value, key_cache, value_cache, slot_mapping, **options)
+    _ops.append(
+        key,
+        value,
+        key_cache,
+        value_cache,
+        slot_mapping,
+        key_scale=key_scale,
+        value_scale=value_scale,
+        key_scale_cache=key_scale_cache,
+        value_scale_cache=value_scale_cache,
+    )
+
+
+def rotary_append(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor | None,
+    slot_mapping: Tensor,
+    *,
+    interleaved: bool = False,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+    key_scale_cache: Tensor | None = None,
+    value_scale_cache: Tensor | None = None,
+) -> Tensor:
+    """Rotary position embedding of queries and keys, and `append` of the keys and values, in one pass.
+
+    Row i is turned by the angles at `positions[i]`, in float32, and rounded to its dtype before it is stored. Column
+    j of the first 2 r makes a pair with column j + r; the columns behind them stay as they are.
+    Method: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021).
+
+    Args:
+        query: fp32, fp16 or bf16 [T, H, D], any strides.
+        key: [T, Hk, D] in query's dtype, any strides.
+        value: [T, Hk, Dv] likewise, or None together with `value_cache`.
+        cos, sin: fp32, fp16 or bf16 [P, r] with 2 r <= D, a row for each position.
+        positions: int64 [T], below P. On a GPU one out of range is taken for the nearest.
+        key_cache, value_cache, slot_mapping and the scales: as in `append`; the caches are MUTATED.
+        interleaved: column 2 j makes a pair with column 2 j + 1 instead.
+
+    Returns:
+        The rotated query, contiguous [T, H, D].
+    """
+    rotated: Tensor = _ops.rotary_append(
+        query,
+        key,
+        value,
+        cos,
+        sin,
+        positions,
+        key_cache,
+        value_cache,
+        slot_mapping,
+        interleaved=interleaved,
+        key_scale=key_scale,
+        value_scale=value_scale,
+        key_scale_cache=key_scale_cache,
+        value_scale_cache=value_scale_cache,
+    )
+    return rotated
 
 
 def copy_blocks(caches: Sequence[Tensor], block_pairs: Tensor) -> None:

@@ -16,11 +16,15 @@ import torch
 from torch import Tensor
 
 from torch_paged import bounds, checks
+from torch_paged.options import PLAIN, AttentionOptions
 
 _OPTIONS = """Tensor? cu_seqlens_q=None, float? scale=None, bool causal=True, int? sliding_window=None,
     float softcap=0.0, Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? key_scale=None,
     Tensor? value_scale=None, Tensor? key_scale_cache=None, Tensor? value_scale_cache=None"""
 _ATTENTION = f"(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor seq_lens, *, {_OPTIONS})"
+_SCALES = ("key_scale", "value_scale", "key_scale_cache", "value_scale_cache")
+_WRITTEN_SCALES = """Tensor? key_scale=None, Tensor? value_scale=None, Tensor(c!)? key_scale_cache=None,
+    Tensor(d!)? value_scale_cache=None"""
 
 _REMEMBERED = 4096
 
@@ -63,16 +67,31 @@ def _attend(
     cu_seqlens_q: Tensor | None = None,
     scale: float | None = None,
     causal: bool = True,
-    **_off: Any,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Run the attention; an option still in `_off` has its default, or `checks` would have raised."""
+    """Run the attention with its default scale resolved and its options as one tuple."""
     scale = query.shape[2] ** -0.5 if scale is None else scale
     if abs(scale) < torch.finfo(torch.float32).tiny:  # what float32 would flush to 0
         scale = 0.0
     result: tuple[Tensor, Tensor] = package.attention(
-        query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, scale, causal
-    )
+        query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, scale, causal,
+        AttentionOptions(**options) if options else PLAIN,
+    )  # fmt: skip
     return result
+
+
+def _append(package: ModuleType, *args: Tensor, **scales: Tensor) -> None:
+    package.append(*args, *map(scales.get, _SCALES))
+
+
+def _rotary_append(package: ModuleType, *args: Tensor, interleaved: bool = False, **scales: Tensor) -> Tensor:
+    rotated: Tensor = package.rotary_append(*args, interleaved, *map(scales.get, _SCALES))
+    return rotated
+
+
+def _fake_rotary_append(query: Tensor, *args: Tensor, **options: Any) -> Tensor:
+    checks.rotary_append(query, *args, **options)
+    return query.new_empty(query.shape)
 
 
 def _define(schema: str, fake: Callable[..., Any] | None = None, run: Callable[..., Any] | None = None) -> None:
@@ -221,9 +240,16 @@ _define(
     _fake_merge_attention,
 )
 _define(
-    """append(Tensor key, Tensor? value, Tensor(a!) key_cache, Tensor(b!)? value_cache, Tensor slot_mapping, *,
-    Tensor? key_scale=None, Tensor? value_scale=None, Tensor(c!)? key_scale_cache=None,
-    Tensor(d!)? value_scale_cache=None) -> ()"""
+    f"""append(Tensor key, Tensor? value, Tensor(a!) key_cache, Tensor(b!)? value_cache, Tensor slot_mapping, *,
+    {_WRITTEN_SCALES}) -> ()""",
+    run=_append,
+)
+_define(
+    f"""rotary_append(Tensor query, Tensor key, Tensor? value, Tensor cos, Tensor sin, Tensor positions,
+    Tensor(a!) key_cache, Tensor(b!)? value_cache, Tensor slot_mapping, *, bool interleaved=False,
+    {_WRITTEN_SCALES}) -> Tensor""",
+    _fake_rotary_append,
+    _rotary_append,
 )
 _define("copy_blocks(Tensor(a!)[] caches, Tensor block_pairs) -> ()")
 _define("gather_blocks(Tensor[] caches, Tensor blocks, Tensor(a!) out) -> ()")

@@ -4,9 +4,16 @@ from torch import Tensor
 
 
 def append(
-    key: Tensor, value: Tensor | None, key_cache: Tensor, value_cache: Tensor | None, slot_mapping: Tensor
+    key: Tensor,
+    value: Tensor | None,
+    key_cache: Tensor,
+    value_cache: Tensor | None,
+    slot_mapping: Tensor,
+    *scales: Tensor | None,
 ) -> None:
     """WRITES row i of `key` and `value` to slot `slot_mapping[i]`, unless that is negative."""
+    if any(scale is not None for scale in scales) or key_cache.dtype != key.dtype:
+        raise NotImplementedError(f"not supported here yet: caches of {key_cache.dtype}")
     keep = slot_mapping >= 0
     if not keep.all():
         rows = keep.nonzero()[:, 0]

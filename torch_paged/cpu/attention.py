@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torch_paged.options import PLAIN, AttentionOptions
+
 _CHUNK_KEYS = 1024
 _BATCH_BYTES = 16 << 20  # of gathered keys and values: smaller batches pay more calls than they save in cache misses
 _flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -40,8 +42,11 @@ def attention(
     cu_seqlens_q: Tensor | None,
     scale: float,
     causal: bool,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """Output [num_tokens, num_heads, value_head_dim] and float32 lse [num_tokens, num_heads]."""
+    if options != PLAIN or not query.dtype == key_cache.dtype == value_cache.dtype:
+        raise NotImplementedError(f"not supported here yet: {options}, caches of {key_cache.dtype}")
     num_tokens, num_heads, _ = query.shape
     output = query.new_zeros(num_tokens, num_heads, value_cache.shape[3])
     lse = query.new_full((num_tokens, num_heads), -math.inf, dtype=torch.float32)

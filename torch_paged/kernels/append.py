@@ -82,7 +82,12 @@ def _append(
 
 
 def append(
-    key: Tensor, value: Tensor | None, key_cache: Tensor, value_cache: Tensor | None, slot_mapping: Tensor
+    key: Tensor,
+    value: Tensor | None,
+    key_cache: Tensor,
+    value_cache: Tensor | None,
+    slot_mapping: Tensor,
+    *scales: Tensor | None,
 ) -> None:
     """Writes row i of `key` and `value` to slot `slot_mapping[i]` of the caches; slots outside them are skipped.
 
@@ -93,6 +98,8 @@ def append(
         value_cache: `[num_blocks, block_size, num_kv_heads, value_head_dim]`, unit last stride. MUTATED.
         slot_mapping: int64 `[n]` with n <= n'.
     """
+    if any(scale is not None for scale in scales) or key_cache.dtype != key.dtype:
+        raise NotImplementedError(f"not supported here yet: caches of {key_cache.dtype}")
     if slot_mapping.shape[0] == 0 or key_cache.shape[0] == 0:
         return
     sides = 2

@@ -18,6 +18,7 @@ from torch_paged.kernels.attention_tiles import attend, load_query, store_rows
 from torch_paged.kernels.launch_config import AttentionLaunch
 from torch_paged.kernels.schedule import SEQUENCES, deal, key_count, next_sequence, query_range, query_tiles
 from torch_paged.kernels.vectors import dense
+from torch_paged.options import PLAIN, AttentionOptions
 
 
 @triton.jit
@@ -228,6 +229,7 @@ def attention(
     cu_seqlens_q: Tensor | None,
     scale: float,
     causal: bool,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """Attention of `query` over the cached keys of its sequences; reads no length on the host and allocates by shape.
 
@@ -240,10 +242,13 @@ def attention(
         cu_seqlens_q: int32 `[num_seqs + 1]`, or None: every sequence has `num_tokens / num_seqs` queries.
         scale: any finite factor of the logits.
         causal: query i of q sees keys up to `seq_len - q + i`.
+        options: as in `AttentionOptions`.
 
     Returns:
         Output `[num_tokens, num_heads, value_dim]` in query's dtype, and float32 lse `[num_tokens, num_heads]`.
     """
+    if options != PLAIN or not query.dtype == key_cache.dtype == value_cache.dtype:
+        raise NotImplementedError(f"not supported here yet: {options}, caches of {key_cache.dtype}")
     if scale < 0:  # the kernel multiplies the largest score of a row, so its factor must not turn the order around
         query, scale = -query, -scale
     block_table, seq_lens = dense(block_table), dense(seq_lens)

@@ -15,6 +15,7 @@ from torch_paged.kernels.device import device_of
 from torch_paged.kernels.gather_blocks import gather_blocks, scatter_blocks
 from torch_paged.kernels.launch_config import MANY_ROWS, AttentionLaunch, attention_launches
 from torch_paged.kernels.merge_attention import merge_attention
+from torch_paged.options import PLAIN
 
 
 def warmup(
@@ -42,7 +43,7 @@ def warmup(
         for its_values in [values] if value_head_dim >= head_dim else [values, keys[..., :value_head_dim]]:
             batches += [(keys, its_values, *kind) for kind in _kinds(num_heads, keys, its_values, causal)]
     for done, (keys, values, queries, ragged) in enumerate(batches, 1):
-        output, lse = attention(*_batch(num_heads, keys, values, queries, ragged), 1.0, causal)
+        output, lse = attention(*_batch(num_heads, keys, values, queries, ragged), 1.0, causal, PLAIN)
         if done == 1:
             merge_attention(output, lse, output, lse)
         if progress is not None:
