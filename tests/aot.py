@@ -62,6 +62,7 @@ class Kernel(NamedTuple):
     buffers: int  # copies of a pipelined tile in shared memory, of the tile that has fewest; 0 without a pipeline
     pending: int  # asynchronous copies that may still be under way while a tile is computed
     instructions: dict[str, int]  # how many of each kind that `_SASS` or `_AMDGCN` names
+    inner_spills: int  # of them those that reload or spill registers in a loop over tiles, on NVIDIA
 
 
 class _AbsentDevice(DriverBase):
@@ -132,7 +133,22 @@ def _read(compiled: Any) -> Kernel:
         buffers=min(copies, default=0),
         pending=max(pending, default=0),
         instructions={name: len(re.findall(pattern, code)) for name, pattern in patterns.items()},
+        inner_spills=sum(len(re.findall(_SASS["spill"], loop)) for loop in _innermost_loops(code)),
     )
+
+
+def _innermost_loops(code: str) -> list[str]:
+    """The loops of NVIDIA's machine code that multiply on the matrix unit and hold no such loop."""
+    lines = code.splitlines()
+    labels = {found[1]: number for number, line in enumerate(lines) if (found := re.match(r"\s*(\.L_x_\d+):", line))}
+    spans = []
+    for number, line in enumerate(lines):
+        target = re.search(r"\bBRA\b.*\((\.L_x_\d+)\)", line)
+        if target and labels.get(target[1], number) < number:
+            spans.append((labels[target[1]], number))
+    loops = [span for span in spans if any("MMA" in line for line in lines[slice(*span)])]
+    inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    return ["\n".join(lines[slice(*span)]) for span in inner]
 
 
 def _nvidia(compiled: Any) -> tuple[int, str, dict[str, str]]:

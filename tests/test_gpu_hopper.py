@@ -9,10 +9,12 @@ from torch_paged import reference
 from torch_paged.testing import assert_within_budget, attention_inputs, low_precision_attention
 
 pytest.importorskip("triton")
-from torch_paged.kernels.attention import attention, launch_attention
+from torch_paged.kernels.attention import attention as attend_with
+from torch_paged.kernels.attention import launch_attention
 from torch_paged.kernels.attention_plan import problem_of
 from torch_paged.kernels.device import device_of
 from torch_paged.kernels.launch_config import attention_launches
+from torch_paged.options import PLAIN
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,6 +39,10 @@ BATCHES = {
     "wide-values": dict(MIXED, num_heads=8, head_dim=64, value_head_dim=128),
     "uniform": dict(query_lens=[90] * 3, seq_lens=[700, 90, 40], num_heads=8, head_dim=128, uniform=True),
 }
+
+
+def attention(*arguments):
+    return attend_with(*arguments, PLAIN)
 
 
 def launches_of(inputs, causal=True):

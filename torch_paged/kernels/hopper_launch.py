@@ -40,15 +40,14 @@ class HopperLauncher:
     def __call__(
         self, query: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, seq_lens: Tensor,
         cu_seqlens_q: Tensor | None, output: Tensor, lse: Tensor, partial: Tensor, handoff: Tensor, scale: float,
-        num_tokens: int, num_seqs: int, num_kv_heads: int, num_blocks: int, max_keys: int, query_strides: Any,
-        _key_strides: Any, _value_strides: Any, table_stride: int,
+        num_tokens: int, num_seqs: int, num_kv_heads: int, num_blocks: int, max_keys: int, query_strides: Any, *_: Any,
     ) -> None:  # fmt: skip
         pieces = handoff.new_empty(5 * self._programs)
         self._deal(seq_lens, cu_seqlens_q, pieces, num_tokens, num_seqs, num_kv_heads, max_keys)
         self._attend(
             query, self._map(key_cache), self._map(value_cache), block_table, seq_lens, cu_seqlens_q, pieces,
             output, lse, partial, handoff, scale, num_tokens, num_seqs, num_kv_heads, num_blocks, max_keys,
-            query_strides, table_stride,
+            query_strides, block_table.stride(0),
         )  # fmt: skip
 
     def _map(self, cache: Tensor) -> TensorDescriptor:

@@ -82,7 +82,7 @@ def load_tiles(source, buffers, free, here, work, DIM: gl.constexpr, V: gl.const
             ids = ()
             for block in gl.static_range(BLOCKS):
                 position = tile * V.tile + block * V.copy_rows
-                ids += (gl.load(table + position // V.block_size, mask=position < keys, other=num_blocks),)
+                ids += (gl.load(table + position // V.block_size, mask=position < keys, other=num_blocks),)  # type: ignore[assignment]
             stage, phase = stage_of(count, V)
             mbarrier.wait(free.index(stage), phase ^ 1)
             mbarrier.expect(here.index(stage), V.tile * DIM * 2)
