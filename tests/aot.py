@@ -62,7 +62,7 @@ class Kernel(NamedTuple):
     buffers: int  # copies of a pipelined tile in shared memory, of the tile that has fewest; 0 without a pipeline
     pending: int  # asynchronous copies that may still be under way while a tile is computed
     instructions: dict[str, int]  # how many of each kind that `_SASS` or `_AMDGCN` names
-    inner_spills: int  # of them those that reload or spill registers in a loop over tiles, on NVIDIA
+    pipelined_spills: int  # of them those that spill or reload registers in a pipelined loop over tiles, on Hopper
 
 
 class _AbsentDevice(DriverBase):
@@ -133,22 +133,20 @@ def _read(compiled: Any) -> Kernel:
         buffers=min(copies, default=0),
         pending=max(pending, default=0),
         instructions={name: len(re.findall(pattern, code)) for name, pattern in patterns.items()},
-        inner_spills=sum(len(re.findall(_SASS["spill"], loop)) for loop in _innermost_loops(code)),
+        pipelined_spills=len(re.findall(_SASS["spill"], "".join(_pipelined_loops(code)))),
     )
 
 
-def _innermost_loops(code: str) -> list[str]:
-    """The loops of NVIDIA's machine code that multiply on the matrix unit and hold no such loop."""
-    lines = code.splitlines()
+def _pipelined_loops(code: str) -> list[str]:
+    """The loops of Hopper's machine code in which one product is waited for while the next is under way."""
+    lines = code.splitlines(keepends=True)
     labels = {found[1]: number for number, line in enumerate(lines) if (found := re.match(r"\s*(\.L_x_\d+):", line))}
-    spans = []
+    loops = []
     for number, line in enumerate(lines):
         target = re.search(r"\bBRA\b.*\((\.L_x_\d+)\)", line)
         if target and labels.get(target[1], number) < number:
-            spans.append((labels[target[1]], number))
-    loops = [span for span in spans if any("MMA" in line for line in lines[slice(*span)])]
-    inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    return ["\n".join(lines[slice(*span)]) for span in inner]
+            loops.append("".join(lines[labels[target[1]] : number]))
+    return [loop for loop in loops if re.search(r"DEPBAR\.LE gsb0, 0x1\b", loop)]
 
 
 def _nvidia(compiled: Any) -> tuple[int, str, dict[str, str]]:

@@ -12,6 +12,7 @@ from torch_paged.kernels import attention as attend
 from torch_paged.kernels.attention import launch_attention
 from torch_paged.kernels.copy_blocks import copy_blocks_kernel
 from torch_paged.kernels.launch_config import Device, ShippedVariant, shipped_variants
+from torch_paged.options import PLAIN
 
 DEVICES = {
     "sm_80": Device(multiprocessors=108, shared_memory=163 * 1024, capability=80),
@@ -49,7 +50,7 @@ def attention(num_seqs: int, num_tokens: int, width: int, num_blocks: int, ragge
     cache = torch.zeros(num_blocks, 16, 2, 64, dtype=torch.bfloat16)
     table, lens = torch.zeros(num_seqs, width, dtype=torch.int32), torch.zeros(num_seqs, dtype=torch.int32)
     bounds = torch.zeros(num_seqs + 1, dtype=torch.int32) if ragged else None
-    attend(query, cache, cache.clone(), table, lens, bounds, 0.125, True)
+    attend(query, cache, cache.clone(), table, lens, bounds, 0.125, True, PLAIN)
 
 
 def append_rows(rows: int, dtype: str = "bf16", heads: int = 8, dims: tuple[int, int] = (128, 128)) -> None:
