@@ -35,7 +35,7 @@ class HopperLauncher:
         self._deal = Launcher(deal_pieces, grid, constants, dict(num_warps=4))
         self._attend = Launcher(attention_hopper, grid, constants, dict(num_warps=4, maxnreg=launch.max_registers))
         self._programs, self._rows = launch.programs, launch.variant.copy_rows
-        self._maps: dict[int, TensorDescriptor] = {}
+        self._maps: dict[Any, TensorDescriptor] = {}
 
     def __call__(
         self, query: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, seq_lens: Tensor,
@@ -51,19 +51,15 @@ class HopperLauncher:
         )  # fmt: skip
 
     def _map(self, cache: Tensor) -> TensorDescriptor:
-        """How the copy engine finds rows of `cache`; calls differ in its address alone, keys and values in that too."""
-        address = cache.data_ptr()
-        found = self._maps.get(address)
-        if found is None or found.shape != [*cache.shape]:
+        """How the copy engine finds rows of `cache`; from call to call only addresses change."""
+        known_by = cache.data_ptr(), cache.shape, cache.stride()
+        found = self._maps.get(known_by)
+        if found is None:
             if len(self._maps) >= _MAX_MAPS:
                 self._maps.clear()
-            found = self._maps[address] = TensorDescriptor(
-                _Address(address, cache.dtype),
-                [*cache.shape],
-                # Any legal stride will do where there is one row.
-                [stride if size > 1 else 8 for size, stride in zip(cache.shape[:3], cache.stride(), strict=False)]
-                + [1],
-                [1, self._rows, 1, COLUMNS.value],
-                _SWIZZLED,
-            )
+            # Any legal stride will do where there is one row.
+            strides = [stride if size > 1 else 8 for size, stride in zip(cache.shape[:3], cache.stride(), strict=False)]
+            box = [1, self._rows, 1, COLUMNS.value]
+            address = _Address(cache.data_ptr(), cache.dtype)
+            found = self._maps[known_by] = TensorDescriptor(address, [*cache.shape], [*strides, 1], box, _SWIZZLED)
         return found
