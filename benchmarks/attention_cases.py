@@ -27,11 +27,16 @@ class Case:
     shuffled: bool = True
     causal: bool = True
     head_major: bool = True  # storage, as PagedKVCache has it; otherwise token-major
+    pool: int = 0  # GB of both caches, if more than the sequences need
 
     @property
     def bytes(self) -> int:
         size = DTYPES[self.dtype].itemsize
         return sum(self.keys) * self.kv_heads * (self.dim + self.value_dim) * size
+
+    @property
+    def block_bytes(self) -> int:
+        return self.block * self.kv_heads * (self.dim + self.value_dim) * DTYPES[self.dtype].itemsize
 
     @property
     def flops(self) -> int:
@@ -54,6 +59,9 @@ CASES = {
     "decode 64 x 8k": decode(64, 8192),
     "decode 64 x 8k, token-major": decode(64, 8192, head_major=False),
     "decode 64 x 8k, consecutive": decode(64, 8192, shuffled=False),
+    "decode 64 x 8k, pool of 64 GB": decode(64, 8192, pool=64),
+    "decode 64 x 8k, consecutive in 64 GB": decode(64, 8192, pool=64, shuffled=False),
+    "decode 64 x 8k, no table": decode(64, 8192, block=8192),  # one block a sequence: its id is loaded once
     "decode 1 x 4k": decode(1, 4096),
     "decode 1 x 128k": decode(1, 131072),
     "decode 256 x 128": decode(256, 128),
@@ -69,7 +77,14 @@ CASES = {
     **{f"decode 64 x 8k, block {block}": decode(64, 8192, block=block) for block in (1, 8, 32, 64, 256)},
     "prefill 8k": Case((8192,), (8192,)),
     "prefill 8k, token-major": Case((8192,), (8192,), head_major=False),
+    "prefill 8k, block 8": Case((8192,), (8192,), block=8),
     "prefill 8k, block 64": Case((8192,), (8192,), block=64),
+    "prefill 8k, no table": Case((8192,), (8192,), block=8192),
+    "prefill 8k, dim 64": Case((8192,), (8192,), dim=64, value_dim=64),
+    "prefill 8k, dim 256": Case((8192,), (8192,), dim=256, value_dim=256),
+    "prefill 8k, all keys": Case((8192,), (8192,), causal=False),
+    "prefill 32k": Case((32768,), (32768,)),
+    "prefill 16 x 512, cu_seqlens_q": Case((512,) * 16, (512,) * 16, ragged=True),
     "prefill 4 x 4k, cu_seqlens_q": Case((4096,) * 4, (4096,) * 4, ragged=True),
     "prefill 128 on 128k": Case((131072,), (128,)),
     "mixed": Case((8192,) * 60 + (10240,), (1,) * 60 + (2048,), ragged=True),
@@ -95,12 +110,30 @@ ODD = {
     }.items()
 }
 
+# The same for the kernel that serves many rows, too large to be interpreted.
+ODD_PREFILL = {
+    f"{name} {dtype}": replace(case, dtype=dtype)
+    for dtype in ("bf16", "fp16")
+    for name, case in {
+        "prefill": Case((700, 1, 130, 9), (700, 1, 40, 0), heads=8, kv_heads=2, ragged=True, head_major=False),
+        "prefill, block 8": Case(
+            (333, 500), (333, 257), heads=4, kv_heads=4, dim=64, value_dim=64, block=8, ragged=True
+        ),
+        "prefill, block 64": Case((600, 600), (600, 600), heads=16, kv_heads=1, block=64),
+        "prefill, block 256": Case((1000, 300, 257), (130, 300, 257), heads=6, kv_heads=2, block=256, ragged=True),
+        "prefill, block 128": Case((301, 129), (130, 140), heads=5, kv_heads=1, block=128, causal=False, ragged=True),
+        "prefill, dims 128/64": Case((300, 190), (200, 190), heads=4, kv_heads=2, value_dim=64, block=32, ragged=True),
+        "prefill, dim 256, block 64": Case((500,), (500,), heads=4, kv_heads=2, dim=256, value_dim=256, block=64),
+        "chunk": Case((9000,), (40,), heads=8, kv_heads=2),
+    }.items()
+}
+
 
 def make(case: Case, device: torch.device, seed: int = 0) -> Arguments:
     """Random inputs; unused slots, blocks and table entries hold what must not be read."""
     torch.manual_seed(seed)
     dtype, blocks = DTYPES[case.dtype], [-(-keys // case.block) for keys in case.keys]
-    total = sum(blocks)
+    total = max(sum(blocks), case.pool * 10**9 // case.block_bytes)
     order = torch.randperm(total, device=device) if case.shuffled else torch.arange(total, device=device)
     table = torch.full((len(blocks), max(blocks) + 1), 1 << 30, dtype=torch.int32, device=device)
     block = (case.kv_heads, case.block) if case.head_major else (case.block, case.kv_heads)

@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -29,7 +29,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
     import interpreter_fixes  # noqa: F401
 
-from attention_cases import CASES, ODD, Arguments, Case, make
+from attention_cases import CASES, ODD, ODD_PREFILL, Arguments, Case, make
 from gpu_peers import PEERS, absent
 from gpu_timing import ceilings, rotations, summary, timed
 
@@ -38,7 +38,17 @@ from torch_paged.kernels.attention_plan import problem_of
 from torch_paged.kernels.device import device_of
 from torch_paged.kernels.launch_config import AttentionLaunch, attention_launches
 
-WITH_PEERS = ("decode 64 x 8k", "decode 1 x 4k", "decode 1 x 128k", "decode 256 x 128", "prefill 8k")
+WITH_PEERS = (
+    "decode 64 x 8k",
+    "decode 1 x 4k",
+    "decode 1 x 128k",
+    "decode 256 x 128",
+    "mha 16 x 2000, block 8",
+    "prefill 8k",
+    "prefill 8k, dim 64",
+    "prefill 8k, dim 256",
+    "prefill 32k",
+)
 
 
 def run(launches: tuple[AttentionLaunch, ...], inputs: Arguments, output: Tensor, lse: Tensor) -> None:
@@ -50,6 +60,13 @@ def shipped(case: Case, inputs: Arguments) -> tuple[AttentionLaunch, ...]:
     query, key_cache, value_cache, table, _, bounds = inputs
     problem = problem_of(query, key_cache, value_cache, table, bounds, case.causal)
     return attention_launches(problem, device_of(query.device))
+
+
+def general(case: Case, inputs: Arguments) -> tuple[AttentionLaunch, ...]:
+    """What serves `case` where the Hopper kernel cannot."""
+    query, key_cache, value_cache, table, _, bounds = inputs
+    problem = problem_of(query, key_cache, value_cache, table, bounds, case.causal)
+    return attention_launches(replace(problem, copyable=False), device_of(query.device))
 
 
 def outputs(case: Case, inputs: Arguments) -> tuple[Tensor, Tensor]:
@@ -132,7 +149,7 @@ def measure_peers(case: Case, sets: list[Arguments]) -> dict[str, dict[str, Any]
 
 def compile_one(case: Case, launch: AttentionLaunch, device: torch.device) -> None:
     """Compiles into the cache on disk what `case` will launch; lengths and batch do not matter."""
-    tiny = replace(case, keys=(1,), queries=(1,))
+    tiny = replace(case, keys=(1,), queries=(1,), pool=0)
     inputs = make(tiny, device)
     try:
         run((launch,), inputs, *outputs(tiny, inputs))
@@ -148,8 +165,10 @@ def compile_all(jobs: Iterable[tuple[Case, AttentionLaunch]], device: torch.devi
     return time.perf_counter() - start
 
 
-def launches_of(case: Case, device: torch.device) -> tuple[AttentionLaunch, ...]:
-    return shipped(case, make(replace(case, keys=(1,) * len(case.keys)), device))
+def launches_of(
+    case: Case, device: torch.device, choose: Callable[..., tuple[AttentionLaunch, ...]] = shipped
+) -> tuple[AttentionLaunch, ...]:
+    return choose(case, make(replace(case, keys=(1,) * len(case.keys), pool=0), device))
 
 
 def show(name: str, figures: dict[str, Any], read_gb_s: float) -> None:
@@ -177,14 +196,15 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true")
     options = parser.parse_args()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    cases = {name: CASES[name] for name in options.only}
+    cases, odd = {name: CASES[name] for name in options.only}, ODD if options.smoke else ODD | ODD_PREFILL
     if options.smoke:
         cases = {
-            name: replace(case, keys=_at_most_70(case.keys), queries=_at_most_70(case.queries))
+            name: replace(case, keys=_at_most_70(case.keys), queries=_at_most_70(case.queries), pool=0)
             for name, case in cases.items()
         }
     else:
-        jobs = [(case, launch) for case in (*ODD.values(), *cases.values()) for launch in launches_of(case, device)]
+        jobs = [(case, launch) for case in (*odd.values(), *cases.values()) for launch in launches_of(case, device)]
+        jobs += [(case, launch) for case in cases.values() for launch in launches_of(case, device, general)]
         print(f"compiled in {compile_all(jobs, device, options.workers):.0f} s", flush=True)
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
@@ -196,16 +216,20 @@ def main() -> None:
         "cases": {},
     }
     print(json.dumps(report), flush=True)
-    for case in ODD.values():
+    for case in odd.values():
         inputs = make(case, device)
         result = outputs(case, inputs)
         run(shipped(case, inputs), inputs, *result)
         verify(case, inputs, *result, sample=len(case.keys))
-    print(f"{len(ODD)} odd shapes right", flush=True)
+    print(f"{len(odd)} odd shapes right", flush=True)
     for name, case in cases.items():
-        sets = [make(case, device, seed) for seed in range(1 if options.smoke else rotations(case.bytes))]
-        entry = report["cases"][name] = measure(case, sets, shipped(case, sets[0]))
+        sets = [make(case, device, seed) for seed in range(1 if options.smoke or case.pool else rotations(case.bytes))]
+        launches, without = shipped(case, sets[0]), general(case, sets[0])
+        entry = report["cases"][name] = measure(case, sets, launches)
         show(name, entry, report["ceilings"]["read_gb_s"])
+        if without != launches:
+            entry["general"] = measure(case, sets, without, 10)
+            show("    general kernel", entry["general"], report["ceilings"]["read_gb_s"])
         if options.peers and name in WITH_PEERS:
             entry["peers"] = measure_peers(case, sets)
             for peer, figures in entry["peers"].items():

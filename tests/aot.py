@@ -35,6 +35,7 @@ _SASS = {
     "store_narrow": r"\bSTG\.E(?![.\w]*\.128)",
     "async128": r"\bLDGSTS[.\w]*\.128",
     "async_narrow": r"\bLDGSTS(?![.\w]*\.128)",
+    "copy_engine": r"\bUTMALDG\b",
     "tensor_core": r"\b(?:HMMA|IMMA|DMMA)\b",
     "wgmma": r"\b[HQI]GMMA\b",
     "tcgen05": r"\bUT[CHQ]\w*MMA\b",
@@ -63,6 +64,8 @@ class Kernel(NamedTuple):
     buffers: int  # copies of a pipelined tile in shared memory, of the tile that has fewest; 0 without a pipeline
     pending: int  # asynchronous copies that may still be under way while a tile is computed
     instructions: dict[str, int]  # how many of each kind that `_SASS` or `_AMDGCN` names
+    pipelined_loops: int  # loops of Hopper's machine code that wait for one product while the next is under way
+    pipelined_spills: int  # spilled and reloaded registers in these loops
 
 
 class _AbsentDevice(DriverBase):
@@ -125,6 +128,7 @@ def _read(compiled: Any) -> Kernel:
     copies = [int(n) for n in re.findall(r"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x", ttgir)]
     pending = [int(n) for n in re.findall(r"ttg\.async_wait .*?num = (\d+)", ttgir)]
     registers, code, patterns = _amd(compiled) if "amdgcn" in compiled.asm else _nvidia(compiled)
+    loops = _pipelined_loops(code)
     return Kernel(
         name=compiled.metadata.name,
         identity=compiled.hash,
@@ -133,7 +137,23 @@ def _read(compiled: Any) -> Kernel:
         buffers=min(copies, default=0),
         pending=max(pending, default=0),
         instructions={name: len(re.findall(pattern, code, re.MULTILINE)) for name, pattern in patterns.items()},
+        pipelined_loops=len(loops),
+        pipelined_spills=len(re.findall(_SASS["spill"], "".join(loops))),
     )
+
+
+def _pipelined_loops(code: str) -> list[str]:
+    """The loops around every wait that leaves one product of the matrix unit under way."""
+    lines = code.splitlines(keepends=True)
+    labels = {found[1]: number for number, line in enumerate(lines) if (found := re.match(r"\s*(\.L_x_\d+):", line))}
+    spans = []
+    for number, line in enumerate(lines):
+        target = re.search(r"\bBRA\b.*\((\.L_x_\d+)\)", line)
+        if target and labels.get(target[1], number) < number:
+            spans.append(range(labels[target[1]], number))
+    waits = [number for number, line in enumerate(lines) if "DEPBAR.LE gsb0, 0x1" in line]
+    around = [[span for span in spans if wait in span] for wait in waits]
+    return ["".join(lines[min(loops, key=len).start : min(loops, key=len).stop]) for loops in around if loops]
 
 
 def _nvidia(compiled: Any) -> tuple[int, str, dict[str, str]]:

@@ -13,10 +13,11 @@ import torch
 
 from torch_paged import ops, reference
 from torch_paged.cpu import build
+from torch_paged.testing import AttentionInputs, assert_within_budget, low_precision_attention
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 BYTES = [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8]
-EPS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 3.2e-2}
+EPS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # of merged results
 
 
 def choose(*values):
@@ -128,12 +129,9 @@ def check_attention():
     exact, exact_lse = reference.attention_with_lse(arguments[0].double(), *arguments[1:], **options)
     seen = exact_lse.isfinite()
     assert torch.equal(lse.isneginf(), exact_lse.isneginf()), "other rows see nothing"
-    largest = exact.abs().max().item() if exact.numel() else 0.0
-    bound = (
-        EPS[output.dtype] * max(largest, 1e-3) * (1 + 0.02 * exact_lse[seen].abs().max().item() if seen.any() else 1)
-    )
-    error = (output.double() - exact).abs().max().item() if exact.numel() else 0.0
-    assert error <= bound, f"output is off by {error}, allowed are {bound}"
+    low = low_precision_attention(AttentionInputs(*arguments, options.pop("cu_seqlens_q")), **options)
+    if exact.numel():
+        assert_within_budget(output, exact, low[0])
     error = (lse.double() - exact_lse)[seen].abs().max().item() if seen.any() else 0.0
     assert error <= 3e-5 * (1 + exact_lse[seen].abs().max().item() if seen.any() else 1), f"lse is off by {error}"
 

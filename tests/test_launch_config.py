@@ -146,6 +146,38 @@ def test_smaller_tiles_let_more_of_them_be_on_their_way():
     assert plain.programs == small.programs
 
 
+PREFILL = replace(DECODE, num_tokens=4096, num_seqs=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "copy_rows"),
+    [
+        ({}, 16),
+        (dict(block_size=8), 8),
+        (dict(block_size=64), 64),
+        (dict(block_size=256), 128),
+        (dict(block_size=256, head_dim=256, value_dim=256), 64),
+        (dict(head_dim=64, value_dim=128), 16),
+        (dict(num_heads=56), 16),
+        (dict(block_size=4), 0),
+        (dict(block_size=48), 0),
+        (dict(head_dim=80, value_dim=80), 0),
+        (dict(itemsize=4), 0),
+        (dict(copyable=False), 0),
+        (dict(num_tokens=16), 0),
+    ],
+    ids=str,
+)
+def test_hopper_copies_blocks_where_they_make_tiles(changes, copy_rows):
+    launches = attention_launches(replace(PREFILL, **changes), DEVICES["sm_90"])
+    assert [launch.variant.copy_rows for launch in launches] == [copy_rows]
+
+
+def test_only_hopper_has_the_hopper_kernel(gpu):
+    launches = attention_launches(replace(PREFILL, ragged=True), gpu)
+    assert [launch.variant.copy_rows for launch in launches] == [16 if gpu.capability == 90 else 0, 0]
+
+
 def test_shipped_variants_are_named_and_complete(gpu):
     shipped = shipped_variants(gpu)
     assert len({variant.name for variant in shipped}) == len(shipped)

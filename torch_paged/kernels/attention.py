@@ -16,7 +16,7 @@ from torch_paged.kernels.attention_state import nothing_seen, write_output, writ
 from torch_paged.kernels.attention_stored import normalise, static_scale
 from torch_paged.kernels.attention_tiles import attend, load_query
 from torch_paged.kernels.launch_config import AttentionLaunch
-from torch_paged.kernels.schedule import deal, key_count, next_sequence, query_range, query_tiles
+from torch_paged.kernels.schedule import SEQUENCES, deal, key_count, next_sequence, query_range, query_tiles
 from torch_paged.kernels.vectors import dense
 from torch_paged.options import PLAIN, AttentionOptions
 
@@ -162,7 +162,7 @@ def _attention(
         unit += 1
         if unit >= tiles * num_kv_heads:
             unit = unit * 0
-            sequence = next_sequence(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
+            sequence = next_sequence(sequence, tl.arange(0, SEQUENCES), cu_seqlens_q, num_tokens, num_seqs, V)
     if left_before == 0:  # others may look here for a part: an empty one
         write_sums(partial, lane * 0.0 - float("inf"), lane * 0.0, 2 * program * BLOCK_M + lane, lane < BLOCK_M, V)
     tl.store(handoff + program, left_before)

@@ -1,6 +1,7 @@
 """What a call of attention launches: decided by its tensors' metadata, and remembered, as decoding repeats one call."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ _LIMIT = 2**31 - 1
 class Step(NamedTuple):
     """One launch of the kernel and of the one that combines, with all that the metadata of a call decide."""
 
-    attend: Launcher
+    attend: Callable[..., None]
     combine: Launcher
     partial_floats: int
     handoff_ints: int
@@ -86,7 +87,7 @@ def step_of(
         cache_strides += tuple((0, 0, 0) if scales is None else effective_strides(scales) for scales in scale_caches)
     max_keys = min(block_table.shape[1] * block_size, 2**31 - 1024)
     return Step(
-        attend=Launcher(kernel, (launch.programs, 1, 1), dict(V=launch.variant), launch.options),
+        attend=_launcher(kernel, launch),
         combine=combine_launcher(launch),
         partial_floats=launch.partial_floats,
         handoff_ints=launch.handoff_ints,
@@ -138,6 +139,15 @@ def features_of(query: Tensor, key_cache: Tensor, value_cache: Tensor, options: 
     )
 
 
+def _launcher(kernel: Any, launch: AttentionLaunch) -> Callable[..., None]:
+    """Launches `kernel`, or what serves in its place."""
+    if launch.variant.copy_rows:
+        from torch_paged.kernels.hopper_launch import HopperLauncher
+
+        return HopperLauncher(launch)
+    return Launcher(kernel, (launch.programs, 1, 1), dict(V=launch.variant), launch.options)
+
+
 def problem_of(
     query: Tensor,
     key_cache: Tensor,
@@ -165,6 +175,7 @@ def problem_of(
         and key_cache.stride() == value_cache.stride()
         and key_cache.shape[3] >= value_cache.shape[3],
         features=features_of(query, key_cache, value_cache, options),
+        copyable=_copyable(key_cache) and _copyable(value_cache),
     )
 
 
@@ -178,3 +189,9 @@ def _aligned(tensor: Tensor) -> bool:
     """Whether every row of `tensor` starts at a multiple of 16 bytes."""
     strides = effective_strides(tensor)[:-1]
     return tensor.data_ptr() % 16 == 0 and all(stride * tensor.element_size() % 16 == 0 for stride in strides)
+
+
+def _copyable(cache: Tensor) -> bool:
+    """Whether a descriptor of the copy engine can name the strides of `cache`."""
+    strides = [stride for size, stride in zip(cache.shape[:-1], cache.stride(), strict=False) if size > 1]
+    return _aligned(cache) and all(0 < stride < 2**36 for stride in strides)

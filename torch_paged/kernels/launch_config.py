@@ -78,6 +78,8 @@ class Problem:
         """Bytes of a stored number."""
         return 1 if self.features.value.dtype else self.itemsize
 
+    copyable: bool = True  # the copy engine of Hopper can address every row of the caches
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -110,6 +112,7 @@ class Variant:
     precision: str  # of float32 products: "ieee" is true float32
     has: Features
     overlap: bool  # begins while the kernel before it ends, and waits for its results (Hopper and later)
+    copy_rows: int  # keys that the copy engine of `attention_hopper` takes at a time; 0 in the general kernel
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,8 @@ class Tiles(NamedTuple):
 ALL_ROWS = 2**31 - 1
 FEW_ROWS = 64
 MANY_ROWS = 128
+HOPPER_DIMS = {64, 128, 256}
+HOPPER_REGISTERS = 168  # of a thread before loader and warpgroups trade theirs
 
 
 @functools.lru_cache(maxsize=4096)
@@ -193,7 +198,8 @@ def attention_launches(problem: Problem, device: Device) -> tuple[AttentionLaunc
 
 def _launch(problem: Problem, device: Device, rows: int, above: int, upto: int) -> AttentionLaunch:
     """Launch for sequences of more than `above` and at most `upto` rows, made for `rows` of them."""
-    tiles = _fit(problem, device, _tiles(problem, device, rows))
+    copy_rows = _copy_rows(problem, device, rows)
+    tiles = _hopper_tiles(problem) if copy_rows else _fit(problem, device, _tiles(problem, device, rows))
     group = problem.num_heads // problem.num_kv_heads
     variant = Variant(
         group=group,
@@ -211,7 +217,7 @@ def _launch(problem: Problem, device: Device, rows: int, above: int, upto: int) 
         block_m=tiles.rows,
         tile=tiles.keys,
         num_stages=tiles.num_stages,
-        single_tile=above < 0 and rows <= tiles.rows,
+        single_tile=above < 0 and rows <= tiles.rows and not copy_rows,
         unmasked_first=rows > FEW_ROWS,
         rows_above=above,
         rows_upto=upto,
@@ -220,13 +226,14 @@ def _launch(problem: Problem, device: Device, rows: int, above: int, upto: int) 
         precision="ieee",
         has=_features(problem.features, device),
         overlap=device.capability >= 90 and not device.amd,
+        copy_rows=copy_rows,
     )
     combine_rows = 1 if tiles.rows <= 16 else 4
     slots = WORKSPACE_LIMIT // (2 * tiles.rows * (problem.value_dim + 2) * 4)
     return AttentionLaunch(
         variant=variant,
         num_warps=tiles.num_warps,
-        max_registers=_max_registers(problem, device, tiles),
+        max_registers=HOPPER_REGISTERS if copy_rows else _max_registers(problem, device, tiles),
         programs=max(1, min(device.multiprocessors * tiles.resident, slots)),
         unit_rows=tiles.rows if problem.ragged else min(rows, tiles.rows),
         combine_rows=combine_rows,
@@ -243,6 +250,24 @@ def _features(features: Features, device: Device) -> Features:
         for stored in (features.key, features.value)
     )
     return replace(features, key=key, value=value)
+
+
+def _copy_rows(problem: Problem, device: Device, rows: int) -> int:
+    """Keys of one copy where `attention_hopper` serves sequences of `rows` rows: a block, or a tile of one; 0: not."""
+    dims = {problem.head_dim, problem.value_dim}
+    hopper = device.capability == 90 and not device.amd
+    served = problem.plain and problem.copyable and problem.itemsize == 2 and dims <= HOPPER_DIMS
+    if not hopper or rows <= FEW_ROWS or not served:
+        return 0
+    tile, block = _hopper_tiles(problem).keys, problem.block_size
+    fits = block % tile == 0 or (tile % block == 0 and block >= 8)
+    return min(tile, block) if fits else 0
+
+
+def _hopper_tiles(problem: Problem) -> Tiles:
+    """Tiles of `attention_hopper`: two warpgroups of 64 rows, several buffers each for keys and for values."""
+    width = max(problem.head_dim, problem.value_dim)
+    return Tiles(MANY_ROWS, 64 if width > 128 else 128, 4, {64: 4, 128: 3, 256: 2}[width], 1)
 
 
 def _max_registers(problem: Problem, device: Device, tiles: Tiles) -> int | None:

@@ -17,6 +17,8 @@ number `num_seqs` stands for the rows past `cu_seqlens_q[-1]`: queries without k
 import triton
 import triton.language as tl
 
+from torch_paged.kernels.attention_rows import tiles_of_keys
+
 SEQUENCES: tl.constexpr = tl.constexpr(128)  # read at a time by every program
 LAST_TILE: tl.constexpr = tl.constexpr(2**31 - 1)  # of any unit
 
@@ -113,17 +115,21 @@ def _position(offset, sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, ma
 
 
 @triton.jit
-def next_sequence(sequence, cu_seqlens_q, num_tokens, num_seqs, V: tl.constexpr):
-    """The sequence after `sequence` that has units in this variant, or a number past the last one."""
+def next_sequence(sequence, lane, cu_seqlens_q, num_tokens, num_seqs, V: tl.constexpr):
+    """The sequence after `sequence` that has units in this variant, or a number past the last one.
+
+    `lane` is 0, 1, ...: as many sequences are looked at together.
+    """
+    LANES: tl.constexpr = lane.shape[0]
     following = sequence + 1
     if V.ragged:
         found = following
         searching = following <= num_seqs
         while searching:
-            candidate = following + tl.arange(0, SEQUENCES)
+            candidate = following + lane
             _, queries = query_range(candidate, cu_seqlens_q, num_tokens, num_seqs, V)
-            found = tl.min(tl.where(query_tiles(queries, V) > 0, candidate, following + SEQUENCES))
-            following += SEQUENCES
+            found = tl.min(tl.where(query_tiles(queries, V) > 0, candidate, following + LANES), 0)
+            following += LANES
             searching = (found == following) & (following <= num_seqs)
         following = found
     return following
@@ -178,3 +184,32 @@ def deal(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V
     # A piece that ends between two units ends with the whole of the first.
     whole = end_tile == 0
     return begin_sequence, begin_unit, begin_tile, units + 1 - whole.to(tl.int32), tl.where(whole, LAST_TILE, end_tile)
+
+
+@triton.jit(
+    do_not_specialize=["num_tokens", "num_seqs", "num_kv_heads", "max_keys"],
+    do_not_specialize_on_alignment=["seq_lens", "cu_seqlens_q"],
+)
+def deal_pieces(seq_lens, cu_seqlens_q, pieces, num_tokens, num_seqs, num_kv_heads, max_keys, V: tl.constexpr):
+    """Writes what `deal` says to `pieces`, int32 `[programs, 5]`, without units of which a program has no tile."""
+    sequence, unit, first, units, end_tile = deal(
+        seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V
+    )
+    _, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
+    keys = key_count(sequence, seq_lens, num_seqs, max_keys)
+    tiles = tl.maximum(query_tiles(queries, V), 1)
+    first_row = unit % tiles * V.block_m
+    key_tiles = tiles_of_keys(first_row, tl.minimum(queries * V.group - first_row, V.block_m), queries, keys, V)
+    if (units > 0) & (first >= tl.minimum(tl.where(units == 1, end_tile, key_tiles), key_tiles)):
+        first = first * 0
+        units -= 1
+        unit += 1
+        if unit >= tiles * num_kv_heads:
+            unit = unit * 0
+            sequence = next_sequence(sequence, tl.arange(0, SEQUENCES), cu_seqlens_q, num_tokens, num_seqs, V)
+    piece = pieces + 5 * tl.program_id(0)
+    tl.store(piece, sequence)
+    tl.store(piece + 1, unit)
+    tl.store(piece + 2, first)
+    tl.store(piece + 3, units)
+    tl.store(piece + 4, end_tile)

@@ -1,0 +1,179 @@
+"""The Hopper kernel for many rows: values, and all that makes it different from the general one."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from torch_paged import reference
+from torch_paged.testing import assert_within_budget, attention_inputs, low_precision_attention
+
+pytest.importorskip("triton")
+from torch_paged.kernels.attention import attention as attend_with
+from torch_paged.kernels.attention import launch_attention
+from torch_paged.kernels.attention_plan import problem_of
+from torch_paged.kernels.device import device_of
+from torch_paged.kernels.launch_config import attention_launches
+from torch_paged.options import PLAIN
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+        reason="needs compute capability 9.0",
+    ),
+]
+
+MIXED = dict(query_lens=[1, 150, 0, 2, 33, 70], seq_lens=[200, 150, 9, 64, 20, 517], spare_tokens=3)
+BATCHES = {
+    "mixed": dict(MIXED, num_heads=8, head_dim=128),
+    "head-major": dict(MIXED, num_heads=8, head_dim=128, head_major=True),
+    "block-8": dict(MIXED, num_heads=4, head_dim=64, block_size=8),
+    "block-32": dict(MIXED, num_heads=16, head_dim=128, block_size=32),
+    "block-64": dict(MIXED, num_heads=6, head_dim=256, block_size=64, head_major=True),
+    "block-128": dict(MIXED, num_heads=14, head_dim=128, block_size=128),
+    "block-256": dict(MIXED, num_heads=8, head_dim=64, block_size=256),
+    "one-head": dict(MIXED, num_heads=1, num_kv_heads=1, head_dim=128),
+    "no-group": dict(query_lens=[300, 65], seq_lens=[300, 400], num_heads=3, num_kv_heads=3, head_dim=128),
+    "narrow-values": dict(MIXED, num_heads=8, head_dim=128, value_head_dim=64),
+    "wide-values": dict(MIXED, num_heads=8, head_dim=64, value_head_dim=128),
+    "uniform": dict(query_lens=[90] * 3, seq_lens=[700, 90, 40], num_heads=8, head_dim=128, uniform=True),
+}
+
+
+def attention(*arguments):
+    return attend_with(*arguments, PLAIN)
+
+
+def launches_of(inputs, causal=True):
+    query, key_cache, value_cache, block_table, _, cu_seqlens_q = inputs
+    problem = problem_of(query, key_cache, value_cache, block_table, cu_seqlens_q, causal)
+    return attention_launches(problem, device_of(query.device))
+
+
+def launch(inputs, **changes):
+    """Output and lse of the launches of `inputs`, each with `changes`."""
+    query = inputs.query
+    output = query.new_full((*query.shape[:2], inputs.value_cache.shape[3]), torch.nan)
+    lse = query.new_full(query.shape[:2], torch.nan, dtype=torch.float32)
+    for item in launches_of(inputs):
+        launch_attention(replace(item, **changes), *inputs, output, lse, query.shape[2] ** -0.5)
+    return output, lse
+
+
+def check(inputs, output, lse, causal=True):
+    exact = inputs._replace(query=inputs.query.double()).call(reference.attention_with_lse, causal=causal)
+    low = low_precision_attention(inputs, causal=causal)
+    assert_within_budget(output, exact[0], low[0])
+    assert_within_budget(lse, exact[1], low[1], "lse")
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "all"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("name", BATCHES)
+def test_values(name, dtype, causal):
+    inputs = attention_inputs(**BATCHES[name], dtype=dtype, device="cuda")
+    assert launches_of(inputs, causal)[0].variant.copy_rows
+    check(inputs, *attention(*inputs, inputs.query.shape[2] ** -0.5, causal), causal)
+
+
+@pytest.mark.parametrize("programs", [1, 2, 7, 31, 132])
+@pytest.mark.parametrize("name", ["mixed", "no-group", "uniform"])
+def test_any_number_of_programs_gives_the_same(name, programs):
+    inputs = attention_inputs(**BATCHES[name], dtype=torch.float16, device="cuda")
+    check(inputs, *launch(inputs, programs=programs))
+
+
+def test_repeated_calls_agree_to_the_bit():
+    inputs = attention_inputs(**BATCHES["mixed"], dtype=torch.bfloat16, device="cuda")
+    expected = launch(inputs)
+    for _ in range(20):
+        output, lse = launch(inputs)
+        assert torch.equal(output, expected[0])
+        assert torch.equal(lse, expected[1])
+
+
+def test_many_keys_are_divided_among_all_programs():
+    inputs = attention_inputs([40], [5000], num_heads=8, head_dim=128, dtype=torch.bfloat16, device="cuda")
+    check(inputs, *launch(inputs))
+
+
+def test_caches_at_other_addresses_are_found():
+    """A launch is remembered by shapes and strides, a descriptor by the address too."""
+    batches = [
+        attention_inputs(**BATCHES["mixed"], dtype=torch.bfloat16, device="cuda", seed=seed) for seed in range(3)
+    ]
+    for inputs in batches * 2:
+        check(inputs, *attention(*inputs, inputs.query.shape[2] ** -0.5, True))
+
+
+@pytest.mark.parametrize(
+    "layout", ["odd-block", "tiny-block", "unaligned-rows", "expanded-heads"], ids=lambda layout: layout
+)
+def test_what_the_copy_engine_cannot_address_goes_to_the_general_kernel(layout):
+    block_size = {"odd-block": 48, "tiny-block": 4}.get(layout, 16)
+    batch = dict(MIXED, num_heads=8, head_dim=128, block_size=block_size)
+    inputs = attention_inputs(**batch, dtype=torch.bfloat16, device="cuda")
+    caches = inputs.key_cache, inputs.value_cache
+    if layout == "unaligned-rows":
+        caches = tuple(torch.nn.functional.pad(cache, (0, 1))[..., :-1] for cache in caches)
+    elif layout == "expanded-heads":
+        caches = tuple(cache[:, :, :1].expand_as(cache) for cache in caches)
+    inputs = inputs._replace(key_cache=caches[0], value_cache=caches[1])
+    assert not launches_of(inputs)[0].variant.copy_rows
+    check(inputs, *attention(*inputs, inputs.query.shape[2] ** -0.5, True))
+
+
+def test_blocks_out_of_range_neither_fault_nor_spread():
+    inputs = attention_inputs([80, 90, 70], [300, 333, 200], num_heads=4, head_dim=128, device="cuda", dtype=torch.half)
+    expected, _ = attention(*inputs, 0.1, True)
+    table = inputs.block_table.clone()
+    table[1, 0], table[1, 1] = -5, 2**31 - 1
+    output, _ = attention(*inputs._replace(block_table=table), 0.1, True)
+    assert torch.equal(output[:80], expected[:80])
+    assert torch.equal(output[170:], expected[170:])
+
+
+@pytest.mark.parametrize("keys", [-7, 10**6])
+def test_impossible_lengths_neither_fault_nor_spread(keys):
+    inputs = attention_inputs([80, 90, 70], [300, 333, 200], num_heads=4, head_dim=128, device="cuda", dtype=torch.half)
+    lens = inputs.seq_lens.clone()
+    lens[1] = keys
+    expected, _ = attention(*inputs, 0.1, True)
+    output, _ = attention(*inputs._replace(seq_lens=lens), 0.1, True)
+    assert_within_budget(output[170:], expected[170:].double(), expected[170:])
+
+
+def test_query_bounds_that_run_backwards_or_away_do_not_fault():
+    inputs = attention_inputs([80, 90, 70], [300, 333, 200], num_heads=4, head_dim=128, device="cuda", dtype=torch.half)
+    bounds = torch.tensor([-3, 200, 100, 10**6], dtype=torch.int32, device="cuda")
+    attention(*inputs._replace(cu_seqlens_q=bounds), 0.1, True)
+    torch.cuda.synchronize()
+
+
+def test_a_captured_graph_serves_other_lengths():
+    query = torch.randn(200, 8, 128, device="cuda", dtype=torch.bfloat16)
+    caches = [torch.randn(80, 16, 2, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    table = torch.randperm(80, device="cuda").int().view(4, 20)
+    lens, bounds = (torch.zeros(n, dtype=torch.int32, device="cuda") for n in (4, 5))
+
+    def attend():
+        return attention(query, *caches, table, lens, bounds, 0.1, True)
+
+    attend()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output, lse = attend()
+    for queries, keys in (
+        ([100, 50, 40, 10], [300, 50, 320, 11]),
+        ([1, 1, 1, 1], [320, 1, 9, 0]),
+        ([0, 200, 0, 0], [0, 310, 0, 5]),
+    ):
+        bounds.copy_(torch.tensor([0, *queries]).cumsum(0))
+        lens.copy_(torch.tensor(keys))
+        output.fill_(torch.nan)
+        graph.replay()
+        eager = attend()
+        assert torch.equal(output, eager[0])
+        assert torch.equal(lse, eager[1])

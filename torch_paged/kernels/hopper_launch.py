@@ -1,0 +1,65 @@
+"""Launches attention's Hopper kernel in the place of the general one."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon.language import NVMMASharedLayout
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from torch_paged.kernels.attention_hopper import attention_hopper
+from torch_paged.kernels.hopper_loader import COLUMNS
+from torch_paged.kernels.launch import Launcher
+from torch_paged.kernels.launch_config import AttentionLaunch
+from torch_paged.kernels.schedule import deal_pieces
+
+_MAX_MAPS = 1024
+_SWIZZLED = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+
+
+class _Address(NamedTuple):
+    """What a descriptor needs of a tensor; it does not keep the tensor alive."""
+
+    pointer: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.pointer
+
+
+class HopperLauncher:
+    """Takes the arguments of the general kernel, of calls that one `Launcher` could serve."""
+
+    def __init__(self, launch: AttentionLaunch) -> None:
+        grid, constants = (launch.programs, 1, 1), dict(V=launch.variant)
+        self._deal = Launcher(deal_pieces, grid, constants, dict(num_warps=4))
+        self._attend = Launcher(attention_hopper, grid, constants, dict(num_warps=4, maxnreg=launch.max_registers))
+        self._programs, self._rows = launch.programs, launch.variant.copy_rows
+        self._maps: dict[Any, TensorDescriptor] = {}
+
+    def __call__(
+        self, query: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, seq_lens: Tensor,
+        cu_seqlens_q: Tensor | None, output: Tensor, lse: Tensor, partial: Tensor, handoff: Tensor, scale: float,
+        num_tokens: int, num_seqs: int, num_kv_heads: int, num_blocks: int, max_keys: int, query_strides: Any, *_: Any,
+    ) -> None:  # fmt: skip
+        pieces = handoff.new_empty(5 * self._programs)
+        self._deal(seq_lens, cu_seqlens_q, pieces, num_tokens, num_seqs, num_kv_heads, max_keys)
+        self._attend(
+            query, self._map(key_cache), self._map(value_cache), block_table, seq_lens, cu_seqlens_q, pieces,
+            output, lse, partial, handoff, scale, num_tokens, num_seqs, num_kv_heads, num_blocks, max_keys,
+            query_strides, block_table.stride(0),
+        )  # fmt: skip
+
+    def _map(self, cache: Tensor) -> TensorDescriptor:
+        """How the copy engine finds rows of `cache`; from call to call only addresses change."""
+        known_by = cache.data_ptr(), cache.shape, cache.stride()
+        found = self._maps.get(known_by)
+        if found is None:
+            if len(self._maps) >= _MAX_MAPS:
+                self._maps.clear()
+            # Any legal stride will do where there is one row.
+            strides = [stride if size > 1 else 8 for size, stride in zip(cache.shape[:3], cache.stride(), strict=False)]
+            box = [1, self._rows, 1, COLUMNS.value]
+            address = _Address(cache.data_ptr(), cache.dtype)
+            found = self._maps[known_by] = TensorDescriptor(address, [*cache.shape], [*strides, 1], box, _SWIZZLED)
+        return found
