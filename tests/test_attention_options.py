@@ -140,6 +140,13 @@ def test_pairwise_grid(case, device):
     check(inputs, **options)
 
 
+@pytest.mark.parametrize("stored", [name for name in STORED if name != "plain"])
+def test_quantised_caches_without_any_option(stored, device):
+    """Queries whose own keys begin anywhere in a block."""
+    inputs, scales = quantised(attention_inputs(**BATCHES["several"], device=device), *STORED[stored])
+    check(inputs, **scales)
+
+
 SETTINGS = {
     "window": "sliding_window",
     "softcap": "softcap",
