@@ -12,12 +12,12 @@ from torch_paged.testing import assert_within_budget
 
 DIM, HEADS, HEAD_DIM = 48, 8, 16
 STEPS = [(9, 14), (16, 1), (7, 5), (1, 1), (1, 3), (1, 1)]  # prompts, then chunks, then decoding, of two sequences
+LENS = [sum(counts) for counts in zip(*STEPS, strict=True)]
 GEMMA2_WINDOWS = [11, None]
 GEMMA3_WINDOWS = [8, 8, None]
 GPT_OSS_WINDOWS = [8, None]
 GPT_OSS_SINKS = [torch.linspace(-2, 2, HEADS), torch.linspace(3, -1, HEADS)]
 SLOPES = 2.0 ** -torch.arange(1, HEADS + 1)
-LENS = [sum(counts) for counts in zip(*STEPS, strict=True)]
 
 
 class Family(NamedTuple):
