@@ -16,9 +16,9 @@ E4M3, E5M2, INT8 = torch.float8_e4m3fn, torch.float8_e5m2, torch.int8
 BATCHES = {
     "decode": dict(query_lens=[1] * 5, seq_lens=[1, 16, 45, 0, 70], uniform=True),
     "several": dict(query_lens=[3] * 3, seq_lens=[3, 20, 2], uniform=True),
-    "prefill": dict(query_lens=[40, 17], seq_lens=[40, 17]),
-    "chunked": dict(query_lens=[9, 33, 2], seq_lens=[50, 35, 0]),
-    "mixed": dict(query_lens=[1, 19, 0, 1, 7], seq_lens=[50, 19, 12, 1, 40], spare_tokens=3),
+    "prefill": dict(query_lens=[21, 17], seq_lens=[21, 17]),
+    "chunked": dict(query_lens=[9, 18, 2], seq_lens=[50, 20, 0]),
+    "mixed": dict(query_lens=[1, 9, 0, 7], seq_lens=[50, 9, 12, 40], spare_tokens=3),
 }
 SHAPES = {
     "grouped": dict(num_heads=4, num_kv_heads=2, head_dim=32, block_size=16),
@@ -140,6 +140,13 @@ def test_pairwise_grid(case, device):
     check(inputs, **options)
 
 
+@pytest.mark.parametrize("stored", [name for name in STORED if name != "plain"])
+def test_quantised_caches_without_any_option(stored, device):
+    """Queries whose own keys begin anywhere in a block."""
+    inputs, scales = quantised(attention_inputs(**BATCHES["several"], device=device), *STORED[stored])
+    check(inputs, **scales)
+
+
 SETTINGS = {
     "window": "sliding_window",
     "softcap": "softcap",
@@ -222,11 +229,13 @@ def test_rows_that_see_no_key_have_the_sink_as_lse(stored, options, device):
     check(inputs, sinks=sinks, **options, **scales)
 
 
-@pytest.mark.parametrize("stored", ["plain", "e4m3-token-and-int8-head"])
-@pytest.mark.parametrize("window", [1, 15, 16, 17, 130])
+@pytest.mark.parametrize(
+    ("window", "stored"),
+    [(1, "plain"), (15, "int8-token"), (16, "plain"), (17, "e4m3-token-and-int8-head"), (130, "plain")],
+)
 def test_window_over_many_blocks(window, stored, device):
     """Longer than any tile; blocks before every query's window have neither a table entry nor keys."""
-    inputs = attention_inputs([1, 40, 1, 3], [300, 290, 129, 16], sliding_window=window, device=device)
+    inputs = attention_inputs([1, 20, 3], [300, 150, 16], sliding_window=window, device=device)
     inputs, scales = quantised(inputs, *STORED[stored])
     check(inputs, sliding_window=window, **scales)
 

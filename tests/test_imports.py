@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "torch_paged"
 
 # Who may import whom within the package; a name stands for a file or a folder. Everything else is forbidden.
 ALLOWED = {
-    "__init__": {"batch", "cache", "functional", "memory", "ops"},
+    "__init__": {"batch", "cache", "functional", "memory", "ops", "quantise"},
     "functional": {"ops"},
     "ops": {"bounds", "checks", "options"},  # and, by name, cpu and kernels on first use
     "checks": set(),
@@ -28,6 +28,7 @@ ALLOWED = {
     "options": set(),
     "cpu": {"options"},
     "kernels": {"options"},
+    "quantise": {"functional", "options"},
     "reference": set(),
     "testing": set(),
     "serving": {"batch", "cache", "memory"},

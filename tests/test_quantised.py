@@ -106,6 +106,19 @@ def test_every_finite_bfloat16_is_rounded_as_the_reference_rounds(dtype, device)
 
 
 @pytest.mark.parametrize("dtype", QUANTISED, ids=str)
+def test_division_is_rounded_once(dtype, device):
+    """Half-way cases of scales that are no powers of two: a product with the reciprocal would miss some."""
+    scales = torch.linspace(0.01, 3, 64, device=device)
+    halves = torch.arange(-256, 256, device=device) / 2
+    rows = (halves * scales[:, None])[None]
+    caches = [torch.zeros(1, 1, 64, 512, dtype=torch.uint8, device=device).view(dtype) for _ in range(2)]
+    slots = torch.zeros(1, dtype=torch.int64, device=device)
+    ops.append(rows, None, caches[0], None, slots, key_scale=scales)
+    reference.append(rows, None, caches[1], None, slots, key_scale=scales)
+    assert torch.equal(caches[0].view(torch.uint8), caches[1].view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", QUANTISED, ids=str)
 def test_one_side_may_be_quantised_alone(dtype, device):
     key, value = torch.randn(2, 3, 2, 32, device=device)
     slots = torch.tensor([4, -1, 7], device=device)

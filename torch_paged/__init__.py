@@ -14,6 +14,7 @@ from torch_paged.functional import (
     warmup,
 )
 from torch_paged.memory import IntegrityError, MemoryStats, OutOfBlocks, OutOfSwapSpace
+from torch_paged.quantise import calibrate_scales, quantise_cache, slots_in_use
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,11 +27,14 @@ __all__ = [
     "append",
     "attention",
     "attention_with_lse",
+    "calibrate_scales",
     "copy_blocks",
     "gather_blocks",
     "merge_attention",
+    "quantise_cache",
     "rotary_append",
     "scatter_blocks",
+    "slots_in_use",
     "unbacked",
     "warmup",
 ]

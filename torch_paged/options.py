@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -30,3 +31,8 @@ class AttentionOptions(NamedTuple):
 
 
 PLAIN = AttentionOptions()
+
+
+def largest(dtype: torch.dtype) -> float:
+    """The largest finite number of a quantised type: 448, 57344 or 127."""
+    return torch.iinfo(dtype).max if dtype == torch.int8 else torch.finfo(dtype).max

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from torch_paged.cpu.gather_blocks import indexable
+from torch_paged.options import largest
 
 
 def append(
@@ -43,13 +44,9 @@ def _store(
     indexable(cache).index_put_(place, _quantise(rows, scale, cache.dtype).view(torch.uint8))
 
 
-def _largest(dtype: torch.dtype) -> float:
-    return torch.iinfo(dtype).max if dtype == torch.int8 else torch.finfo(dtype).max
-
-
 def _row_scales(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Largest magnitude over the largest number of `dtype`: float32 [n, num_kv_heads]; 1 where that is no normal."""
-    scale = rows.float().abs().amax(-1) / _largest(dtype)
+    scale = rows.float().abs().amax(-1) / largest(dtype)
     return scale.masked_fill_(scale < torch.finfo(torch.float32).tiny, 1)
 
 
@@ -58,7 +55,7 @@ def _quantise(rows: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     exact = rows.float()
     if scale is not None:
         exact = exact / (scale[..., None] if scale.dim() else scale)
-    limit = _largest(dtype)
+    limit = largest(dtype)
     if dtype == torch.int8:  # which has one more number below 0, and no NaN
         return exact.clamp(-limit - 1, limit).nan_to_num_().round_().to(dtype)
     return exact.clamp(-limit, limit).to(dtype)

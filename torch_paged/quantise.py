@@ -1,0 +1,84 @@
+"""A filled cache quantised after the fact: the scales that its numbers need, and the cache in fewer bits.
+
+    slots = slots_in_use(block_table, seq_lens, block_size)
+    key_scale = calibrate_scales(key_cache, slots, torch.int8)
+    key_cache, _ = quantise_cache(key_cache, slots, torch.int8, key_scale)
+    attention(query, key_cache, ..., key_scale=key_scale)
+
+Ordinary functions for eager use, between steps: their results' sizes depend on data. What slots hold that are not
+named, NaN included, has no influence.
+"""
+
+import torch
+from torch import Tensor
+
+from torch_paged.functional import append
+from torch_paged.options import largest
+
+_ROWS = 1 << 16  # at a time, so that no second cache's worth of memory is needed
+
+
+def slots_in_use(block_table: Tensor, seq_lens: Tensor, block_size: int) -> Tensor:
+    """The slots that hold the keys of any sequence, each once.
+
+    Args:
+        block_table: int32 [num_seqs, max_blocks_per_seq].
+        seq_lens: int32 [num_seqs], keys per sequence.
+        block_size: slots a block.
+
+    Returns:
+        int64 [n], increasing: block * block_size + offset.
+    """
+    positions = torch.arange(block_table.shape[1] * block_size, device=block_table.device)
+    used = positions < seq_lens[:, None]
+    slots = block_table.long().repeat_interleave(block_size, 1) * block_size + positions % block_size
+    distinct: Tensor = slots[used].unique()
+    return distinct
+
+
+def calibrate_scales(cache: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
+    """The static scales that bring each head's largest magnitude to the largest number of `dtype`.
+
+    Calibrate on more tokens than a few hundred, and leave room for what is to come: later tokens beyond the range are
+    cut off at it. `scale.amax()` is the one scale for all heads.
+
+    Args:
+        cache: keys or values, fp32, fp16 or bf16 [num_blocks, block_size, num_kv_heads, head_dim].
+        slots: int64 [n], those to look at, as from `slots_in_use`.
+        dtype: float8_e4m3fn, float8_e5m2 or int8.
+
+    Returns:
+        float32 [num_kv_heads], `key_scale` or `value_scale` of `append` and `attention`; 1 for a head of zeros.
+    """
+    peaks = torch.zeros(cache.shape[2], device=cache.device)
+    for part in slots.split(_ROWS):
+        if len(part):
+            peaks = torch.maximum(peaks, _rows(cache, part).float().abs().amax((0, 2)))
+    scales = peaks / largest(dtype)
+    return scales.masked_fill(scales < torch.finfo(torch.float32).tiny, 1)
+
+
+def quantise_cache(
+    cache: Tensor, slots: Tensor, dtype: torch.dtype, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """A quantised copy of a cache, in the same layout, rounded as `append` rounds.
+
+    Args:
+        cache: keys or values, fp32, fp16 or bf16 [num_blocks, block_size, num_kv_heads, head_dim].
+        slots: int64 [n], those to copy, as from `slots_in_use`. Other slots of the copy hold zeros, of scale 1.
+        dtype: float8_e4m3fn, float8_e5m2 or int8.
+        scale: float32, 0-dim or [num_kv_heads]; None: a scale for each token and head.
+
+    Returns:
+        The quantised cache, and its scale: the one given, or float32 [num_blocks, block_size, num_kv_heads], the
+        `key_scale_cache` or `value_scale_cache` of `append` and `attention`.
+    """
+    quantised = torch.zeros_like(cache, dtype=torch.uint8).view(dtype)
+    scale, name = (torch.ones(cache.shape[:3], device=cache.device), "_cache") if scale is None else (scale, "")
+    for part in slots.split(_ROWS):
+        append(_rows(cache, part), None, quantised, None, part, **{f"key_scale{name}": scale})
+    return quantised, scale
+
+
+def _rows(cache: Tensor, slots: Tensor) -> Tensor:
+    return cache[slots // cache.shape[1], slots % cache.shape[1]]
