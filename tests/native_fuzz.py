@@ -131,7 +131,7 @@ def check_attention():
     # Rounded weights err by what the values' magnitudes add up to, however well the values cancel.
     magnitude = arguments[2].double().abs()
     scale = reference.attention(arguments[0].double(), arguments[1], magnitude, *arguments[3:], **options)
-    steep = 1 + 0.02 * exact_lse[seen].abs().max().item() if seen.any() else 1
+    steep = 1 + 0.1 * exact_lse[seen].abs().max().item() if seen.any() else 1
     off = ((output.double() - exact).abs() - EPS[output.dtype] * steep * scale).amax().item() if exact.numel() else 0.0
     subnormal = torch.finfo(output.dtype).smallest_normal * torch.finfo(output.dtype).eps
     assert off <= max(subnormal, 1e-12), f"output is off by {off} more than its budget"

@@ -1,0 +1,130 @@
+"""What options cost, or save, on one GPU: quantised caches, windows, softcap and others beside the plain call.
+
+    python benchmarks/gpu_options.py --output options.json
+
+Calls of the operator in a CUDA graph over rotated inputs, as `gpu_attention.py` measures; each result is compared with
+the reference on a few of its sequences before it is timed. Bytes are those of the keys and values that a query sees.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from attention_cases import Arguments, Case, decode, make
+from gpu_timing import ceilings, rotations, summary, timed
+from torch import Tensor
+
+import torch_paged
+from torch_paged import reference
+
+DECODE, FEW_HEADS = decode(64, 8192), {keys: decode(1, keys, heads=32, kv_heads=4) for keys in (4096, 16384, 65536)}
+PREFILL = Case((8192,), (8192,))
+E4M3, E5M2, INT8 = torch.float8_e4m3fn, torch.float8_e5m2, torch.int8
+CASES: dict[str, tuple[Case, torch.dtype | None, str, dict[str, Any]]] = {
+    "decode 64 x 8k": (DECODE, None, "", {}),
+    "decode 64 x 8k, e4m3": (DECODE, E4M3, "head", {}),
+    "decode 64 x 8k, e5m2": (DECODE, E5M2, "head", {}),
+    "decode 64 x 8k, int8": (DECODE, INT8, "head", {}),
+    "decode 64 x 8k, e4m3, token scales": (DECODE, E4M3, "token", {}),
+    "decode 64 x 8k, int8, token scales": (DECODE, INT8, "token", {}),
+    **{f"decode 1 x {keys}, 32/4 heads, e4m3": (case, E4M3, "head", {}) for keys, case in FEW_HEADS.items()},
+    "decode 64 x 8k, window 1k": (DECODE, None, "", dict(sliding_window=1024)),
+    "decode 64 x 1k": (decode(64, 1024), None, "", {}),
+    "decode 64 x 8k, softcap": (DECODE, None, "", dict(softcap=30.0)),
+    "decode 64 x 8k, ALiBi": (DECODE, None, "", dict(alibi_slopes=0.1)),
+    "decode 64 x 8k, sinks": (DECODE, None, "", dict(sinks=0.5)),
+    "prefill 8k": (PREFILL, None, "", {}),
+    "prefill 8k, window 1k": (PREFILL, None, "", dict(sliding_window=1024)),
+    "prefill 8k, softcap": (PREFILL, None, "", dict(softcap=30.0)),
+    "prefill 8k, e4m3": (PREFILL, E4M3, "head", {}),
+    "prefill 8k, int8": (PREFILL, INT8, "head", {}),
+}
+
+
+def stored(inputs: Arguments, dtype: torch.dtype | None, scales: str) -> tuple[Arguments, dict[str, Tensor]]:
+    """`inputs` with caches of `dtype`, and their scales."""
+    if dtype is None:
+        return inputs, {}
+    options, caches = {}, []
+    for side, cache in (("key", inputs[1]), ("value", inputs[2])):
+        # Unused slots are NaN: as good as 0 in a type without it.
+        floats = cache.transpose(1, 2).float().nan_to_num()
+        if scales == "token":
+            scale = options[f"{side}_scale_cache"] = (floats.abs().amax(-1) / reference.largest(dtype)).transpose(1, 2)
+            scale = scale.transpose(1, 2)[..., None].clamp(min=1e-6)
+        else:
+            scale = floats.abs().amax() / reference.largest(dtype)
+            options[f"{side}_scale"] = scale.expand(cache.shape[2]).contiguous()
+        exact = floats / scale
+        caches.append((exact.round() if dtype == INT8 else exact).to(dtype).transpose(1, 2))
+    return (inputs[0], *caches, *inputs[3:]), options
+
+
+def verify(case: Case, inputs: Arguments, options: dict[str, Any], output: Tensor) -> float:
+    """Relative error of the last rows of the first and the last sequence; raises if it is none of rounding."""
+    worst, ends = 0.0, torch.tensor(case.queries).cumsum(0).tolist()
+    for seq in {0, len(case.keys) - 1}:
+        rows = slice(ends[seq] - min(case.queries[seq], 16), ends[seq])
+        query, keys, values, table, lens, _ = inputs
+        exact = reference.attention(query[rows].double(), keys, values, table[seq, None], lens[seq, None], **options)
+        error = ((output[rows] - exact).norm() / exact.norm()).item()
+        worst = max(worst, error)
+    if not worst < 1e-2:
+        raise AssertionError(f"WRONG RESULT: {case}, {list(options)}: error {worst:.2e}")
+    return worst
+
+
+def measure(case: Case, dtype: torch.dtype | None, scales: str, options: dict[str, Any]) -> dict[str, float]:
+    device = torch.device("cuda", 0)
+    seen = min(options.get("sliding_window", 1 << 40), min(case.keys)) * len(case.keys)
+    size = seen * case.kv_heads * (case.dim + case.value_dim) * (2 if dtype is None else 1)
+    per_head = {name: options[name] for name in ("alibi_slopes", "sinks") if name in options}
+    options = options | {name: torch.full((case.heads,), value, device=device) for name, value in per_head.items()}
+    sets = [stored(make(case, device, seed), dtype, scales) for seed in range(rotations(size))]
+
+    def call(inputs: Arguments, its: dict[str, Tensor]) -> Tensor:
+        return torch_paged.attention(*inputs[:5], cu_seqlens_q=inputs[5], **its, **options)
+
+    error = verify(case, sets[0][0], sets[0][1] | options, call(*sets[0]))
+    times = timed([lambda s=s: call(*s) for s in sets], 20, max(size / 4e12, case.flops / 6e14))
+    figures = summary(times)
+    seconds = figures["us"] * 1e-6
+    return figures | {"gb_s": size / seconds * 1e-9, "tflop_s": case.flops / seconds * 1e-12, "error": error}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--only", nargs="*", default=list(CASES))
+    chosen = parser.parse_args()
+    report: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(),
+        "date": time.strftime("%Y-%m-%d"),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "ceilings": ceilings(torch.device("cuda", 0), False),
+        "cases": {},
+    }
+    for name in chosen.only:
+        try:
+            report["cases"][name] = figures = measure(*CASES[name])
+        except torch.cuda.OutOfMemoryError as problem:
+            report["cases"][name] = {"absent": str(problem).splitlines()[0][:100]}
+            continue
+        share = figures["gb_s"] / report["ceilings"]["read_gb_s"]
+        print(
+            f"{name:40s} {figures['us']:9.1f} us {share:6.1%} of a plain read {figures['tflop_s']:7.1f} TFLOP/s",
+            flush=True,
+        )
+        torch.cuda.empty_cache()
+    if chosen.output:
+        chosen.output.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()
