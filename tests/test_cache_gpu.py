@@ -158,7 +158,7 @@ def test_copies_to_the_host_are_pinned_and_may_be_dropped():
     cache.commit(cache.prepare([seq], 39))
     for _ in range(4):
         cache.swap_out(seq)
-        assert cache._manager.parcels[seq].content.is_pinned()
+        assert cache._manager.parcels[seq].parts[0].content.is_pinned()
         cache.swap_in(seq)
     cache.swap_out(seq)
     cache.free(seq)
