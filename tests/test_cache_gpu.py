@@ -115,7 +115,7 @@ def test_tokens_on_a_gpu_are_not_waited_for():
 def test_swapped_blocks_are_given_away_at_once(monkeypatch, chunk_blocks):
     """The device is busy while sequences leave and others write to their blocks; they come back one after another."""
     cache = build(device="cuda", num_blocks=24, max_seq_len=40, max_seqs=8)
-    monkeypatch.setattr(transfer, "_CHUNK_BYTES", chunk_blocks * cache._transfer.block_bytes)
+    monkeypatch.setattr(transfer, "_CHUNK_BYTES", chunk_blocks * cache._transfers[0].block_bytes)
     caches = [tensor for pair in cache.tensors() for tensor in pair]
     seqs = [cache.add() for _ in range(2)]
     cache.commit(cache.prepare(seqs, [39, 37]))

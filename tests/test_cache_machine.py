@@ -87,7 +87,9 @@ class User:
             for seq, start in zip(seqs, before, strict=True):
                 del self.tokens[seq][start:]
         else:
-            told = torch.tensor(list(chain(*new)), device=self.device if self.random.random() < 0.3 else "cpu")
+            told = torch.tensor(
+                list(chain(*new)), dtype=torch.int64, device=self.device if self.random.random() < 0.3 else "cpu"
+            )
             self.cache.commit(batch, told if self.random.random() < 0.95 else None)
 
     def everyone_reads_their_own_keys(self, batch, keys, before):
