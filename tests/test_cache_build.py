@@ -139,5 +139,5 @@ def test_the_shorthand_and_the_functional_layer_are_the_layers():
         )
     assert torch.equal(outputs[0], outputs[1])
     assert torch.equal(outputs[0], outputs[2])
-    with pytest.raises(NotImplementedError, match="softcap"):
-        caches[0].layers[0](*inputs, caches[0].prepare([0], 3), softcap=3.0)
+    with pytest.raises(ValueError, match="softcap must be 0"):
+        caches[0].layers[0](*inputs, caches[0].prepare([0], 3), softcap=-3.0)

@@ -115,7 +115,7 @@ def test_tokens_on_a_gpu_are_not_waited_for():
 def test_swapped_blocks_are_given_away_at_once(monkeypatch, chunk_blocks):
     """The device is busy while sequences leave and others write to their blocks; they come back one after another."""
     cache = build(device="cuda", num_blocks=24, max_seq_len=40, max_seqs=8)
-    monkeypatch.setattr(transfer, "_CHUNK_BYTES", chunk_blocks * cache._transfer.block_bytes)
+    monkeypatch.setattr(transfer, "_CHUNK_BYTES", chunk_blocks * cache._transfers[0].block_bytes)
     caches = [tensor for pair in cache.tensors() for tensor in pair]
     seqs = [cache.add() for _ in range(2)]
     cache.commit(cache.prepare(seqs, [39, 37]))
@@ -158,7 +158,7 @@ def test_copies_to_the_host_are_pinned_and_may_be_dropped():
     cache.commit(cache.prepare([seq], 39))
     for _ in range(4):
         cache.swap_out(seq)
-        assert cache._manager.parcels[seq].content.is_pinned()
+        assert cache._manager.parcels[seq].parts[0].content.is_pinned()
         cache.swap_in(seq)
     cache.swap_out(seq)
     cache.free(seq)

@@ -11,7 +11,7 @@ from torch_paged import OutOfBlocks, OutOfSwapSpace, append, transfer
 from torch_paged import cache as cache_module
 from torch_paged.cache import PagedKVCache
 
-BLOCKS, BLOCK_SIZE, MAX_SEQS, MAX_SEQ_LEN = 24, 4, 6, 40
+BLOCK_SIZE, MAX_SEQS, MAX_SEQ_LEN = 4, 6, 40
 WEIGHTS = dict(add=3, step=14, fork=1, truncate=1, free=2, swap_out=2, swap_in=4)
 
 
@@ -22,12 +22,20 @@ class Fault(Exception):
 class User:
     """Keys of both layers are a number that stands for the namespace and all tokens up to it, as in a model."""
 
-    def __init__(self, monkeypatch, device, buckets):
-        self.monkeypatch, self.device = monkeypatch, device
-        sizes = dict(block_size=BLOCK_SIZE, num_blocks=BLOCKS, max_seqs=MAX_SEQS, max_seq_len=MAX_SEQ_LEN)
-        space = PagedKVCache.kv_bytes(2, 15 * BLOCK_SIZE, 1, 16, dtype=torch.float32)
+    def __init__(self, monkeypatch, device, buckets, windows, num_blocks):
+        self.monkeypatch, self.device, self.windows = monkeypatch, device, windows
+        sizes = dict(block_size=BLOCK_SIZE, num_blocks=num_blocks, max_seqs=MAX_SEQS, max_seq_len=MAX_SEQ_LEN)
+        space = PagedKVCache.kv_bytes(2, num_blocks * 5 // 8 * BLOCK_SIZE, 1, 16, dtype=torch.float32)
         self.cache = PagedKVCache(
-            2, 1, 16, **sizes, dtype=torch.float32, device=device, buckets=buckets, swap_space=space
+            2,
+            1,
+            16,
+            **sizes,
+            dtype=torch.float32,
+            device=device,
+            buckets=buckets,
+            swap_space=space,
+            sliding_window=windows,
         )
         self.random = np.random.default_rng(0)
         self.keys, self.tokens, self.namespace, self.outside = {}, {}, {}, set()
@@ -71,22 +79,31 @@ class User:
         rows = torch.zeros(len(batch.slot_mapping), 1, 16)
         rows[: len(written)] = torch.tensor(written, dtype=torch.float32).view(-1, 1, 1)
         for layer, pair in enumerate(self.cache.tensors()):
-            append(rows.to(self.device) + layer, -rows.to(self.device), *pair, batch.slot_mapping)
-        self.everyone_reads_their_own_keys(batch, keys)
+            _, slots = batch.tables(self.cache.layers[layer].group)
+            append(rows.to(self.device) + layer, -rows.to(self.device), *pair, slots)
+        self.everyone_reads_their_own_keys(batch, keys, before)
         if self.random.random() < 0.15:
             self.cache.rollback(batch)
             for seq, start in zip(seqs, before, strict=True):
                 del self.tokens[seq][start:]
         else:
-            told = torch.tensor(list(chain(*new)), device=self.device if self.random.random() < 0.3 else "cpu")
+            told = torch.tensor(
+                list(chain(*new)), dtype=torch.int64, device=self.device if self.random.random() < 0.3 else "cpu"
+            )
             self.cache.commit(batch, told if self.random.random() < 0.95 else None)
 
-    def everyone_reads_their_own_keys(self, batch, keys):
-        for row, expected in zip(batch.block_table.long().cpu(), keys, strict=False):
-            blocks = row[: -(-len(expected) // BLOCK_SIZE)].to(self.device)
-            for layer, (key_cache, value_cache) in enumerate(self.cache.tensors()):
-                assert (key_cache[blocks, :, 0, 3].flatten()[: len(expected)] - layer).tolist() == expected
-                assert (-value_cache[blocks, :, 0, 5].flatten()[: len(expected)]).tolist() == expected
+    def everyone_reads_their_own_keys(self, batch, keys, before):
+        """Those that the window of the first new token shows, and later ones."""
+        for layer, (key_cache, value_cache) in enumerate(self.cache.tensors()):
+            table, _ = batch.tables(self.cache.layers[layer].group)
+            for row, every, length in zip(table.long().cpu(), keys, before, strict=False):
+                window = self.windows[layer]
+                start = 0 if window is None else max(length - window + 1, 0)
+                first = start // BLOCK_SIZE
+                blocks = row[first : -(-len(every) // BLOCK_SIZE)].to(self.device)
+                seen, place = every[start:], slice(start - first * BLOCK_SIZE, len(every) - first * BLOCK_SIZE)
+                assert (key_cache[blocks, :, 0, 3].flatten()[place] - layer).tolist() == seen
+                assert (-value_cache[blocks, :, 0, 5].flatten()[place]).tolist() == seen
 
     def fork(self):
         for seq in self.inside()[:1]:
@@ -97,8 +114,13 @@ class User:
     def truncate(self):
         for seq in self.inside()[:1]:
             length = max(0, len(self.tokens[seq]) - int(self.random.integers(6)))
-            self.cache.truncate(seq, length)
-            del self.tokens[seq][length:]
+            try:
+                self.cache.truncate(seq, length)
+            except ValueError as error:
+                assert any(self.windows), error
+                assert "have released the keys before" in str(error)
+            else:
+                del self.tokens[seq][length:]
 
     def free(self):
         seqs = self.some(self.tokens)[:2]
@@ -149,8 +171,9 @@ def fail(*_):
 @pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("buckets", [None, [4, 16]], ids=["unpadded", "buckets"])
-def test_random_use(monkeypatch, device, buckets):
-    user = User(monkeypatch, device, buckets)
+@pytest.mark.parametrize(("windows", "num_blocks"), [((None, None), 24), ((None, 7), 24), ((9, 9), 16)], ids=str)
+def test_random_use(monkeypatch, device, buckets, windows, num_blocks):
+    user = User(monkeypatch, device, buckets, windows, num_blocks)
     weights = np.array(list(WEIGHTS.values()))
     for name in user.random.choice(list(WEIGHTS), size=1500, p=weights / weights.sum()):
         user.act(name)
@@ -159,4 +182,5 @@ def test_random_use(monkeypatch, device, buckets):
     user.cache.clear_prefixes()
     user.cache.check_integrity()
     stats = user.cache.stats()
-    assert (stats.blocks_free, stats.blocks_evictable, stats.bytes_swapped) == (BLOCKS, 0, 0)
+    total = sum(group.num_blocks for group in user.cache.groups)
+    assert (stats.blocks_free, stats.blocks_evictable, stats.bytes_swapped) == (total, 0, 0)

@@ -53,6 +53,8 @@ class Twin:
         quantised = {name: options[name] for name in ("cache_dtype", "scales") if name in options}
         self.plain = make_cache([None] * len(windows), device, num_blocks=256, max_seqs=64, **quantised)
         self.seqs, self.tokens = {}, {}
+        for group in self.cache._manager.groups[1:]:  # so that groups do not hand out the same numbers
+            group.pool.free_blocks[:] = group.pool.free_blocks[::-1].copy()
 
     def rows(self, heads, dim, tokens, positions, salt):
         """[n, heads, dim], a function of each token and its position."""

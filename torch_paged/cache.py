@@ -342,7 +342,7 @@ class PagedKVCache(nn.Module):
                 whose tokens were never given is not followed any more: its later blocks stay out. A tensor on a GPU
                 is not waited for: it is copied, behind the work queued on the current stream, and looked at by a later
                 `commit` or change of sequences; one freed, forked, truncated or swapped out before that is not
-                followed any more.
+                followed any more, nor is one whose windows have left them behind.
             advanced: how many times `batch.advance()` was run on top, at most `ahead`; those tokens stand too.
 
         Raises:

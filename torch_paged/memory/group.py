@@ -94,10 +94,11 @@ class BlockGroup:
         A block that was in the prefix cache before its sequence was truncated leaves it, as it is written to.
         """
         blocks = self.pool.allocate(len(writers) + len(owners))
-        copied = blocks[: len(writers)]
-        shared = entries[writers]
-        copies = Copies(writers, shared % self._width, self.flat_table[shared].astype(np.int64), copied)
-        self.flat_table[shared] = copied
+        copies = Copies(writers, writers, writers, writers)  # none
+        if len(writers):
+            shared, copied = entries[writers], blocks[: len(writers)]
+            copies = Copies(writers, shared % self._width, self.flat_table[shared].astype(np.int64), copied)
+            self.flat_table[shared] = copied
         if len(self.cached):
             written = self.flat_table[entries].astype(np.int64)
             written = written[written >= 0]

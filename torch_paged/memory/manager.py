@@ -238,9 +238,8 @@ class MemoryManager:
             owners, positions = expand(start, end)
             columns = positions // size
             entries = rows[owners] * s.width + columns
-        offsets = positions - columns * size
         taken = [
-            Taken(*change, group.flat_table[entries] * np.int64(size) + offsets)
+            Taken(*change, (group.flat_table[entries] - columns) * size + positions)
             for group, change in zip(self.groups, changes, strict=True)
         ]
         (number,) = {group.pool.open_step() for group in self.groups}
@@ -249,12 +248,11 @@ class MemoryManager:
 
     def _follow(self, rows: Ints, changes: list[tuple[Copies, Growth]]) -> None:
         """Copy what is known of copied blocks, and tell that tables have changed."""
-        copies = changes[0][0]
-        if len(copies.blocks):
-            self.tokens[copies.blocks] = self.tokens[copies.sources]
-        for copies, _ in changes:
+        for index, (copies, _) in enumerate(changes):
             if len(copies.owners):
                 self.sequences.renew_stamps(rows[copies.owners])
+                if index == 0:
+                    self.tokens[copies.blocks] = self.tokens[copies.sources]
 
     def commit(self, step: Step, advanced: int = 0) -> None:
         """End a step whose tokens stand, and with it `advanced` further tokens of each of its sequences.
@@ -281,11 +279,10 @@ class MemoryManager:
             end = end + advanced
             s.length[rows] = end
         s.committed[rows] = end
-        unneeded = [taken.copies.sources[alive[taken.copies.owners]] for taken in step.taken]
         self._close(step)
-        for group, sources in zip(self.groups, unneeded, strict=True):
-            if len(sources):
-                group.pool.release(sources)
+        for group, (copies, _, _) in zip(self.groups, step.taken, strict=True):
+            if len(copies.owners):
+                group.pool.release(copies.sources[alive[copies.owners]])
 
     def release_unseen(self, step: Step) -> None:
         """Release what the sequences of a step need no more now that it was committed: windows have moved on."""
