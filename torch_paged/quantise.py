@@ -54,7 +54,7 @@ def calibrate_scales(cache: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor
     for part in slots.split(_ROWS):
         if len(part):
             peaks = torch.maximum(peaks, _rows(cache, part).float().abs().amax((0, 2)))
-    scales = peaks / largest(dtype)
+    scales = peaks / torch.full_like(peaks, largest(dtype))  # a GPU would multiply by a number's reciprocal
     return scales.masked_fill(scales < torch.finfo(torch.float32).tiny, 1)
 
 

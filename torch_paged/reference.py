@@ -162,7 +162,8 @@ def row_scale(row: Tensor, dtype: torch.dtype) -> Tensor:
 
     Where that would be 0 or subnormal, as for a row of zeros, the scale is 1.
     """
-    scale = row.float().abs().amax(-1) / largest(dtype)
+    peak = row.float().abs().amax(-1)
+    scale = peak / torch.full_like(peak, largest(dtype))  # a GPU would multiply by a number's reciprocal
     return torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
 
 

@@ -17,16 +17,16 @@ def next_power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def split_dim(dim: int) -> tuple[int, int]:
+def split_dim(dim: int, narrowest: int = 16) -> tuple[int, int]:
     """Widths of the one or two power-of-two pieces that cover `dim` (>= 16) columns; the second may be 0.
 
     96 is 64 + 32 and 576 is 512 + 64: no tile is padded to 128 or 1024. 112 is 128, as 64 + 64 would save nothing.
     A second piece of 16 columns would make the compiler repeat a product of 16 rows in every warp: it has 32 or more.
     """
-    wide = 1 << (dim.bit_length() - 1)
-    if wide == dim:
-        return dim, 0
-    rest = max(next_power_of_two(dim - wide), 32)
+    wide = 1 << (max(dim, narrowest).bit_length() - 1)
+    if wide >= dim:
+        return wide, 0
+    rest = max(next_power_of_two(dim - wide), 32, narrowest)
     return (2 * wide, 0) if wide + rest >= 2 * wide else (wide, rest)
 
 
@@ -200,20 +200,21 @@ def _launch(problem: Problem, device: Device, rows: int, above: int, upto: int) 
     """Launch for sequences of more than `above` and at most `upto` rows, made for `rows` of them."""
     copy_rows = _copy_rows(problem, device, rows)
     tiles = _hopper_tiles(problem) if copy_rows else _fit(problem, device, _tiles(problem, device, rows))
+    narrowest = _narrowest_piece(problem, device, tiles)
     group = problem.num_heads // problem.num_kv_heads
     variant = Variant(
         group=group,
         head_dim=problem.head_dim,
         value_dim=problem.value_dim,
-        key_widths=split_dim(problem.head_dim),
-        value_widths=split_dim(problem.value_dim),
+        key_widths=split_dim(problem.head_dim, narrowest),
+        value_widths=split_dim(problem.value_dim, narrowest),
         value_width=next_power_of_two(problem.value_dim),
         block_size=problem.block_size,
         paging=_paging(problem.block_size, tiles.keys),
         causal=problem.causal,
         ragged=problem.ragged,
         aligned=problem.aligned,
-        shared_values=_shares_tiles(problem),
+        shared_values=_shares_tiles(problem, narrowest),
         block_m=tiles.rows,
         tile=tiles.keys,
         num_stages=tiles.num_stages,
@@ -277,9 +278,20 @@ def _max_registers(problem: Problem, device: Device, tiles: Tiles) -> int | None
     return min(65536 // (32 * tiles.num_warps * tiles.resident) // 8 * 8, 255)
 
 
-def _shares_tiles(problem: Problem) -> bool:
+def _narrowest_piece(problem: Problem, device: Device, tiles: Tiles) -> int:
+    """Columns that a piece of a row has at least.
+
+    Where values pass through registers on their way to Hopper's wgmma, NVIDIA's assembler (12.8) was seen to compute
+    the addresses of pieces of 32 columns before it knows where they begin.
+    """
+    through_registers = not (problem.plain_caches and problem.aligned)
+    return 64 if device.capability == 90 and not device.amd and tiles.rows >= 64 and through_registers else 16
+
+
+def _shares_tiles(problem: Problem, narrowest: int) -> bool:
     """Whether a tile of keys, as it was loaded, holds the values too."""
-    return problem.shared_values and split_dim(problem.head_dim)[0] == split_dim(problem.value_dim)[0]
+    first_of_key, first_of_value = (split_dim(dim, narrowest)[0] for dim in (problem.head_dim, problem.value_dim))
+    return problem.shared_values and first_of_key == first_of_value
 
 
 def _paging(block_size: int, tile: int) -> str:
@@ -328,8 +340,9 @@ def _fit(problem: Problem, device: Device, tiles: Tiles) -> Tiles:
 
 def _shared_memory(problem: Problem, device: Device, tiles: Tiles) -> int:
     """Bytes of shared memory that the compiler was seen to use, or a little more."""
-    keys, values = sum(split_dim(problem.head_dim)), sum(split_dim(problem.value_dim))
-    row = keys * problem.key_itemsize + (0 if _shares_tiles(problem) else values * problem.value_itemsize)
+    narrowest = _narrowest_piece(problem, device, tiles)
+    keys, values = sum(split_dim(problem.head_dim, narrowest)), sum(split_dim(problem.value_dim, narrowest))
+    row = keys * problem.key_itemsize + (0 if _shares_tiles(problem, narrowest) else values * problem.value_itemsize)
     # From Hopper on, products of many rows read their operands from shared memory while the next tile is loaded.
     from_shared = tiles.rows >= 64 and device.capability >= 90 and not device.amd
     buffers = max(tiles.num_stages - 1 + from_shared, 1)
