@@ -175,7 +175,7 @@ def fail(*_):
 def test_random_use(monkeypatch, device, buckets, windows, num_blocks):
     user = User(monkeypatch, device, buckets, windows, num_blocks)
     weights = np.array(list(WEIGHTS.values()))
-    for name in user.random.choice(list(WEIGHTS), size=1500, p=weights / weights.sum()):
+    for name in user.random.choice(list(WEIGHTS), size=2000, p=weights / weights.sum()):
         user.act(name)
     assert min(user.seen.values()) >= 10, user.seen
     user.cache.free(list(user.tokens))
