@@ -56,9 +56,7 @@ def write_output(output, lse, state, sink, first_row, row, valid, V: tl.constexp
     largest, total, output0, output1 = _in_units_of_one(state, V)
     factor, row_lse = finish(largest, total, sink, V)
     tl.store(lse + first_row + row, row_lse, mask=valid)
-    _write_pieces(
-        output + first_row * V.value_dim, row, output0 * factor[:, None], output1 * factor[:, None], valid, V
-    )
+    _write_pieces(output + first_row * V.value_dim, row, output0 * factor[:, None], output1 * factor[:, None], valid, V)
 
 
 @triton.jit
