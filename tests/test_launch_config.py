@@ -190,6 +190,14 @@ def test_hopper_copies_blocks_where_they_make_tiles(changes, copy_rows):
     assert [launch.variant.copy_rows for launch in launches] == [copy_rows]
 
 
+@pytest.mark.parametrize(("queries", "seqs", "parts"), [(8192, 1, 2), (8192, 4, 2), (8192, 5, 1), (512, 1, 1)])
+def test_warpgroups_share_their_code_where_prompts_are_short(queries, seqs, parts):
+    problem = replace(PREFILL, num_tokens=queries, num_seqs=seqs, ragged=True)
+    launch = attention_launches(problem, DEVICES["sm_90"])[0]
+    assert launch.variant.parts == parts
+    assert launch.num_warps * parts == 8
+
+
 def test_only_hopper_has_the_hopper_kernel(gpu):
     launches = attention_launches(replace(PREFILL, ragged=True), gpu)
     assert [launch.variant.copy_rows for launch in launches] == [16 if gpu.capability == 90 else 0, 0]

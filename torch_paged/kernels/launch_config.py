@@ -114,6 +114,7 @@ class Variant:
     has: Features
     overlap: bool  # begins while the kernel before it ends, and waits for its results (Hopper and later)
     copy_rows: int  # keys that the copy engine of `attention_hopper` takes at a time; 0 in the general kernel
+    parts: int  # of its warps that multiply: 1 with common code, or 2, where one's softmax hides the other's product
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,7 @@ class Tiles(NamedTuple):
 ALL_ROWS = 2**31 - 1
 FEW_ROWS = 64
 MANY_ROWS = 128
+LONG = 2048  # query tokens of a sequence, on average
 HOPPER_DIMS = {64, 128, 256}
 HOPPER_REGISTERS = 168  # of a thread before loader and warpgroups trade theirs
 
@@ -231,6 +233,7 @@ def _launch(problem: Problem, device: Device, rows: int, above: int, upto: int) 
         has=_features(problem.features, device),
         overlap=device.capability >= 90 and not device.amd,
         copy_rows=copy_rows,
+        parts=8 // tiles.num_warps if copy_rows else 1,
     )
     combine_rows = 1 if tiles.rows <= 16 else 4
     slots = WORKSPACE_LIMIT // (2 * tiles.rows * (problem.value_dim + 2) * 4)
@@ -271,7 +274,9 @@ def _copy_rows(problem: Problem, device: Device, rows: int) -> int:
 def _hopper_tiles(problem: Problem) -> Tiles:
     """Tiles of `attention_hopper`: two warpgroups of 64 rows, several buffers each for keys and for values."""
     width = max(problem.head_dim, problem.value_dim)
-    return Tiles(MANY_ROWS, 64 if width > 128 else 128, 4, {64: 4, 128: 3, 256: 2}[width], 1)
+    # Short prompts run through all of the code for few tiles: half of it takes less time to fetch.
+    warps = 4 if problem.num_tokens >= LONG * max(problem.num_seqs, 1) else 8
+    return Tiles(MANY_ROWS, 64 if width > 128 else 128, warps, {64: 4, 128: 3, 256: 2}[width], 1)
 
 
 def _max_registers(problem: Problem, device: Device, tiles: Tiles) -> int | None:

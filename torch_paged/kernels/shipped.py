@@ -30,7 +30,7 @@ SHIPPED_OPTIONS = {
     "e5m2": (Features(key=Stored("e5m2", "head"), value=Stored("e5m2", "head")), "fp16", 128),
     "int8-token": (Features(key=Stored("int8", "token"), value=Stored("int8", "token"), normalised=True), "bf16", 128),
 }
-_KINDS = (("decode", 8, False), ("prefill", 4096, False), ("mixed", 4096, True))
+_KINDS = (("decode", 8, False), ("prefill", 16384, False), ("mixed", 4096, True))
 
 
 def shipped_variants(device: Device) -> list[ShippedVariant]:
