@@ -273,7 +273,11 @@ def _hopper_tiles(problem: Problem) -> Tiles:
 
 def _max_registers(problem: Problem, device: Device, tiles: Tiles) -> int | None:
     """Registers of a thread, where telling the assembler was seen to spare it a spill; elsewhere it caused some."""
-    if device.amd or problem.itemsize == 4 or tiles.num_warps > 4:
+    if device.amd:
+        return None
+    if problem.itemsize == 4:
+        return 128 if tiles.rows == 32 else None
+    if tiles.num_warps > 4:
         return None
     return min(65536 // (32 * tiles.num_warps * tiles.resident) // 8 * 8, 255)
 
@@ -306,7 +310,8 @@ def _tiles(problem: Problem, device: Device, rows: int) -> Tiles:
     width = max(problem.head_dim, problem.value_dim)
     many = rows > FEW_ROWS
     if problem.itemsize == 4:
-        keys, warps = (32, 4) if width <= 128 and problem.plain_caches else (16, 8)
+        by_blocks = _paging(problem.block_size, 32) != "any"
+        keys, warps = (32, 4) if width <= 128 and problem.plain_caches and by_blocks else (16, 8)
         many = many and width <= 256 and problem.plain_caches
         return Tiles(32, keys, 8, 2, 1) if many else Tiles(16, keys, warps, 3, 8 // warps)
     keys = 128 if width <= 64 else 64 if width <= 128 else 32
