@@ -139,11 +139,28 @@ def test_a_problem_without_options_is_plain(gpu):
     assert attention_launches(windowed, gpu) != attention_launches(DECODE, gpu)
 
 
-def test_smaller_tiles_let_more_of_them_be_on_their_way():
-    stored = replace(DECODE, features=Features(key=Stored("e4m3"), value=Stored("e4m3"), normalised=True))
-    (plain,), (small,) = (attention_launches(problem, DEVICES["sm_90"]) for problem in (DECODE, stored))
-    assert (plain.variant.num_stages, small.variant.num_stages) == (3, 4)
-    assert plain.programs == small.programs
+@pytest.mark.parametrize(
+    ("changes", "pairs"),
+    [
+        ({}, True),
+        (dict(head_dim=80), True),
+        (dict(value_dim=32), True),
+        (dict(value_dim=16), False),
+        (dict(value_dim=96), False),
+        (dict(aligned=False), False),
+        (dict(itemsize=4), False),
+        (dict(shared_values=True), False),
+        (dict(num_tokens=512), False),
+        (dict(features=Features(key=Stored("e4m3"))), False),
+    ],
+    ids=str,
+)
+def test_narrow_values_come_in_pairs(changes, pairs, gpu):
+    stored = replace(DECODE, features=Features(value=Stored("e4m3")))
+    variant = attention_launches(replace(stored, **changes), gpu)[0].variant
+    assert variant.value_pairs == pairs
+    if pairs:
+        assert sum(variant.value_widths) == variant.value_dim
 
 
 PREFILL = replace(DECODE, num_tokens=4096, num_seqs=1)

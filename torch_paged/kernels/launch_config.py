@@ -7,7 +7,7 @@ import functools
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from torch_paged.kernels.features import PLAIN_FEATURES, Features
+from torch_paged.kernels.features import PLAIN_FEATURES, Features, Stored
 
 WORKSPACE_LIMIT = 64 * 2**20  # bytes
 
@@ -100,6 +100,7 @@ class Variant:
     ragged: bool
     aligned: bool
     shared_values: bool  # the first piece of a value row is that of the key row
+    value_pairs: bool  # a value row's pieces are its even and its odd columns, loaded together as numbers of 16 bits
     block_m: int  # rows of a query tile: (query token, head of the group), packed
     tile: int  # keys of a tile
     num_stages: int
@@ -202,12 +203,13 @@ def _launch(problem: Problem, device: Device, rows: int, above: int, upto: int) 
     tiles = _hopper_tiles(problem) if copy_rows else _fit(problem, device, _tiles(problem, device, rows))
     narrowest = _narrowest_piece(problem, device, tiles)
     group = problem.num_heads // problem.num_kv_heads
+    value_pairs = _loads_pairs(problem, tiles)
     variant = Variant(
         group=group,
         head_dim=problem.head_dim,
         value_dim=problem.value_dim,
         key_widths=split_dim(problem.head_dim, narrowest),
-        value_widths=split_dim(problem.value_dim, narrowest),
+        value_widths=(problem.value_dim // 2,) * 2 if value_pairs else split_dim(problem.value_dim, narrowest),
         value_width=next_power_of_two(problem.value_dim),
         block_size=problem.block_size,
         paging=_paging(problem.block_size, tiles.keys),
@@ -215,6 +217,7 @@ def _launch(problem: Problem, device: Device, rows: int, above: int, upto: int) 
         ragged=problem.ragged,
         aligned=problem.aligned,
         shared_values=_shares_tiles(problem, narrowest),
+        value_pairs=value_pairs,
         block_m=tiles.rows,
         tile=tiles.keys,
         num_stages=tiles.num_stages,
@@ -243,14 +246,14 @@ def _launch(problem: Problem, device: Device, rows: int, above: int, upto: int) 
 
 
 def _features(features: Features, device: Device) -> Features:
-    """`features` as `device` serves them: e4m3 is a type of NVIDIA's from compute capability 8.9 on."""
-    if device.capability >= 89 and not device.amd:
-        return features
-    key, value = (
-        replace(stored, dtype="e4m3 bits") if stored.dtype == "e4m3" else stored
-        for stored in (features.key, features.value)
-    )
-    return replace(features, key=key, value=value)
+    """`features` as `device` serves them: NVIDIA's have instructions for e4m3 from compute capability 8.9 on."""
+
+    def served(stored: Stored) -> Stored:
+        if device.capability >= 89 and not device.amd:
+            return replace(stored, packed=bool(stored.dtype))
+        return replace(stored, dtype="e4m3 bits") if stored.dtype == "e4m3" else stored
+
+    return replace(features, key=served(features.key), value=served(features.value))
 
 
 def _copy_rows(problem: Problem, device: Device, rows: int) -> int:
@@ -298,6 +301,14 @@ def _shares_tiles(problem: Problem, narrowest: int) -> bool:
     return problem.shared_values and first_of_key == first_of_value
 
 
+def _loads_pairs(problem: Problem, tiles: Tiles) -> bool:
+    """Whether stored values come in pairs: tensor cores take them across rows, which bytes could do one by one only."""
+    dim = problem.value_dim
+    halves = dim >= 32 and dim & (dim - 1) == 0
+    narrow = problem.value_itemsize == 1 and problem.itemsize == 2
+    return narrow and halves and problem.aligned and tiles.rows <= 16 and not problem.shared_values
+
+
 def _paging(block_size: int, tile: int) -> str:
     """How the keys of a tile are found: in "one" block, in "several" whole ones, or key by key ("any")."""
     if block_size & (block_size - 1) or block_size == 1:
@@ -316,9 +327,7 @@ def _tiles(problem: Problem, device: Device, rows: int) -> Tiles:
         return Tiles(32, keys, 8, 2, 1) if many else Tiles(16, keys, warps, 3, 8 // warps)
     keys = 128 if width <= 64 else 64 if width <= 128 else 32
     if rows <= 16:
-        # Of tiles of half the bytes, more are on their way; AMD's compiler fails to pipeline so many of them.
-        stages = 3 if problem.plain_caches or device.amd else 4
-        return Tiles(16, keys if width <= 256 else 16, 4, stages, 2)
+        return Tiles(16, keys if width <= 256 else 16, 4, 3, 2)
     # Hopper would hold query rows in registers where these are brought into float16's range.
     if width > 256 or (width > 128 and device.capability == 90 and not problem.plain_caches):
         return Tiles(32, 16, 8, 3, 1)
