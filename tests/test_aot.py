@@ -4,6 +4,7 @@ Compiling all that is shipped takes a quarter of an hour of two cores, and TORCH
 Without it, figures of what was compiled before come from `aot_report`, and what is not there is compiled.
 """
 
+import functools
 import os
 
 import pytest
@@ -120,16 +121,24 @@ QUANTISING = [
 ]
 
 
-@pytest.fixture(scope="session")
-def workers(request):
-    """Processes that already compile what the tests of this run will ask for."""
-    workers = aot.Workers(aot_report.nothing if ALL_VARIANTS else aot_report.all_but_a_sample)
-    for item in request.session.items:
+@functools.cache
+def _workers():
+    return aot.Workers(aot_report.nothing if ALL_VARIANTS else aot_report.all_but_a_sample)
+
+
+def begin(session):
+    """Has processes compile what the tests of this run will ask for."""
+    session.config.add_cleanup(_workers().shutdown)
+    for item in session.items:
         job = getattr(item, "callspec", None) and item.callspec.params.get("job")
         if job:
-            workers.submit(*job)
-    yield workers
-    workers.shutdown()
+            _workers().submit(*job)
+
+
+@pytest.fixture
+def workers():
+    """The processes that compile."""
+    return _workers()
 
 
 @pytest.mark.parametrize("job", SHIPPED)
