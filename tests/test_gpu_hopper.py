@@ -10,7 +10,7 @@ from torch_paged.options import PLAIN
 from torch_paged.testing import assert_within_budget, attention_inputs, low_precision_attention
 
 pytest.importorskip("triton")
-from torch_paged.kernels import attention_plan, launch_config
+from torch_paged.kernels import attention_plan, launch_tiles
 from torch_paged.kernels.attention import attention as attend_with
 from torch_paged.kernels.attention import launch_attention
 from torch_paged.kernels.attention_plan import problem_of
@@ -45,7 +45,7 @@ BATCHES = {
 @pytest.fixture(autouse=True, params=[1, 2], ids=["common-code", "apart"])
 def parts(request, monkeypatch):
     """Both forms of the kernel, whatever the number of queries."""
-    monkeypatch.setattr(launch_config, "LONG", 1 if request.param == 2 else 2**40)
+    monkeypatch.setattr(launch_tiles, "LONG", 1 if request.param == 2 else 2**40)
     attention_launches.cache_clear()
     attention_plan._plans.clear()
     yield request.param

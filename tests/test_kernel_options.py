@@ -21,7 +21,8 @@ from torch_paged.kernels.attention_plan import problem_of
 from torch_paged.kernels.attention_stored import widen, widen_pairs
 from torch_paged.kernels.device import INTERPRETED, device_of
 from torch_paged.kernels.features import Stored
-from torch_paged.kernels.launch_config import Device, attention_launches
+from torch_paged.kernels.launch_config import attention_launches
+from torch_paged.kernels.problem import Device
 from torch_paged.kernels.schedule import deal
 
 HERE = os.environ.get("TRITON_INTERPRET") == "1"

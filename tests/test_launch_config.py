@@ -6,13 +6,8 @@ from dataclasses import replace
 import pytest
 
 from torch_paged.kernels.features import Features, Stored
-from torch_paged.kernels.launch_config import (
-    WORKSPACE_LIMIT,
-    Device,
-    Problem,
-    attention_launches,
-    split_dim,
-)
+from torch_paged.kernels.launch_config import WORKSPACE_LIMIT, attention_launches
+from torch_paged.kernels.problem import Device, Problem, split_dim
 from torch_paged.kernels.shipped import shipped_variants
 
 DEVICES = {

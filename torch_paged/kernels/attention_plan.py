@@ -11,7 +11,8 @@ from torch_paged.kernels.attention_combine import combine_launcher
 from torch_paged.kernels.device import device_of
 from torch_paged.kernels.features import Features
 from torch_paged.kernels.launch import Launcher, Plans, layout
-from torch_paged.kernels.launch_config import AttentionLaunch, Problem, attention_launches
+from torch_paged.kernels.launch_config import AttentionLaunch, attention_launches
+from torch_paged.kernels.problem import Problem
 from torch_paged.kernels.storage import stored_in
 from torch_paged.kernels.vectors import dense, effective_strides
 from torch_paged.options import PLAIN, AttentionOptions

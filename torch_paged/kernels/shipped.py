@@ -4,7 +4,8 @@ import itertools
 from dataclasses import dataclass
 
 from torch_paged.kernels.features import PLAIN_FEATURES, Features, Stored
-from torch_paged.kernels.launch_config import AttentionLaunch, Device, Problem, attention_launches
+from torch_paged.kernels.launch_config import AttentionLaunch, attention_launches
+from torch_paged.kernels.problem import Device, Problem
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from torch_paged.kernels.attention_plan import problem_of
 from torch_paged.kernels.copy_blocks import copy_blocks
 from torch_paged.kernels.device import device_of
 from torch_paged.kernels.gather_blocks import gather_blocks, scatter_blocks
-from torch_paged.kernels.launch_config import LONG, MANY_ROWS, AttentionLaunch, attention_launches
+from torch_paged.kernels.launch_config import AttentionLaunch, attention_launches
+from torch_paged.kernels.launch_tiles import LONG, MANY_ROWS
 from torch_paged.kernels.merge_attention import merge_attention
 from torch_paged.kernels.rotary_append import rotary_append
 from torch_paged.options import AttentionOptions
