@@ -138,7 +138,7 @@ class BlockGroup:
             self.pool.release(blocks)
 
 
-def usable(groups: list[BlockGroup], nodes: list[int]) -> list[int]:
+def usable(groups: list[BlockGroup], nodes: Ints) -> Ints:
     """The longest beginning of a path in the prefix cache after which every group has what the next query sees."""
     while True:
         gaps = [len(nodes)]

@@ -177,6 +177,9 @@ def _check_trie(manager: MemoryManager) -> None:
         for group in manager.groups:
             holders[node] += group.cached.block_of(node) >= 0
     _require(all(holders.values()), "a node has a block or leads to one that has")
+    parents = {node: parent for (parent, _), node in manager.trie.items()}
+    likely = ((node, manager.trie.likely_child(node)) for node in parents)
+    _require(all(child is None or parents.get(child) == node for node, child in likely), "a likely child is a child")
 
 
 def _check_cached(manager: MemoryManager, group: BlockGroup) -> None:
