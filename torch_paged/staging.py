@@ -224,7 +224,7 @@ class Staging:
             first = np.maximum(first, self._groups[0].first[rows])
         last = np.maximum(held, num_blocks)
         held[:], stamps[:] = num_blocks, stamp
-        changed = np.flatnonzero(first != last)
+        changed = (first != last).nonzero()[0]
         if not len(changed):
             return _NO_ENTRIES, [_NO_BLOCKS] * len(self._groups)
         owners, columns = expand(first[changed], last[changed])

@@ -43,7 +43,7 @@ def as_integer(name: str, value: Any, at_least: int) -> int:
 
 def as_counts(counts: Any, num_seqs: int) -> int | Ints:
     """`counts` as one int where all are equal, else as int64 [num_seqs]."""
-    if np.ndim(counts) == 0:
+    if isinstance(counts, int) or np.ndim(counts) == 0:
         return as_integer("counts", counts, at_least=1)
     each = as_integers("counts", counts)
     if len(each) != num_seqs:

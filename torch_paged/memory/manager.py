@@ -12,7 +12,7 @@ from torch_paged.memory.arrays import Flags, Ints, as_counts, as_integer, as_int
 from torch_paged.memory.group import BlockGroup, usable
 from torch_paged.memory.prefix import PrefixTrie
 from torch_paged.memory.sequences import Sequences
-from torch_paged.memory.step import Copies, Growth, Step, Taken
+from torch_paged.memory.step import Step, Taken
 from torch_paged.memory.swap import Parcel
 
 
@@ -219,40 +219,31 @@ class MemoryManager:
         after = np.maximum(before, (end + (ahead + size - 1)) // size)
         columns = start // size
         entries = rows * s.width + columns  # of a flat table: where each sequence writes first
-        growing = np.flatnonzero(after != before)
+        growing = (after != before).nonzero()[0]
         owners, new_columns = expand(before[growing], after[growing])
         owners = growing[owners]
-        writers = [group.find_shared(entries, start) for group in self.groups]
-        for group, sharing in zip(self.groups, writers, strict=True):
-            group.pool.require(len(sharing) + len(owners))
+        writers = [group.require(entries, start, len(owners)) for group in self.groups]
 
-        changes = [
-            group.take(rows, entries, sharing, owners, new_columns)
-            for group, sharing in zip(self.groups, writers, strict=True)
-        ]
-        self._follow(rows, changes)
+        places, positions = entries, start
+        if not (isinstance(counts, int) and counts == 1):
+            token_owners, positions = expand(start, end)
+            columns = positions // size
+            places = rows[token_owners] * s.width + columns
+        offsets = positions - columns * size
+        taken = []
+        for group, sharing in zip(self.groups, writers, strict=True):
+            copies, growth = group.take(rows, entries, sharing, owners, new_columns)
+            taken.append(Taken(copies, growth, group.flat_table[places] * size + offsets))
+            if len(sharing):
+                s.renew_stamps(rows[sharing])
+        copies = taken[0].copies
+        if len(copies.owners):
+            self.tokens[copies.blocks] = self.tokens[copies.sources]
         s.num_blocks[rows] = after
         s.length[rows] = end
-        positions = start
-        if not (isinstance(counts, int) and counts == 1):
-            owners, positions = expand(start, end)
-            columns = positions // size
-            entries = rows[owners] * s.width + columns
-        taken = [
-            Taken(*change, (group.flat_table[entries] - columns) * size + positions)
-            for group, change in zip(self.groups, changes, strict=True)
-        ]
         (number,) = {group.pool.open_step() for group in self.groups}
         self.steps[number] = step = Step(number, handles, rows, counts, start, end, ahead, before, positions, taken)
         return step
-
-    def _follow(self, rows: Ints, changes: list[tuple[Copies, Growth]]) -> None:
-        """Copy what is known of copied blocks, and tell that tables have changed."""
-        for index, (copies, _) in enumerate(changes):
-            if len(copies.owners):
-                self.sequences.renew_stamps(rows[copies.owners])
-                if index == 0:
-                    self.tokens[copies.blocks] = self.tokens[copies.sources]
 
     def commit(self, step: Step, advanced: int = 0) -> None:
         """End a step whose tokens stand, and with it `advanced` further tokens of each of its sequences.

@@ -10,6 +10,8 @@ import numpy as np
 
 from torch_paged.memory.arrays import Flags, Ints
 
+_MORE_NODES = 1024
+
 Parent = int | tuple[Hashable]  # a node, or a namespace's root
 Key = tuple[Parent, bytes]
 
@@ -161,7 +163,8 @@ class CachedBlocks:
 
     def put(self, node: int, block: int, column: int) -> None:
         """Enter `block`, which is not in the cache, as that of a node without one."""
-        self._reach_all()
+        if node >= len(self._block):
+            self._reach_all()
         self._block[node] = block
         self._count += 1
         self.node[block] = node
@@ -179,4 +182,4 @@ class CachedBlocks:
     def _reach_all(self) -> None:
         missing = self._trie.num_numbers - len(self._block)
         if missing > 0:
-            self._block.extend([-1] * missing)
+            self._block.extend([-1] * (missing + _MORE_NODES))

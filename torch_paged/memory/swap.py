@@ -139,9 +139,7 @@ def _path(manager: MemoryManager, handle: int, row: int) -> Ints:
 class _Search:
     """Which blocks of one group are still there for sequences about to come back, and which they lack."""
 
-    def __init__(
-        self, manager: MemoryManager, index: int, outside: dict[int, int], paths: dict[int, Ints]
-    ) -> None:
+    def __init__(self, manager: MemoryManager, index: int, outside: dict[int, int], paths: dict[int, Ints]) -> None:
         self._group = group = manager.groups[index]
         self._parcels = {handle: manager.parcels[handle] for handle in outside}
         self._rows = {handle: parcel.parts[index].rows[handle] for handle, parcel in self._parcels.items()}
