@@ -72,10 +72,9 @@ class Sequences:
             TypeError: `seqs` are not integers.
             ValueError: one is unknown, was freed, or occurs twice.
         """
-        # A decode loop passes one list again and again, and comparing lists is far cheaper than converting one.
-        known = (
-            type(seqs) is list and seqs == self._last_list and (not seqs or type(seqs[0]) is int)
-        )  # [1.0] equals [1]
+        # A decode loop passes one list again and again, and comparing lists is far cheaper than converting one. But
+        # [1.0] equals [1].
+        known = type(seqs) is list and seqs == self._last_list and (not seqs or type(seqs[0]) is int)
         if known:
             handles, rows = self._last_found
         else:
