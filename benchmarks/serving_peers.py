@@ -72,9 +72,9 @@ def rename(name: str) -> str:
 @torch.inference_mode()
 def generate(model: Any, memory: Memory, requests: list[Request], seconds: float) -> list[list[int]]:
     """Padded batches, each as many requests as there are places, until the longest output of the batch is written."""
-    outputs, end = [], time.perf_counter() + seconds
+    outputs, end = [], memory.clock() + seconds
     for first in range(0, len(requests), memory.places):
-        if time.perf_counter() > end:
+        if memory.clock() > end:
             break
         batch = requests[first : first + memory.places]
         longest = max(len(request.prompt) for request in batch)
@@ -102,7 +102,7 @@ def continuous(model: Any, memory: Memory, requests: list[Request], seconds: flo
     """
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
-    end = time.perf_counter() + seconds
+    end = memory.clock() + seconds
     generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
     batching = ContinuousBatchingConfig(
         page_size=page_size,
@@ -122,7 +122,7 @@ def continuous(model: Any, memory: Memory, requests: list[Request], seconds: flo
             for number, request in enumerate(requests)
         }
         left = len(requests)
-        while left and time.perf_counter() < end:
+        while left and memory.clock() < end:
             result = manager.get_result(timeout=1)
             if result is not None and result.is_finished():
                 outputs[numbers[result.request_id]] = result.generated_tokens

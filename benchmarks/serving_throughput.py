@@ -94,7 +94,7 @@ def text(measured: dict[str, Any]) -> str:
             continue
         notes = [seen["version"]] if "version" in seen else []
         if not seen["whole"]:
-            notes.append(f"stopped after {seen['seconds']:.0f} s")
+            notes.append(f"stopped after {seen['tokens']} tokens")
         row = [f"{name} ({', '.join(notes)})" if notes else name]
         row += [cell for rate in RATES for cell in against(ways, way, rate)]
         if way in OURS:
@@ -141,7 +141,7 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--ways", nargs="+", choices=[*OURS, *PEERS], default=DEFAULT)
     arguments.add_argument("--requests", default=96, type=int)
-    arguments.add_argument("--seconds", default=60.0, type=float, help="for each way, at most")
+    arguments.add_argument("--seconds", default=60.0, type=float, help="for each way, at most; on a CPU, of its time")
     arguments.add_argument("--places", default=8, type=int, help="KV memory, in sequences of the most tokens")
     arguments.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     arguments.add_argument("--device", default="cpu")

@@ -67,6 +67,10 @@ class Memory(NamedTuple):
     device: str = "cpu"
     graphs: bool = False
 
+    def clock(self) -> float:
+        """Seconds by which a way is stopped: of the CPU where that does the work, as others may use it too."""
+        return time.process_time() if self.device == "cpu" else time.perf_counter()
+
     def build(self, block_size: int, most_seqs: int = 0) -> tuple[PagedKVCache, Callable[..., torch.Tensor]]:
         """`most_seqs`: of a batch, for whose shapes graphs are captured at once."""
         config, weights = load(WEIGHTS)
@@ -149,10 +153,10 @@ def serve(
     size = memory.places if way == "batches" else len(requests)
     generations, loaded = [], None
     steps = Steps([], [], [], [])
-    start, cpu_start = time.perf_counter(), time.process_time()
+    start, cpu_start, end = time.perf_counter(), time.process_time(), memory.clock() + seconds
     for first in range(0, len(requests), size):
         generations += [engine.submit(request) for request in requests[first : first + size]]
-        while time.perf_counter() - start < seconds and engine.step():
+        while memory.clock() < end and engine.step():
             waiting = engine.load.waiting + engine.load.swapped > 0 or first + size < len(requests)
             if loaded is None and not waiting:
                 loaded = time.perf_counter() - start, written(generations)

@@ -142,7 +142,7 @@ def _check_blocks(manager: MemoryManager, index: int) -> None:
     kept = []
     for step in manager.steps.values():
         copies = step.taken[index].copies
-        kept.append(copies.sources[(manager.sequences.handle[step.rows] == step.handles)[copies.owners]])
+        kept.append(copies.sources[step.alive(manager.sequences)[copies.owners]])
     references = np.bincount(np.concatenate([in_tables, *kept]), minlength=pool.num_blocks)
     _require((references == pool.refcount).all(), "reference counts equal the references from tables and steps")
     idle = np.concatenate([pool.free_blocks, pool.waiting_blocks, pool.evictable_blocks])
@@ -160,7 +160,7 @@ def _check_steps(manager: MemoryManager) -> None:
     s = manager.sequences
     expected = s.committed.copy()
     for step in manager.steps.values():
-        alive = s.handle[step.rows] == step.handles
+        alive = step.alive(s)
         rows = step.rows[alive]
         _require((expected[rows] == step.start[alive]).all(), "open steps follow each other without a gap")
         expected[rows] = step.end[alive]
