@@ -23,6 +23,7 @@ ALLOWED = {
         "layers",
         "layout",
         "memory",
+        "quantise",
         "staging",
         "steps",
         "swapping",

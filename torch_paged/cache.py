@@ -22,6 +22,7 @@ from torch_paged.layout import (
 )
 from torch_paged.memory import MemoryManager, MemoryStats
 from torch_paged.memory.arrays import as_integer
+from torch_paged.quantise import calibrate_scales
 from torch_paged.staging import Staging
 from torch_paged.steps import OpenSteps
 from torch_paged.swapping import Swapping
@@ -344,6 +345,34 @@ class PagedKVCache(nn.Module):
         can be found. So this is also the call to make when what the tokens mean has changed, such as the weights.
         """
         self._manager.clear_prefixes(*namespaces)
+
+    def calibrate(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        """The static scales that every layer's keys and values need in `dtype`, by the tokens of all live sequences.
+
+        Run an unquantised cache over some thousand tokens, then write what this returns to one with
+        `scales="static"`:
+
+            for layer, (key_scale, value_scale) in zip(quantised.layers, cache.calibrate(torch.int8)):
+                layer.key_scale.copy_(key_scale)
+                layer.value_scale.copy_(value_scale)
+
+        Args:
+            dtype: float8_e4m3fn, float8_e5m2 or int8.
+
+        Returns:
+            Of each layer two tensors, float32 [num_kv_heads], see `calibrate_scales`.
+
+        Raises:
+            TypeError: this cache is quantised itself.
+        """
+        if self.layers[0].key_cache.dtype not in _DTYPES:
+            raise TypeError(f"calibrate needs an unquantised cache, got one of {self.layers[0].key_cache.dtype}")
+        slots = [torch.from_numpy(each).to(self.device) for each in self._manager.slots_in_use()]
+        layers = [(layer.key_cache, layer.value_cache, slots[layer.group]) for layer in self._paged_layers()]
+        return [
+            (calibrate_scales(key_cache, used, dtype), calibrate_scales(value_cache, used, dtype))
+            for key_cache, value_cache, used in layers
+        ]
 
     @property
     def num_free_blocks(self) -> int:

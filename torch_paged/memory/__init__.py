@@ -12,7 +12,7 @@ stepping.py    prepare, commit and rollback, over all groups
 manager.py     MemoryManager: add, fork, truncate, free, and all of the above under one roof
 history.py     the tokens of committed steps on their way into the prefix cache
 swap.py        sequences moved out of the cache and back
-inspection.py  MemoryStats and the integrity check
+inspection.py  MemoryStats, which slots hold tokens, and the integrity check
 """
 
 from torch_paged.memory.errors import IntegrityError, OutOfBlocks, OutOfSwapSpace

@@ -90,6 +90,16 @@ def stats(manager: MemoryManager, bytes_per_token: Sequence[int]) -> MemoryStats
     )
 
 
+def slots_in_use(manager: MemoryManager, group: BlockGroup) -> Ints:
+    """The slots of a group's blocks that hold a committed token of a sequence, each once."""
+    s, size = manager.sequences, manager.block_size
+    rows, columns, blocks = _table_entries(manager, group)
+    tokens = np.clip(s.committed[rows] - columns * size, 0, size)
+    owners, offsets = expand(np.zeros_like(tokens), tokens)
+    slots: Ints = np.unique(blocks[owners] * size + offsets)
+    return slots
+
+
 def check_integrity(manager: MemoryManager) -> None:
     """Raise IntegrityError if one of the invariants below does not hold."""
     _check_sequences(manager)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from torch_paged.memory import inspection, stepping
-from torch_paged.memory.arrays import as_integer, as_integers
+from torch_paged.memory.arrays import Ints, as_integer, as_integers
 from torch_paged.memory.group import BlockGroup, usable
 from torch_paged.memory.prefix import PrefixTrie
 from torch_paged.memory.sequences import Sequences
@@ -239,6 +239,10 @@ class MemoryManager:
     def stats(self, *bytes_per_token: int) -> inspection.MemoryStats:
         """See `MemoryStats`; `bytes_per_token`: of the layers of each group."""
         return inspection.stats(self, bytes_per_token)
+
+    def slots_in_use(self) -> list[Ints]:
+        """Of each group, the slots that hold a committed token of a sequence, each once."""
+        return [inspection.slots_in_use(self, group) for group in self.groups]
 
     def check_integrity(self) -> None:
         """Raise IntegrityError, naming the broken invariant, if the records contradict each other."""
