@@ -77,7 +77,7 @@ def peer(memory: Memory, requests: list[Request], seconds: float, options: dict[
         )
     except Exception as error:  # of a peer, on a device that it may not know: the others' figures count all the same
         traceback.print_exc()
-        return dict(absent=f"{type(error).__name__}: {str(error).splitlines()[0]}")
+        return dict(absent=repr(error).splitlines()[0])
 
 
 def names(measured: dict[str, Any]) -> dict[str, str]:
