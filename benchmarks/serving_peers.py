@@ -1,7 +1,6 @@
 """The demo model in Hugging Face Transformers, on the same trace: padded `generate`, and its continuous batching.
 
-The weights are the same, in a `LlamaForCausalLM` of the same sizes. Nothing here is imported where Transformers is not
-installed: `available()` says why.
+Nothing of it is imported where Transformers is not installed: `available()` says why.
 """
 
 import inspect
@@ -10,15 +9,9 @@ from typing import Any
 
 import torch
 from serving_trace import WEIGHTS, Memory, load
+from transformers_llama import as_llama
 
 from torch_paged.serving import Request
-
-RENAMED = {
-    "embedding": "embed_tokens", "attention_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm",
-    "attention.query": "self_attn.q_proj", "attention.key": "self_attn.k_proj", "attention.value": "self_attn.v_proj",
-    "attention.output": "self_attn.o_proj", "feed_forward.gate": "mlp.gate_proj", "feed_forward.up": "mlp.up_proj",
-    "feed_forward.down": "mlp.down_proj",
-}  # fmt: skip
 
 
 def available() -> str | None:
@@ -37,37 +30,8 @@ def version() -> str:
 
 
 def llama(memory: Memory) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config, weights = load(WEIGHTS)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=config.dim,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            intermediate_size=config.ffn_dim,
-            vocab_size=config.vocab_size,
-            max_position_embeddings=memory.most_tokens,
-            rms_norm_eps=config.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=None,
-            attn_implementation="sdpa",
-        )
-    )
-    renamed = {rename(name): tensor for name, tensor in weights.items()}
-    lacking = model.load_state_dict(renamed, strict=False)
-    assert lacking.missing_keys == ["lm_head.weight"] and not lacking.unexpected_keys, lacking  # it is the embedding
-    return model.to(memory.device, memory.dtype).eval()
-
-
-def rename(name: str) -> str:
-    for ours, theirs in RENAMED.items():
-        name = name.replace(f"{ours}.weight", f"{theirs}.weight")
-    return f"model.{name}"
+    model = as_llama(*load(WEIGHTS), most_tokens=memory.most_tokens)
+    return model.to(memory.device, memory.dtype)
 
 
 @torch.inference_mode()
