@@ -69,7 +69,7 @@ def flex(dense: tuple[Tensor, ...]) -> Any:
             key.shape[2],
             device="cpu",
         )
-    compiled = torch.compile(flex_attention, fullgraph=True)
+    compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
     return lambda: compiled(*dense, block_mask=mask, enable_gqa=True).transpose(1, 2).flatten(0, 1)
 
 
