@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from setuptools import Distribution, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 
@@ -29,7 +30,14 @@ class BinaryDistribution(Distribution):
         return True
 
 
+class AnyPython(bdist_wheel):
+    """The libraries know PyTorch's stable ABI alone, and nothing of Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 if os.environ.get("TORCH_PAGED_BUILD_NATIVE") == "1":
-    setup(cmdclass={"build_py": BuildNative}, distclass=BinaryDistribution)
+    setup(cmdclass={"build_py": BuildNative, "bdist_wheel": AnyPython}, distclass=BinaryDistribution)
 else:
     setup()

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_paged.capacity import empty_cache
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]
 
@@ -136,11 +138,11 @@ def make(case: Case, device: torch.device, seed: int = 0) -> Arguments:
     total = max(sum(blocks), case.pool * 10**9 // case.block_bytes)
     order = torch.randperm(total, device=device) if case.shuffled else torch.arange(total, device=device)
     table = torch.full((len(blocks), max(blocks) + 1), 1 << 30, dtype=torch.int32, device=device)
-    block = (case.kv_heads, case.block) if case.head_major else (case.block, case.kv_heads)
+    block = (case.block, case.kv_heads) if case.head_major else (case.kv_heads, case.block)
     key_cache, value_cache = (
-        torch.randn(total + 1, *block, dim, device=device, dtype=dtype) for dim in (case.dim, case.value_dim)
+        empty_cache(total + 1, *block, dim, dtype, device).normal_() for dim in (case.dim, case.value_dim)
     )
-    if case.head_major:
+    if not case.head_major:
         key_cache, value_cache = key_cache.transpose(1, 2), value_cache.transpose(1, 2)
     key_cache[total], value_cache[total] = math.nan, math.nan
     first = 0

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import torch_paged
 from torch_paged import ops
+from torch_paged.capacity import empty_cache
 from torch_paged.cpu.choice import EAGER, NATIVE
 
 BYTES = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -68,7 +69,7 @@ def flex(dense: tuple[Tensor, ...]) -> Any:
             key.shape[2],
             device="cpu",
         )
-    compiled = torch.compile(flex_attention, fullgraph=True)
+    compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
     return lambda: compiled(*dense, block_mask=mask, enable_gqa=True).transpose(1, 2).flatten(0, 1)
 
 
@@ -104,9 +105,21 @@ def paths_of(case: Case, with_flex: bool) -> Paths:
     expected = sdpa(*(part.float() for part in dense))
     for name in ("paged", "paged, eager PyTorch", "gather + SDPA", *["FlexAttention, compiled"] * with_flex):
         check(paths[name](), expected, name)
-    bytes_read = torch.ones(case.bytes // 4)
-    paths["plain read"] = lambda: bytes_read.sum()
-    return paths
+    return paths | (plain_product(case) if case.queries[0] > 1 else plain_reads(case.bytes))
+
+
+def plain_reads(size: int) -> Paths:
+    """A sum over so many bytes: in memory as PyTorch gives it to every tensor, and in a cache's."""
+    small = torch.ones(size // 4)
+    large = empty_cache(1, size // 4096, 1, 1024, torch.float32, torch.device("cpu")).fill_(1)
+    return {"plain read": lambda: small.sum(), "plain read, large pages": lambda: large.sum()}
+
+
+def plain_product(case: Case) -> Paths:
+    """One matrix product of as many operations."""
+    a = torch.randn(2048, 2048, dtype=DTYPES[case.dtype])
+    b = torch.randn(2048, case.flops // (2 * 2048 * 2048), dtype=a.dtype)
+    return {"plain product": lambda: a @ b}
 
 
 def quantised_paths(case: Case) -> Paths:
@@ -117,8 +130,9 @@ def quantised_paths(case: Case) -> Paths:
         caches, scales = [], {}
         for side, cache in (("key", key_cache), ("value", value_cache)):
             factor = torch.tensor(4 / 127 if name == "int8" else 1.0)
-            stored = (cache.transpose(1, 2).float() / factor).nan_to_num()
-            caches.append((stored.round().clamp(-128, 127) if name == "int8" else stored).to(dtype).transpose(1, 2))
+            stored = (cache.float() / factor).nan_to_num()
+            stored = (stored.round().clamp(-128, 127) if name == "int8" else stored).to(dtype)
+            caches.append(empty_cache(*cache.shape, dtype, cache.device).copy_(stored))
             scales[f"{side}_scale"] = factor
         paths[name] = lambda caches=caches, scales=scales: torch.ops.paged.attention(
             query, *caches, table, lens, **scales
@@ -128,16 +142,21 @@ def quantised_paths(case: Case) -> Paths:
 
 
 def append_paths(tokens: int = 2048) -> Paths:
+    """To the blocks that a cache would hand out, and to slots in no order at all."""
     key, value = torch.randn(2, tokens, 8, 128).bfloat16()
-    slots = torch.randperm(2 * tokens)[:tokens]
+    blocks = 2 * tokens // 16
+    slots = (torch.randperm(blocks)[: tokens // 16, None] * 16 + torch.arange(16)).flatten()
+    scattered = torch.randperm(16 * blocks)[:tokens]
     copies = torch.empty_like(key), torch.empty_like(value)
     paths: Paths = {"plain copy": lambda: (copies[0].copy_(key), copies[1].copy_(value))}
-    for layout in ("head-major", "token-major"):
-        shape = (2 * tokens // 16, 8, 16, 128) if layout == "head-major" else (2 * tokens // 16, 16, 8, 128)
-        caches = [torch.zeros(shape, dtype=torch.bfloat16) for _ in range(2)]
-        if layout == "head-major":
+    for layout, shape in (("head-major", (16, 8)), ("token-major", (8, 16))):
+        caches = [empty_cache(blocks, *shape, 128, key.dtype, key.device).zero_() for _ in range(2)]
+        if layout == "token-major":
             caches = [cache.transpose(1, 2) for cache in caches]
-        paths[f"append, {layout}"] = lambda caches=caches: torch_paged.append(key, value, *caches, slots)
+        for order, where in (("", slots), (", scattered slots", scattered)):
+            paths[f"append, {layout}{order}"] = lambda caches=caches, where=where: torch_paged.append(
+                key, value, *caches, where
+            )
     return paths
 
 
@@ -168,9 +187,9 @@ def verdicts(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     for path, limit in (("consecutive blocks", 3), ("one block a sequence", 5)):
         seen = 100 * (1 / against(bf16, f"paged, {path}") - 1)
         row(bf16, f"at most {limit}% over {path}", seen, limit, "{:+.1f}%", at_most=True)
-    for layout in ("head-major", "token-major"):
-        share = 100 * ms("append", "plain copy") / ms("append", f"append, {layout}")
-        row(f"append, 2048 tokens, {layout}", "70% of a copy", share, 70, "{:.0f}%")
+    for path in list(report["cases"]["append"])[1:]:
+        share = 100 * ms("append", "plain copy") / ms("append", path)
+        row(path.replace("append", "append, 2048 tokens", 1), "70% of a copy", share, 70, "{:.0f}%")
     return rows
 
 
@@ -186,9 +205,11 @@ def table(report: dict[str, Any]) -> str:
         "",
     ]
     for case, paths in report["cases"].items():
-        lines += [f"| {case} | ms | fastest | GB/s |", "|---|---|---|---|"]
+        unit = "GFLOP/s" if case in report["flops"] else "GB/s"
+        amount = report["flops"].get(case) or report["bytes"].get(case)
+        lines += [f"| {case} | ms | fastest | {unit} |", "|---|---|---|---|"]
         for path, each in paths.items():
-            rate = f"{report['bytes'][case] / each['ms'] / 1e6:.1f}" if case in report["bytes"] else ""
+            rate = f"{amount / each['ms'] / 1e6:.1f}" if amount else ""
             lines.append(f"| {path} | {each['ms']:.3g} | {each['ms_min']:.3g} | {rate} |")
         lines.append("")
     return "\n".join(lines)
@@ -202,12 +223,14 @@ def main() -> None:
     options = parser.parse_args()
     if ops._cpu_package() != NATIVE:
         raise SystemExit("the native CPU kernels are not here")
-    report: dict[str, Any] = {"machine": machine(), "rounds": options.rounds, "cases": {}, "bytes": {}}
+    report: dict[str, Any] = {"machine": machine(), "rounds": options.rounds, "cases": {}, "bytes": {}, "flops": {}}
     with torch.inference_mode():
         for name, case in CASES.items():
             report["cases"][name] = interleaved(paths_of(case, not options.no_flex), options.rounds)
             if case.queries[0] == 1:
                 report["bytes"][name] = case.bytes
+            else:
+                report["flops"][name] = case.flops
         report["cases"]["8-bit"] = interleaved(quantised_paths(DECODE), options.rounds)
         report["cases"]["append"] = interleaved(append_paths(), 5 * options.rounds)
         report["bytes"]["append"] = 4 * 2048 * 8 * 128 * DTYPES["bf16"].itemsize

@@ -93,6 +93,23 @@ def timed(
     return {"tokens_s": rate, "seconds": statistics.median(times), "same_first_tokens": agree}, began
 
 
+def table(report: dict[str, Any]) -> str:
+    made_on, paths = report["machine"], report["paths"]
+    best = max(each["tokens_s"] for name, each in paths.items() if name.startswith("paged"))
+    lines = [
+        f"Measured on {made_on['cpu']}, {made_on['threads']} threads, PyTorch {made_on['torch']}, {made_on['date']},",
+        f"by `python benchmarks/cpu_llama.py`: medians of {report['rounds']} runs, of continuous batching",
+        f"{report['slow_rounds']}. Targets: 6x of padded generate, 25x of continuous batching.",
+        "",
+        "| path | tokens/s | the fastest paged one is | first tokens that agree |",
+        "|---|---|---|---|",
+    ]
+    for name, each in paths.items():
+        ratio = f"{best / each['tokens_s']:.1f}x"
+        lines.append(f"| {name} | {each['tokens_s']:.1f} | {ratio} | {each['same_first_tokens']} of 16 |")
+    return "\n".join([*lines, "", report.get("absent", "")]).rstrip() + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path)
@@ -100,6 +117,7 @@ def main() -> None:
     parser.add_argument("--slow-rounds", type=int, default=1, help="of continuous batching")
     options = parser.parse_args()
     report: dict[str, Any] = {"machine": machine(), "package": ops._cpu_package(), "paths": {}}
+    report |= {"rounds": options.rounds, "slow_rounds": options.slow_rounds}
     with torch.inference_mode():
         eager, compiled = Paged(compiled=False), Paged(compiled=True)
         report["paths"]["paged"], first = timed(eager, options.rounds, None)
@@ -116,13 +134,10 @@ def main() -> None:
         report["paths"]["transformers continuous batching"], _ = timed(
             lambda: continuous_batching(peer), options.slow_rounds, first
         )
-    best = max(each["tokens_s"] for name, each in report["paths"].items() if name.startswith("paged"))
-    print(f"{'path':<36} {'tokens/s':>9} {'paged is':>9}  first tokens that agree")
-    for name, each in report["paths"].items():
-        print(f"{name:<36} {each['tokens_s']:9.1f} {best / each['tokens_s']:8.1f}x  {each['same_first_tokens']} of 16")
-    print(report.get("absent", ""))
+    print(table(report))
     if options.output:
         options.output.write_text(json.dumps(report, indent=1) + "\n")
+        options.output.with_suffix(".md").write_text(table(report))
 
 
 if __name__ == "__main__":

@@ -150,7 +150,8 @@ def check_append():
         choose(16, 33, 64),
         choose(1, 5, 16),
     )
-    dtype, num_blocks, tokens = choose(*FLOATS), 6, choose(0, 1, 7, 40)
+    dtype, tokens = choose(*FLOATS), choose(0, 1, 7, 40, 2000)
+    num_blocks = 6 + tokens // block_size
     caches = [cache(num_blocks, block_size, kv_heads, d, choose(dtype, *BYTES)) for d in (dim, value_dim)]
     options, _ = scales(*caches, False)
     rows = [(torch.randn(tokens, kv_heads, d + 3) * choose(0, 1, 100)).to(dtype)[..., 3:] for d in (dim, value_dim)]

@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -141,3 +142,25 @@ def test_the_shorthand_and_the_functional_layer_are_the_layers():
     assert torch.equal(outputs[0], outputs[2])
     with pytest.raises(ValueError, match="softcap must be 0"):
         caches[0].layers[0](*inputs, caches[0].prepare([0], 3), softcap=-3.0)
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no large pages on demand")
+def test_a_cache_on_a_cpu_asks_for_large_pages():
+    cache = PagedKVCache(1, 8, 128, num_blocks=512, max_seqs=2, max_seq_len=64, dtype=torch.float32, device="cpu")
+    middle = cache.layers[0].key_cache.data_ptr() + (8 << 20)
+    inside, flags = False, []
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if "-" in first:  # a mapping begins: its addresses
+            start, end = (int(address, 16) for address in first.split("-"))
+            inside = start <= middle < end
+        elif inside and first == "VmFlags:":
+            flags = rest
+    assert "hg" in flags, flags
+
+
+def test_tiny_caches_have_no_whole_page_to_ask_for():
+    cache = PagedKVCache(
+        1, 1, 16, block_size=1, num_blocks=1, max_seqs=1, max_seq_len=1, dtype=torch.float16, device="cpu"
+    )
+    assert cache.layers[0].key_cache.shape == (1, 1, 1, 16)

@@ -1,6 +1,7 @@
 """The native CPU kernels: how they are built, chosen and given up on, and how they hold up against random calls."""
 
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from torch_paged import ops
+from torch_paged import ops, reference
 from torch_paged.cpu import build
 from torch_paged.cpu.choice import NATIVE
 from torch_paged.testing import attention_inputs
@@ -151,6 +152,24 @@ def test_sanitizers_find_nothing(level, tmp_path):
 def native():
     if ops._cpu_package() != NATIVE:
         pytest.skip("no native kernels here")
+
+
+@pytest.mark.parametrize("head_major", [False, True])
+@pytest.mark.parametrize("dim", [41, 128])  # rows of 41 begin at any address
+@pytest.mark.usefixtures("native")
+def test_many_rows_arrive_past_the_caches(dim, head_major):
+    """Several threads write a megabyte and more without looking at what was there."""
+    key, value = torch.randn(2, 4000, 8, dim).bfloat16()
+    shape = (260, 8, 16, dim) if head_major else (260, 16, 8, dim)
+    caches = [torch.full(shape, math.nan, dtype=torch.bfloat16) for _ in range(2)]
+    if head_major:
+        caches = [cache.transpose(1, 2) for cache in caches]
+    slots = torch.randperm(260 * 16)[:4000]
+    expected = [cache.clone() for cache in caches]
+    reference.append(key, value, *expected, slots)
+    torch.ops.paged.append(key, value, *caches, slots)
+    for cache, wanted in zip(caches, expected, strict=True):
+        assert torch.equal(cache.view(torch.int16), wanted.view(torch.int16))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype).removeprefix("torch."))

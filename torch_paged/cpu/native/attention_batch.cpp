@@ -14,14 +14,17 @@ namespace paged {
 namespace {
 
 constexpr int64_t PART_KEYS = 1024;
+constexpr int64_t UNITS_PER_THREAD = 8;
 constexpr int64_t SMALL_WORK = 64 << 10;  // multiply-adds of 4 rows: below, waking threads costs more than it saves
 
-// Queries of one sequence that stand in one tile of rows: for each KV head and part of the keys, a unit.
+// Queries of one sequence that stand in one tile of rows: for each part of the keys and KV heads side by side, a unit.
 struct Tile {
-  Unit unit;
+  Unit unit;  // what its units have in common
   int64_t parts, part_keys, first_unit;
   float* memory;
   std::atomic<int>* missing;  // parts, for each KV head
+
+  int64_t stacks(const Attention& a) const { return (a.num_kv_heads + unit.kv_heads - 1) / unit.kv_heads; }
 };
 
 int64_t queries_of(const Batch& batch, int64_t seq, int64_t& first) {
@@ -89,7 +92,6 @@ void add_tiles(const Attention& a, const Batch& batch, int64_t seq, std::vector<
     // A part's rows should take little memory beside the keys that they saw.
     tile.part_keys = std::max(PART_KEYS, 16 * unit.queries * a.group);
     tile.parts = std::max<int64_t>(1, (unit.end_key - unit.first_key + tile.part_keys - 1) / tile.part_keys);
-    tile.first_unit = tiles.empty() ? 0 : tiles.back().first_unit + tiles.back().parts * a.num_kv_heads;
     tiles.push_back(tile);
   }
 }
@@ -105,19 +107,38 @@ void clear_padding(const Attention& a, const Batch& batch) {
   std::fill(a.lse + used, a.lse + rows, -INFINITY);
 }
 
+// Says how many KV heads a unit has, and numbers the units; returns how many they are. Few rows wait for memory, which
+// is fastest in long runs: they take many heads, as long as every thread gets units enough to end with the others.
+int64_t number_units(const Attention& a, std::vector<Tile>& tiles) {
+  int64_t single = 0, units = 0;
+  for (const Tile& tile : tiles) single += tile.parts * a.num_kv_heads;
+  const int64_t most = std::min<int64_t>(a.num_kv_heads, 8);
+  const int64_t heads = std::clamp<int64_t>(single / (UNITS_PER_THREAD * num_threads()), 1, most);
+  for (Tile& tile : tiles) {
+    tile.unit.kv_heads = tile.unit.queries * a.group > FEW_ROWS ? 1 : heads;
+    tile.first_unit = units;
+    units += tile.parts * tile.stacks(a);
+  }
+  return units;
+}
+
 // Unit number `i` of a tile: parts in turn, and within a part the heads, which may lie in the same blocks.
 void attend_unit(const Attention& a, const Tile& tile, int64_t i) {
   Unit unit = tile.unit;
-  const int64_t part = i / a.num_kv_heads;
-  unit.kv_head = i % a.num_kv_heads;
+  const int64_t part = i / tile.stacks(a);
+  unit.kv_head = i % tile.stacks(a) * unit.kv_heads;
+  unit.kv_heads = std::min(unit.kv_heads, a.num_kv_heads - unit.kv_head);
   if (tile.parts == 1) return attend(a, unit);
   const int64_t size = part_floats(a, unit);
-  float* const parts = tile.memory + unit.kv_head * tile.parts * size;
+  unit.part_stride = tile.parts * size;
+  float* const parts = tile.memory + unit.kv_head * unit.part_stride;
   unit.part = parts + part * size;
   unit.first_key += part * tile.part_keys;
   unit.end_key = std::min(unit.end_key, unit.first_key + tile.part_keys);
   attend(a, unit);
-  if (tile.missing[unit.kv_head].fetch_sub(1, std::memory_order_acq_rel) == 1) merge_parts(a, unit, parts, tile.parts);
+  for (int64_t h = 0; h < unit.kv_heads; h++)
+    if (tile.missing[unit.kv_head + h].fetch_sub(1, std::memory_order_acq_rel) == 1)
+      merge_parts(a, unit.of_head(h), parts + h * unit.part_stride, tile.parts);
 }
 
 }  // namespace
@@ -145,7 +166,7 @@ void attend_batch(const Attention& a, const Batch& batch) {
     part += part_floats(a, tile.unit) * tile.parts * a.num_kv_heads;
     for (int64_t head = 0; head < a.num_kv_heads; head++) *counter++ = int(tile.parts);
   }
-  const int64_t units = tiles.back().first_unit + tiles.back().parts * a.num_kv_heads;
+  const int64_t units = number_units(a, tiles);
   // The last tiles of a prompt see most keys: first come the large ones.
   parallel(units, work < SMALL_WORK, [&](int64_t i) {
     const int64_t unit = units - 1 - i;

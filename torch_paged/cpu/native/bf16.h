@@ -30,6 +30,17 @@ struct Magnitude {
 };
 static constexpr MagnitudeTable E4M3_TABLE{Magnitude<3, 120, 0x7f>()}, E5M2_TABLE{Magnitude<2, 112, 0x7c>()};
 
+// bf16 of an integer.
+struct Integer {
+  constexpr int operator()(int i) const {
+    if (i == 0) return 0;
+    int exponent = 0;
+    while (i >> (exponent + 1)) exponent++;
+    return ((127 + exponent) << 7) + ((i << (7 - exponent)) & 0x7f);
+  }
+};
+static constexpr MagnitudeTable INTEGER_TABLE{Integer()};
+
 struct Orders {
   alignas(64) uint8_t bytes[2][64];   // of a and b in turn: the first 32 of each, the last 32
   alignas(64) uint16_t halves[2][32];
@@ -43,24 +54,28 @@ struct Orders {
 };
 static constexpr Orders ORDERS;
 
-INLINE void widen(const MagnitudeTable& table, __m512i bytes, __m512i* to) {
-  const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(table.low), bytes, _mm512_load_si512(table.low + 64));
-  __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(table.high), bytes, _mm512_load_si512(table.high + 64));
-  high = _mm512_ternarylogic_epi32(high, bytes, _mm512_set1_epi8(-128), 0xf8);  // high | (bytes & sign)
+INLINE __m512i look_up(const uint8_t* table, __m512i index) {
+  return _mm512_permutex2var_epi8(_mm512_load_si512(table), index, _mm512_load_si512(table + 64));
+}
+
+// Halves of 64 magnitudes and bytes whose upper bits are their signs, to 64 bf16.
+INLINE void join(__m512i low, __m512i high, __m512i signs, __m512i* to) {
+  high = _mm512_ternarylogic_epi32(high, signs, _mm512_set1_epi8(-128), 0xf8);  // high | (signs & 0x80)
   to[0] = _mm512_permutex2var_epi8(low, _mm512_load_si512(ORDERS.bytes[0]), high);
   to[1] = _mm512_permutex2var_epi8(low, _mm512_load_si512(ORDERS.bytes[1]), high);
+}
+
+INLINE void widen(const MagnitudeTable& table, __m512i bytes, __m512i* to) {
+  join(look_up(table.low, bytes), look_up(table.high, bytes), bytes, to);
 }
 
 // 64 bytes, read from a row of the type, to 64 bf16.
 INLINE void widen(const e4m3*, __m512i bytes, __m512i* to) { widen(E4M3_TABLE, bytes, to); }
 INLINE void widen(const e5m2*, __m512i bytes, __m512i* to) { widen(E5M2_TABLE, bytes, to); }
 INLINE void widen(const i8*, __m512i bytes, __m512i* to) {
-  const __m512 a = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_castsi512_si128(bytes)));
-  const __m512 b = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(bytes, 1)));
-  const __m512 c = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(bytes, 2)));
-  const __m512 d = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(bytes, 3)));
-  to[0] = bit_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a));
-  to[1] = bit_cast<__m512i>(_mm512_cvtne2ps_pbh(d, c));
+  const __m512i size = _mm512_abs_epi8(bytes), high = look_up(INTEGER_TABLE.high, size);
+  const __mmask64 is_128 = _mm512_movepi8_mask(size);  // which the table has no room for: 0x4300
+  join(look_up(INTEGER_TABLE.low, size), _mm512_mask_mov_epi8(high, is_128, _mm512_set1_epi8(0x43)), bytes, to);
 }
 
 struct Dot16 {

@@ -27,8 +27,10 @@ char* thread_scratch(int64_t bytes) {
   return memory.data;
 }
 
+int64_t num_threads() { return torch::stable::get_num_threads(); }
+
 void parallel(int64_t count, bool small, void (*work)(void* context, int64_t i), void* context) {
-  const int64_t threads = small ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), count);
+  const int64_t threads = small ? 1 : std::min(num_threads(), count);
   if (threads <= 1) {
     for (int64_t i = 0; i < count; i++) work(context, i);
     return;

@@ -39,15 +39,25 @@ struct Attention {
   float* lse;    // contiguous [num_tokens, num_heads]
 };
 
-// Queries of one sequence, the heads that share one KV head, and a range of keys: what one thread computes at a time.
-// Rows are (query, head) pairs: row r is query r / group and the group's head r % group.
+constexpr int FEW_ROWS = 8;  // of a unit and KV head: up to here they read stored keys as they lie
+
+// Queries of one sequence, KV heads side by side, and a range of keys: what one thread computes at a time.
+// Rows of a KV head are (query, head) pairs: row r is query r / group and the group's head r % group.
 struct Unit {
   const int32_t* blocks;   // the sequence's row of the table
   int64_t token, queries;  // rows of query and output
   int64_t position;        // of the first query
   int64_t first_key, end_key;
-  int64_t kv_head;
+  int64_t kv_head, kv_heads;  // the first one, and how many
   float* part;  // where a part of the keys leaves its rows; null: all keys are in this unit, write the output
+  int64_t part_stride;  // from one KV head's rows to the next one's
+
+  Unit of_head(int64_t i) const {
+    Unit unit = *this;
+    unit.kv_head += i, unit.kv_heads = 1;
+    if (part) unit.part += i * part_stride;
+    return unit;
+  }
 };
 
 // What the values of the arguments say: who has how many queries and keys. Strides in elements.
@@ -121,9 +131,11 @@ void scatter_blocks(const char* source, const Blocks* caches, int64_t num_caches
                     int64_t count);
 
 void attend(const Attention&, const Unit&);
+// Of one KV head:
 void merge_parts(const Attention&, const Unit&, const float* parts, int64_t count);
 int64_t part_floats(const Attention&, const Unit&);  // that attend leaves at unit.part
 
+int64_t num_threads();
 // work(context, i) for i from 0 to count - 1, on PyTorch's threads; on the calling one alone if `small`.
 void parallel(int64_t count, bool small, void (*work)(void* context, int64_t i), void* context);
 

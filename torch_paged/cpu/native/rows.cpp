@@ -2,6 +2,7 @@
 #include <cmath>
 #include <stdexcept>
 
+#include "copy.h"
 #include "quantise.h"
 
 namespace paged {
@@ -9,7 +10,7 @@ namespace {
 
 constexpr int64_t LONGEST = 576 + W;
 constexpr int64_t TOGETHER = 16;  // rows that one thread takes at a time
-constexpr int64_t SMALL_BYTES = 64 << 10;
+constexpr int64_t SMALL_BYTES = 64 << 10, LARGE_BYTES = 1 << 20;
 
 template <class T>
 INLINE void widen_row(const T* from, int64_t stride, int64_t dim, float* to) {
@@ -68,20 +69,20 @@ void copy_elements(const char* from, int64_t stride, int64_t count, int64_t size
   for (int64_t i = 0; i < count; i++) std::memcpy(to + i * size, from + i * stride * size, size);
 }
 
-void append_row(const Append& a, int64_t token, int64_t slot) {
+void append_row(const Append& a, int64_t token, int64_t slot, bool many) {
   const int64_t block = slot / a.block_size, offset = slot % a.block_size, size = size_of(a.cache.type);
   const RowsView& rows = a.rows;
   char* to = const_cast<char*>(a.cache.data) + (block * a.cache.strides[0] + offset * a.cache.strides[1]) * size;
   const bool quantised = a.cache.type != rows.type, together = rows.strides[2] == 1 && !quantised;
   if (together && rows.strides[1] == rows.dim && a.cache.strides[2] == rows.dim) {
-    std::memcpy(to, row_of(rows, token, 0), rows.num_heads * rows.dim * size);
+    copy_bytes(row_of(rows, token, 0), to, rows.num_heads * rows.dim * size, many);
     return;
   }
   for (int64_t head = 0; head < rows.num_heads; head++, to += a.cache.strides[2] * size) {
     if (quantised)
       quantise_row(a, token, head, block, offset, to);
     else if (together)
-      std::memcpy(to, row_of(rows, token, head), rows.dim * size);
+      copy_bytes(row_of(rows, token, head), to, rows.dim * size, many);
     else
       copy_elements(row_of(rows, token, head), rows.strides[2], rows.dim, size, to);
   }
@@ -99,6 +100,7 @@ template <class Work>
 void each_row(int64_t count, bool small, const Work& work) {
   parallel((count + TOGETHER - 1) / TOGETHER, small, [&](int64_t i) {
     for (int64_t row = i * TOGETHER; row < count && row < (i + 1) * TOGETHER; row++) work(row);
+    finish_stores();
   });
 }
 
@@ -154,9 +156,10 @@ void merge_row(const Merge& m, int64_t token, int64_t head) {
 
 void append_rows(const Append* sides, int num_sides, const Slots& slots) {
   check_slots(slots);
-  each_row(slots.count, bytes_of(sides[0].rows, slots.count) < SMALL_BYTES, [&](int64_t row) {
+  const int64_t bytes = bytes_of(sides[0].rows, slots.count);
+  each_row(slots.count, bytes < SMALL_BYTES, [&](int64_t row) {
     const int64_t slot = slots.data[row * slots.stride];
-    for (int side = 0; side < num_sides && slot >= 0; side++) append_row(sides[side], row, slot);
+    for (int side = 0; side < num_sides && slot >= 0; side++) append_row(sides[side], row, slot, bytes >= LARGE_BYTES);
   });
 }
 
@@ -167,6 +170,7 @@ void rotary_append_rows(const Rotation& r, const Append* sides, int num_sides, c
     if (position < 0 || position >= r.num_positions) throw std::out_of_range("a position is out of range");
   }
   const RowsView keys = sides[0].rows;
+  const bool many = bytes_of(keys, num_tokens) >= LARGE_BYTES;
   each_row(num_tokens, bytes_of(r.query, num_tokens) < SMALL_BYTES, [&](int64_t row) {
     rotate_heads(r, r.query, row, r.rotated + row * bytes_of(r.query, 1));
     const int64_t slot = row < slots.count ? slots.data[row * slots.stride] : -1;
@@ -175,8 +179,8 @@ void rotary_append_rows(const Rotation& r, const Append* sides, int num_sides, c
     turned.rows.data = thread_scratch(bytes_of(keys, 1));
     turned.rows.strides[0] = 0, turned.rows.strides[1] = keys.dim, turned.rows.strides[2] = 1;
     rotate_heads(r, keys, row, turned.rows.data);
-    append_row(turned, row, slot);
-    if (num_sides > 1) append_row(sides[1], row, slot);
+    append_row(turned, row, slot, many);
+    if (num_sides > 1) append_row(sides[1], row, slot, many);
   });
 }
 

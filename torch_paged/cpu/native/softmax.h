@@ -7,37 +7,45 @@
 
 namespace paged {
 
-constexpr int FEW_ROWS = 8;     // up to here rows read stored keys as they lie
-constexpr int FEW_CHUNK = 64;   // keys
+constexpr int FEW_CHUNK = 64;  // keys
 constexpr int TILE_CHUNK = 128;
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-// The rows of a unit in the making, in the thread's scratch memory.
+// The rows of one KV head in the making, in the thread's scratch memory.
 struct State {
   int rows, chunk;
+  int64_t padded;  // rows in memory: products work on whole blocks of them
   int query_lanes, value_lanes;  // from one row to the next
   float *query, *scores, *weights, *out, *packed;
   float *maxima, *sums, *factors;
 
-  State(const Attention& a, const Unit& u, int per_lane) {
+  State(const Attention& a, const Unit& u, int per_lane) {  // of the unit's first KV head
     rows = int(u.queries * a.group);
     chunk = tiled() ? TILE_CHUNK : FEW_CHUNK;
     query_lanes = int(round_up(a.key.dim, W * per_lane)) / per_lane;
     value_lanes = int(round_up(a.value.dim, PANEL));
-    const int64_t padded = round_up(rows + ROW_BLOCK - 1, 16);
-    const int64_t tile = tiled() ? int64_t(chunk) * most(query_lanes, value_lanes) : 0;
-    const int64_t sizes[] = {padded * query_lanes, padded * chunk, padded * chunk, padded * value_lanes,
-                             tile,                 padded,         padded,         padded};
-    float** const parts[] = {&query, &scores, &weights, &out, &packed, &maxima, &sums, &factors};
+    padded = tiled() ? round_up(rows + ROW_BLOCK - 1, 16) : rows;
+    const int64_t all = padded * u.kv_heads, tile = tiled() ? int64_t(chunk) * most(query_lanes, value_lanes) : 0;
+    const int64_t sizes[] = {all * query_lanes, all * value_lanes, padded * chunk, padded * chunk, tile, all, all, all};
+    float** const parts[] = {&query, &out, &scores, &weights, &packed, &maxima, &sums, &factors};
     int64_t total = 0;
     for (int64_t size : sizes) total += size;
     float* memory = reinterpret_cast<float*>(thread_scratch(total * 4));
     for (int i = 0; i < 8; i++) *parts[i] = memory, memory += sizes[i];
-    for (int64_t i = 0; i < padded; i++) maxima[i] = -INFINITY, sums[i] = 0, factors[i] = 1;
-    std::memset(out, 0, padded * value_lanes * 4);
+    for (int64_t i = 0; i < all; i++) maxima[i] = -INFINITY, sums[i] = 0, factors[i] = 1;
+    std::memset(out, 0, all * value_lanes * 4);
+  }
+
+  // The unit's KV heads share what lives no longer than a chunk of one of them.
+  State of_head(int64_t i) const {
+    State s = *this;
+    const int64_t skip = i * padded;
+    s.query += skip * query_lanes, s.out += skip * value_lanes;
+    s.maxima += skip, s.sums += skip, s.factors += skip;
+    return s;
   }
   bool tiled() const { return rows > FEW_ROWS; }
 };
