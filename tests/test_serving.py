@@ -477,6 +477,10 @@ def test_errors_say_what_was_expected(make, why):
         (lambda: Request(prompt=[1], max_new_tokens=2.5), "max_new_tokens must be an integer, got 2.5"),
         (lambda: Request(prompt=[1], samples=2.0), "samples must be an integer, got 2.0"),
         (lambda: Request(prompt=[1], stop_tokens=[0.5]), "stop_tokens must be integers, got float64"),
+        (
+            lambda: Request(prompt=[1], sampling=dict(temperature=1)),
+            "sampling must be a Sampling, got {'temperature': 1}",
+        ),
         (lambda: Request(prompt=[1], stop_strings=["x", 5]), r"stop_strings must be strings, got \('x', 5\)"),
         (lambda: Request(prompt=[1], priority="high"), "priority must be a real number, got 'high'"),
         (lambda: Request(prompt=[1], namespace=[]), r"namespace must be hashable, got \[\]"),
