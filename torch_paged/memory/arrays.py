@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 
-_LARGEST = np.iinfo(np.int64).max
-
 
 def as_integers(name: str, values: Any) -> Ints:
     """A fresh int64 copy of a flat sequence, array or CPU tensor of integers."""
@@ -21,8 +19,6 @@ def as_integers(name: str, values: Any) -> Ints:
         raise ValueError(f"{name} must be flat: [n] integers, got shape {list(array.shape)}")
     if array.dtype.kind not in "iu" and array.size:
         raise TypeError(f"{name} must be integers, got {array.dtype} {array[:4].tolist()}")
-    if array.dtype == np.uint64 and array.size and array.max() > _LARGEST:
-        raise ValueError(f"{name} must fit into int64, got {array.max()}")
     return array.astype(np.int64)
 
 
