@@ -45,6 +45,12 @@ def _can_run(item):
     return ("interpreter" in item.keywords) == INTERPRETED
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def place(request):
+    """The device of what is built on the operators, whoever implements them there."""
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """Every test draws the same numbers, whatever ran before it."""

@@ -254,8 +254,9 @@ def test_more_queries_and_keys_than_the_cpu_takes_at_once(options, stored):
     check(inputs, **options, **scales, alibi_slopes=slopes_of(4, "cpu"), sinks=sinks_of(4, "cpu"))
 
 
-def test_window_of_more_than_32_bits(device):
-    check(attention_inputs(**BATCHES["mixed"], device=device), sliding_window=1 << 40)
+@pytest.mark.parametrize("window", [1 << 40, (1 << 63) - 1])
+def test_window_of_more_than_32_bits(window, device):
+    check(attention_inputs(**BATCHES["mixed"], device=device), sliding_window=window)
 
 
 @pytest.mark.parametrize("sink", [-torch.inf, -200.0, 200.0])

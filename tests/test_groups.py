@@ -135,8 +135,15 @@ def test_quantised_steps_equal_attention_over_all_keys(stored):
     run_through("mixed", stored, None)
 
 
-def run_through(windows, stored, buckets):
-    twin = Twin(WINDOWS[windows], buckets=buckets, **STORED[stored])
+@pytest.mark.gpu
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("windows", WINDOWS)
+def test_steps_on_a_gpu(windows, stored):
+    run_through(windows, stored, [4, 32], "cuda")
+
+
+def run_through(windows, stored, buckets, device="cpu"):
+    twin = Twin(WINDOWS[windows], device, buckets=buckets, **STORED[stored])
     first, second = twin.add(), twin.add()
     twin.step({first: some(21), second: some(5, 1)})
     for i in range(9):

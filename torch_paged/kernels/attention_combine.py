@@ -78,7 +78,7 @@ def _combine(
         decay = tl.exp2(largest - shift)
         total = total * decay + tl.sum(factor * part_total, 0)
         # A part that saw no key may have left anything for a result.
-        part_result = tl.where((part_total > 0)[:, :, None], part_result, 0.0)
+        part_result = tl.where((part_total != 0)[:, :, None], part_result, 0.0)
         result = result * decay[:, None] + tl.sum(factor[:, :, None] * part_result, 0)
         largest = larger
     num_heads = num_kv_heads * V.group
