@@ -11,6 +11,7 @@ from torch_paged.kernels.launch_tiles import (
     FEW_ROWS,
     HOPPER_REGISTERS,
     MANY_ROWS,
+    Tiles,
     copy_rows,
     loads_pairs,
     max_registers,
@@ -128,11 +129,27 @@ def attention_launches(problem: Problem, device: Device) -> tuple[AttentionLaunc
 def _launch(problem: Problem, device: Device, rows: int, above: int, upto: int) -> AttentionLaunch:
     """Launch for sequences of more than `above` and at most `upto` rows, made for `rows` of them."""
     tiles = tiles_of(problem, device, rows)
+    variant = _variant(problem, device, tiles, rows, above, upto)
+    combine_rows = 1 if tiles.rows <= 16 else 4
+    slots = WORKSPACE_LIMIT // (2 * tiles.rows * (problem.value_dim + 2) * 4)
+    return AttentionLaunch(
+        variant=variant,
+        num_warps=tiles.num_warps,
+        max_registers=HOPPER_REGISTERS if variant.copy_rows else max_registers(problem, device, tiles),
+        programs=max(1, min(device.multiprocessors * tiles.resident, slots)),
+        unit_rows=tiles.rows if problem.ragged else min(rows, tiles.rows),
+        combine_rows=combine_rows,
+        combine_parts=max(2, min(32, 4096 // variant.value_width)) if combine_rows == 1 else 1,
+    )
+
+
+def _variant(problem: Problem, device: Device, tiles: Tiles, rows: int, above: int, upto: int) -> Variant:
+    """What the kernels of that launch are compiled for."""
     copied = copy_rows(problem, device, rows)
     narrowest = narrowest_piece(problem, device, tiles)
     group = problem.num_heads // problem.num_kv_heads
     value_pairs = loads_pairs(problem, tiles)
-    variant = Variant(
+    return Variant(
         group=group,
         head_dim=problem.head_dim,
         value_dim=problem.value_dim,
@@ -160,17 +177,6 @@ def _launch(problem: Problem, device: Device, rows: int, above: int, upto: int) 
         overlap=device.capability >= 90 and not device.amd,
         copy_rows=copied,
         parts=8 // tiles.num_warps if copied else 1,
-    )
-    combine_rows = 1 if tiles.rows <= 16 else 4
-    slots = WORKSPACE_LIMIT // (2 * tiles.rows * (problem.value_dim + 2) * 4)
-    return AttentionLaunch(
-        variant=variant,
-        num_warps=tiles.num_warps,
-        max_registers=HOPPER_REGISTERS if copied else max_registers(problem, device, tiles),
-        programs=max(1, min(device.multiprocessors * tiles.resident, slots)),
-        unit_rows=tiles.rows if problem.ragged else min(rows, tiles.rows),
-        combine_rows=combine_rows,
-        combine_parts=max(2, min(32, 4096 // variant.value_width)) if combine_rows == 1 else 1,
     )
 
 
