@@ -2,9 +2,10 @@
 
     python benchmarks/serving_limits.py            three minutes
 
-Tables, JSON and a plot go to `benchmarks/results/serving/limits.*`. Times are medians of the CPU time of decode steps of the
-demo model, eager, taken by turns with those that they stand beside. One of these is the same model over keys and values in
-one piece, for sequences of equal length, which needs neither a table nor metadata: what paging can at best reach.
+Tables, JSON and a plot go to `benchmarks/results/serving/limits.*`. Times are medians of the CPU time of decode steps
+of the demo model, eager, taken by turns with those that they stand beside. One of these is the same model over keys and
+values in one piece, for sequences of equal length, which needs neither a table nor metadata: what paging can at best
+reach.
 """
 
 import statistics
