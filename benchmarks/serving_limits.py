@@ -39,7 +39,7 @@ class OnePieceKV(nn.Module):
 
     def __init__(self, num_seqs: int, num_kv_heads: int, most: int, head_dim: int) -> None:
         super().__init__()
-        self.key, self.value = (torch.zeros(num_seqs, num_kv_heads, most, head_dim) for _ in range(2))
+        self.key, self.value = (torch.randn(num_seqs, num_kv_heads, most, head_dim) for _ in range(2))
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, batch: OnePiece) -> Tensor:
         self.key[:, :, batch.length - 1] = key
@@ -63,7 +63,9 @@ def medians_ms(steps: dict[str, Callable[[], None]]) -> dict[str, float]:
 @torch.inference_mode()
 def in_one_piece(num_seqs: int, length: int) -> Callable[[], None]:
     config, weights = load(WEIGHTS)
-    layers = [OnePieceKV(num_seqs, config.num_kv_heads, MOST_TOKENS, config.head_dim) for _ in range(config.num_layers)]
+    layers = [
+        OnePieceKV(num_seqs, config.num_kv_heads, length + STEPS + 3, config.head_dim) for _ in range(config.num_layers)
+    ]
     model = Decoder(config, layers)
     model.load_state_dict(weights)
     tokens, rows = torch.ones(num_seqs, dtype=torch.int64), torch.arange(num_seqs)
@@ -79,6 +81,8 @@ def in_one_piece(num_seqs: int, length: int) -> Callable[[], None]:
 def paged(num_seqs: int, length: int, block_size: int = 16) -> Callable[[], None]:
     """`prepare`, the model, `commit`."""
     cache, model = Memory(max(num_seqs // 2, 1), MOST_TOKENS).build(block_size)
+    for tensor in sum(cache.tensors(), ()):
+        tensor.normal_()  # memory that nobody wrote is one page of zeros, read from the processor's cache
     seqs = [cache.add() for _ in range(num_seqs)]
     for seq in seqs:
         cache.commit(cache.prepare([seq], length))
