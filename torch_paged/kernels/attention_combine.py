@@ -19,10 +19,10 @@ def finish(largest, total, sink, V: tl.constexpr):
         shift = tl.where(larger == float("-inf"), 0.0, larger)
         decay = tl.exp2(largest - shift)
         total = total * decay + tl.exp2(sink - shift)
-        factor = decay / tl.where(total > 0, total, 1.0)
+        factor = decay / tl.where(total != 0, total, 1.0)
         largest = larger
     else:
-        factor = 1.0 / tl.where(total > 0, total, 1.0)
+        factor = 1.0 / tl.where(total != 0, total, 1.0)
     return factor, (largest + tl.log2(total)) * LN_2
 
 
