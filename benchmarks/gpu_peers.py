@@ -104,8 +104,8 @@ def _workspace(device: torch.device) -> Tensor:
     return torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
 
 
-def _flashinfer(case: Case, inputs: Arguments) -> Call:
-    """Its plan, on the host, knows the lengths and is not part of what is timed."""
+def _flashinfer(tensor_cores: bool, case: Case, inputs: Arguments) -> Call:
+    """Its plan, on the host, knows the lengths and is not part of what is timed. Decode has two kernels."""
     if not importlib.util.find_spec("flashinfer"):
         raise NotImplementedError("not installed")
     import flashinfer
@@ -119,10 +119,12 @@ def _flashinfer(case: Case, inputs: Arguments) -> Call:
     heads = query.shape[1], key_cache.shape[2], query.shape[2]
     if max(case.queries) == 1:
         decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-            _workspace(query.device), "HND", use_tensor_cores=heads[0] > heads[1]
+            _workspace(query.device), "HND", use_tensor_cores=tensor_cores
         )
         decode.plan(starts, ids, in_last, *heads, case.block, q_data_type=query.dtype, kv_data_type=query.dtype)
         return lambda: decode.run(query, caches)
+    if not tensor_cores:
+        raise NotImplementedError("serves decode")
     prefill = flashinfer.BatchPrefillWithPagedKVCacheWrapper(_workspace(query.device), "HND")
     bounds = torch.tensor((0, *case.queries), device=query.device).cumsum(0).int()
     prefill.plan(bounds, starts, ids, in_last, *heads, case.block, causal=case.causal, q_data_type=query.dtype)
@@ -134,7 +136,8 @@ PEERS: dict[str, Callable[[Case, Arguments], Call]] = {
     "SDPA (cuDNN), contiguous": functools.partial(_sdpa, SDPBackend.CUDNN_ATTENTION),
     "varlen_attn, paged": _varlen,
     "FlexAttention, paged": _flex,
-    "FlashInfer, paged": _flashinfer,
+    "FlashInfer, paged": functools.partial(_flashinfer, True),
+    "FlashInfer, paged, without tensor cores": functools.partial(_flashinfer, False),
 }
 WITHOUT_ADAPTER = ("flash_attn", "flash_attn_interface", "vllm", "sglang")
 
