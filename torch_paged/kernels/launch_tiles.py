@@ -56,7 +56,7 @@ def max_registers(problem: Problem, device: Device, tiles: Tiles) -> int | None:
     if device.amd:
         return None
     if problem.itemsize == 4:
-        return 128 if tiles.rows == 32 and tiles.num_warps == 8 else None
+        return 128 if tiles.rows == 32 and tiles.keys == 16 and paging(problem.block_size, 16) == "any" else None
     if tiles.num_warps > 4:
         return None
     return min(65536 // (32 * tiles.num_warps * tiles.resident) // 8 * 8, 255)
@@ -100,9 +100,8 @@ def _largest_tiles(problem: Problem, device: Device, rows: int) -> Tiles:
     if problem.itemsize == 4:
         small = width <= 128 and problem.plain_caches
         many = many and width <= 256 and problem.plain_caches
-        # Places of keys that stand one by one take registers, which few rows have with more warps, many with fewer.
-        by_key = paging(problem.block_size, 32) == "any"
-        warps = 4 if small and many == by_key else 8
+        found = paging(problem.block_size, 32)
+        warps = 8 if not small or found == ("several" if many else "any") else 4
         return Tiles(32 if many else 16, 32 if small else 16, warps, 2 if many else 3, 8 // warps)
     keys = 128 if width <= 64 else 64 if width <= 128 else 32
     if rows <= 16:
