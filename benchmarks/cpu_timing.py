@@ -1,6 +1,10 @@
-"""Times on a CPU: every path of a case in turn, round after round, so that a busy moment falls on all alike."""
+"""Times on a CPU: every path of a case in turn, round after round, so that a busy moment falls on all alike.
+
+Each round has its own order: what a path leaves in the caches, and threads that fell asleep, fall on all alike too.
+"""
 
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -19,8 +23,9 @@ def interleaved(paths: Paths, rounds: int, warmups: int = 2) -> dict[str, dict[s
         for _ in range(warmups):
             call()
     times: dict[str, list[float]] = {name: [] for name in paths}
+    order = random.Random(0)
     for _ in range(rounds):
-        for name, call in paths.items():
+        for name, call in order.sample(list(paths.items()), len(paths)):
             start = time.perf_counter()
             call()
             times[name].append((time.perf_counter() - start) * 1e3)

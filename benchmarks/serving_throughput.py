@@ -33,11 +33,8 @@ PEERS = {
     "generate": ("C: Transformers, padded generate", dict(serve=serving_peers.generate)),
     "continuous": ("D: Transformers, continuous batching", dict(serve=serving_peers.continuous, page_size=16)),
 }
-RATES = {
-    "tokens_per_second": "tokens/s",
-    "tokens_per_second_loaded": "tokens/s, loaded",
-    "tokens_per_cpu_second": "tokens/CPU s",
-}
+RATES = {"tokens_per_second": "tokens/s", "tokens_per_second_loaded": "tokens/s, loaded"}
+CPU_RATES = {"tokens_per_cpu_second": "tokens/CPU s"}  # others may use the machine too
 DEFAULT = ("paged", "swap", "slots", "batches", *PEERS)
 
 
@@ -86,21 +83,22 @@ def names(measured: dict[str, Any]) -> dict[str, str]:
 
 def text(measured: dict[str, Any]) -> str:
     about, ways = measured["about"], measured["ways"]
+    rates = rates_of(about)
     rows = []
     for way, name in names(measured).items():
         seen = ways[way]
         if "absent" in seen:
-            rows.append([name, f"absent: {seen['absent']}", *[""] * 7])
+            rows.append([name, f"absent: {seen['absent']}", *[""] * (2 * len(rates) + 1)])
             continue
         notes = [seen["version"]] if "version" in seen else []
         if not seen["whole"]:
             notes.append(f"stopped after {seen['tokens']} tokens")
         row = [f"{name} ({', '.join(notes)})" if notes else name]
-        row += [cell for rate in RATES for cell in against(ways, way, rate)]
+        row += [cell for rate in rates for cell in against(ways, way, rate)]
         if way in OURS:
             row += [f"{seen['sequences']:.1f}", f"{seen['live']:.1%}"]
-        rows.append(row + ["not seen"] * (9 - len(row)))
-    head = ["", *(cell for name in RATES.values() for cell in (name, "paged is")), "sequences", "memory live"]
+        rows.append(row + ["not seen"] * (2 * len(rates) + 3 - len(row)))
+    head = ["", *(cell for name in rates.values() for cell in (name, "paged is")), "sequences", "memory live"]
     return "\n\n".join(
         [
             "# Tokens a second in the same KV memory",
@@ -109,22 +107,28 @@ def text(measured: dict[str, Any]) -> str:
             f"{about['steps']}; {about['machine']}.",
             table(head, rows),
             "Sequences and shares are means over the steps in which requests waited. Loaded: until nobody waits for "
-            "the first time; after that the last long sequences write alone, in any memory. Where others use the "
-            "machine too, only the CPU seconds, of all threads together, say much. Some ways were stopped before the "
-            "end, and what they wrote by then counts." + of_peers(ways, about["written"]),
+            "the first time; after that the last long sequences write alone, in any memory. CPU seconds are those of "
+            "all threads together. Some ways were stopped before the end, and what they wrote by then counts."
+            + of_peers(ways, about),
         ]
     )
 
 
-def of_peers(ways: dict[str, Any], written: int) -> str:
+def rates_of(about: dict[str, Any]) -> dict[str, str]:
+    return CPU_RATES if "CPU threads" in about["machine"] else RATES
+
+
+def of_peers(ways: dict[str, Any], about: dict[str, Any]) -> str:
     text = ""
-    if ways.keys() & PEERS.keys():
+    if ways.keys() & PEERS.keys() and rates_of(about) == RATES:
         text += " C and D attend without cuDNN's kernels: with them, C wrote 57 tokens/s on an H100."
     of_d = ways.get("continuous", {})
     if of_d.get("whole") is False:
+        rate, name = next(iter(rates_of(about).items()))
+        most = of_d[rate] * about["written"] / of_d["tokens"]
         text += (
             " Of D counts what belongs to requests that came to their ends; if all others were as good as written "
-            f"when it was stopped, it would stand at {written / of_d['seconds']:.0f} tokens/s."
+            f"when it was stopped, it would stand at {most:.0f} {name}."
         )
     return text
 
@@ -137,11 +141,12 @@ def against(ways: dict[str, Any], way: str, rate: str) -> list[str]:
 
 def draw(measured: dict[str, Any]) -> Any:
     about = measured["about"]
+    rate, rate_name = next(iter(rates_of(about).items()))
     figure, (axis,) = panels(
-        f"Tokens a second, KV memory of {about['memory']} tokens, {about['dtype']}\n{about['machine']}", width=8
+        f"{rate_name}, KV memory of {about['memory']} tokens, {about['dtype']}\n{about['machine']}", width=8
     )
     ways = {way: name for way, name in names(measured).items() if "absent" not in measured["ways"][way]}
-    values = [measured["ways"][way]["tokens_per_second"] for way in ways]
+    values = [measured["ways"][way][rate] for way in ways]
     axis.barh(list(ways.values()), values, color=[BLUE if name.startswith("paged") else GREY for name in ways.values()])
     for place, value in enumerate(values):
         axis.text(value, place, f" {value:.0f}", va="center", fontsize=8)

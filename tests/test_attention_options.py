@@ -259,7 +259,7 @@ def test_window_of_more_than_32_bits(window, device):
     check(attention_inputs(**BATCHES["mixed"], device=device), sliding_window=window)
 
 
-@pytest.mark.parametrize("sink", [-torch.inf, -200.0, 200.0])
+@pytest.mark.parametrize("sink", [-torch.inf, -200.0, 200.0, torch.inf])
 def test_extreme_sinks(sink, device):
     inputs = attention_inputs(**BATCHES["mixed"], device=device)
     check(inputs, sinks=torch.tensor([sink, 0.0, sink, 1.0], device=device))

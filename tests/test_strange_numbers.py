@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import INTERPRETED
 
 op = torch.ops.paged.attention_with_lse
 
@@ -12,6 +13,7 @@ BATCHES = {  # queries, keys, heads, head dim
     "several": (3, 40, 12, 41),
     "prefill": (20, 45, 4, 32),
 }
+DTYPES = [torch.bfloat16] if INTERPRETED else [torch.float32, torch.bfloat16]
 OPTIONS = {
     "softcap": lambda: dict(softcap=5.0),
     "sinks": lambda: dict(sinks=torch.ones(2)),
@@ -47,17 +49,16 @@ def check_nan_shows(place, batch, dtype, device, options):
     assert outputs[1].isfinite().all() and lses[1].isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("place", ["query", "key", "value"])
 @pytest.mark.parametrize("batch", BATCHES)
 def test_nan_shows_in_the_heads_that_see_it(batch, place, dtype, device):
     check_nan_shows(place, BATCHES[batch], dtype, device, {})
 
 
-@pytest.mark.parametrize("place", ["query", "key"])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_options_do_not_hide_nan(options, place, device):
-    check_nan_shows(place, BATCHES["decode"], torch.float32, device, OPTIONS[options]())
+def test_options_do_not_hide_nan(options, device):
+    check_nan_shows("key", BATCHES["decode"], torch.float32, device, OPTIONS[options]())
 
 
 @pytest.mark.parametrize("place", ["query", "key"])
@@ -67,7 +68,7 @@ def test_nan_shows_over_more_keys_than_the_cpu_takes_at_once(place):
 
 @pytest.mark.parametrize("batch", BATCHES)
 def test_infinite_values_show_and_leave_lse_alone(batch, device):
-    outputs, lses = strange("value", math.inf, *BATCHES[batch], torch.float32, device, {})
+    outputs, lses = strange("value", math.inf, *BATCHES[batch], DTYPES[-1], device, {})
     assert (outputs[0][..., 3] == math.inf).all() and outputs[1].isfinite().all()
     assert torch.cat(lses).isfinite().all()
 

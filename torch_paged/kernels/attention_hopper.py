@@ -227,7 +227,7 @@ def _attend(PART: gl.constexpr, arguments, V: gl.constexpr):
         if whole:
             row = packed // V.group * (num_kv_heads * V.group) + packed % V.group
             gl.store(lse + first_output + row, (largest + gl.log2(total)) * LN_2, mask=valid)
-            factor = gl.convert_layout(1.0 / gl.where(total > 0, total, 1.0), gl.SliceLayout(1, OUTPUT))
+            factor = gl.convert_layout(1.0 / gl.where(total != 0, total, 1.0), gl.SliceLayout(1, OUTPUT))
             _store(output_rows + first_output * DIM, row, output * factor[:, None], valid, V)
         else:
             slot = (2 * program + (first == 0).to(gl.int32)) * V.block_m

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from torch_paged.memory import OutOfBlocks
+from torch_paged.memory.arrays import as_integer
 from torch_paged.serving.plan import Plan
 from torch_paged.serving.requests import Generation, Sample, TokenLogprobs
 from torch_paged.serving.residents import Residents
@@ -70,12 +71,13 @@ class Scheduler:
     ) -> None:
         if policy not in POLICIES:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
-        if token_budget < 1:
-            raise ValueError(f"token_budget must be at least 1, got {token_budget}")
-        if max_running is not None and max_running < 1:
-            raise ValueError(f"max_running must be at least 1, got {max_running}")
+        token_budget = as_integer("token_budget", token_budget, at_least=1)
+        if max_running is not None:
+            max_running = as_integer("max_running", max_running, at_least=1)
         if not 0 <= watermark < 1:
             raise ValueError(f"watermark must lie in [0, 1), got {watermark}")
+        if not patience >= 0:
+            raise ValueError(f"patience must be at least 0, got {patience}")
         self.open_plans: deque[Plan] = deque()
         self._cache = cache
         self._budget = token_budget
