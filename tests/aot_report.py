@@ -75,8 +75,12 @@ def main() -> None:
         for target in aot.TARGETS
     }
     for target, variants in jobs.items():
-        count = _write(target, [(name, kernel) for name, job in variants.items() for kernel in job.result()])
-        print(f"{target}: {len(variants)} variants, {count} kernels", flush=True)
+        kernels: list[tuple[str, aot.Kernel]] = []
+        for number, (name, job) in enumerate(variants.items(), 1):
+            kernels += [(name, kernel) for kernel in job.result()]
+            if number % 12 == 0:  # what is interrupted goes on from here
+                _write(target, [*kernels, *(("not seen yet", kernel) for kernel in read(target).values())])
+        print(f"{target}: {len(variants)} variants, {_write(target, kernels)} kernels", flush=True)
     workers.shutdown()
 
 
