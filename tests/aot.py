@@ -244,14 +244,16 @@ def _compile(known: Callable[[str], Mapping[str, Kernel]], target: str, call: Ca
 
 
 class Workers:
-    """Two processes that compile what is not `known` for its target; results are remembered by their arguments.
+    """Processes that compile what is not `known` for its target; results are remembered by their arguments.
 
     They give way to what runs beside them.
     """
 
-    def __init__(self, known: Callable[[str], Mapping[str, Kernel]]) -> None:
+    def __init__(self, known: Callable[[str], Mapping[str, Kernel]], processes: int = 2) -> None:
         self._known = known
-        self._pool = ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=os.nice, initargs=(10,))
+        self._pool = ProcessPoolExecutor(
+            processes, mp_context=get_context("spawn"), initializer=os.nice, initargs=(10,)
+        )
         self._results: dict[Any, Future[list[Kernel]]] = {}
 
     def submit(self, target: str, call: Callable[..., Any], *args: Any) -> Future[list[Kernel]]:

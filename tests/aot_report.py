@@ -9,6 +9,7 @@ kernel, of its launch, of the target or of Triton. One in sixteen is compiled al
 
 import csv
 import functools
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -69,7 +70,7 @@ def _write(target: str, kernels: Iterable[tuple[str, aot.Kernel]]) -> int:
 
 def main() -> None:
     """Rewrites the report of every target."""
-    workers = aot.Workers(nothing if "--all" in sys.argv else read)
+    workers = aot.Workers(nothing if "--all" in sys.argv else read, os.cpu_count() or 2)
     jobs = {
         target: {name: workers.submit(target, calls.attention_launch, it) for name, it in calls.shipped(target).items()}
         for target in aot.TARGETS
