@@ -99,13 +99,47 @@ def _flex(case: Case, inputs: Arguments) -> Call:
     return lambda: flex(query, *caches, block_mask=mask, enable_gqa=True).transpose(1, 2).flatten(0, 1)
 
 
+@functools.cache
+def _workspace(device: torch.device) -> Tensor:
+    return torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
+
+
+def _flashinfer(tensor_cores: bool, case: Case, inputs: Arguments) -> Call:
+    """Its plan, on the host, knows the lengths and is not part of what is timed. Decode has two kernels."""
+    if not importlib.util.find_spec("flashinfer"):
+        raise NotImplementedError("not installed")
+    import flashinfer
+
+    query, key_cache, value_cache, table, _, _ = inputs
+    pages = [-(-keys // case.block) for keys in case.keys]
+    starts = torch.tensor((0, *pages), device=query.device).cumsum(0).int()
+    ids = torch.cat([row[:count] for row, count in zip(table, pages, strict=True)])
+    in_last = torch.tensor([(keys - 1) % case.block + 1 for keys in case.keys], device=query.device).int()
+    caches = key_cache.transpose(1, 2), value_cache.transpose(1, 2)
+    heads = query.shape[1], key_cache.shape[2], query.shape[2]
+    if max(case.queries) == 1:
+        decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+            _workspace(query.device), "HND", use_tensor_cores=tensor_cores
+        )
+        decode.plan(starts, ids, in_last, *heads, case.block, q_data_type=query.dtype, kv_data_type=query.dtype)
+        return lambda: decode.run(query, caches)
+    if not tensor_cores:
+        raise NotImplementedError("serves decode")
+    prefill = flashinfer.BatchPrefillWithPagedKVCacheWrapper(_workspace(query.device), "HND")
+    bounds = torch.tensor((0, *case.queries), device=query.device).cumsum(0).int()
+    prefill.plan(bounds, starts, ids, in_last, *heads, case.block, causal=case.causal, q_data_type=query.dtype)
+    return lambda: prefill.run(query, caches)
+
+
 PEERS: dict[str, Callable[[Case, Arguments], Call]] = {
     "SDPA (FlashAttention), contiguous": functools.partial(_sdpa, SDPBackend.FLASH_ATTENTION),
     "SDPA (cuDNN), contiguous": functools.partial(_sdpa, SDPBackend.CUDNN_ATTENTION),
     "varlen_attn, paged": _varlen,
     "FlexAttention, paged": _flex,
+    "FlashInfer, paged": functools.partial(_flashinfer, True),
+    "FlashInfer, paged, without tensor cores": functools.partial(_flashinfer, False),
 }
-WITHOUT_ADAPTER = ("flashinfer", "flash_attn", "flash_attn_interface", "vllm", "sglang")
+WITHOUT_ADAPTER = ("flash_attn", "flash_attn_interface", "vllm", "sglang")
 
 
 def absent() -> dict[str, str]:

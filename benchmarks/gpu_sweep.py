@@ -14,7 +14,8 @@ from gpu_attention import compile_all, launches_of, measure
 from gpu_timing import rotations
 
 from torch_paged.kernels.device import device_of
-from torch_paged.kernels.launch_config import AttentionLaunch, _paging
+from torch_paged.kernels.launch_config import AttentionLaunch
+from torch_paged.kernels.launch_tiles import paging
 
 FEW_TILES = ((64, 4, 3, 2), (64, 4, 3, 3), (64, 4, 4, 2), (64, 4, 2, 3), (32, 4, 3, 4), (128, 4, 3, 2), (128, 8, 3, 1))
 MANY_TILES = ((64, 8, 2, 1), (64, 8, 3, 1), (64, 8, 4, 1), (128, 8, 2, 1), (64, 4, 3, 2), (32, 8, 3, 1))
@@ -25,7 +26,7 @@ def candidates(launch: AttentionLaunch, multiprocessors: int) -> Iterator[Attent
     v = launch.variant
     for keys, warps, stages, resident in FEW_TILES if v.block_m <= 16 else MANY_TILES:
         cost = keys * v.group
-        variant = replace(v, tile=keys, num_stages=stages, paging=_paging(v.block_size, keys), unit_cost=cost)
+        variant = replace(v, tile=keys, num_stages=stages, paging=paging(v.block_size, keys), unit_cost=cost)
         registers = min(65536 // (32 * warps * resident) // 8 * 8, 255) if warps == 4 else None
         yield replace(
             launch,

@@ -1,14 +1,20 @@
 """Compiles kernels for GPUs that are not there, and reads from the machine code what decides their speed.
 
 `compile_call` runs a launch function with a driver that knows its target but has no device: what would be launched is
-compiled, exactly as specialised for that call, and nothing runs. Importing this module changes nothing; a process that
-has called `compile_call` cannot use a GPU any more, so call it through `Workers`.
+compiled, exactly as specialised for that call, and nothing runs. Of kernels that were compiled before, from the same
+intermediate code by the same compiler, the figures are taken, and the compilation ends there: see `aot_report`.
+
+Importing this module changes nothing; a process that has called `compile_call` cannot use a GPU any more, so call it
+through `Workers`.
 """
 
+import hashlib
+import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -59,6 +65,7 @@ class Kernel(NamedTuple):
 
     name: str
     identity: str  # equal for launches that share one compilation
+    ir: str  # what it was compiled from and by: kernels of equal code share it though Triton compiles each
     registers: int  # of one thread; on AMD vector registers
     shared_memory: int  # bytes of one thread block
     buffers: int  # copies of a pipelined tile in shared memory, of the tile that has fewest; 0 without a pipeline
@@ -97,15 +104,59 @@ class _AbsentDevice(DriverBase):
         raise NotImplementedError
 
 
+_compiled: dict[str, Kernel] = {}  # in this process, by `ir`
+
+
+class _Known(Exception):
+    """Ends a compilation whose outcome is known."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        super().__init__(kernel.name)
+        self.kernel = kernel
+
+
+def _digest(backend: Any, options: Any, module: Any) -> str:
+    """Names all that decides the machine code: compiler, target, options, and the code after its first stage.
+
+    By then the parameters of the launch are folded in, and names of files and functions are gone.
+    """
+    settings = sorted((name, value) for name, value in vars(options).items() if name != "extern_libs")
+    parts = triton.__version__, backend.hash(), str(settings), module.str_nodebug()
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _ends_where(known: Mapping[str, Kernel]) -> Callable[..., None]:
+    """A hook into Triton's compilers that raises `_Known`."""
+
+    def hook(backend: Any, stages: dict[str, Any], options: Any, *_: Any) -> None:
+        first, lower = next(iter(stages.items()))
+
+        def lower_or_end(source: Any, metadata: dict[str, Any]) -> Any:
+            module = lower(source, metadata)
+            metadata["ir"] = _digest(backend, options, module)
+            if (kernel := known.get(metadata["ir"])) is not None:
+                raise _Known(kernel._replace(identity=metadata["hash"]))
+            return module
+
+        stages[first] = lower_or_end
+
+    return hook
+
+
 @contextmanager
-def _launches_recorded() -> Iterator[list[Any]]:
+def _launches_recorded() -> Iterator[list[Kernel]]:
     """Makes every launch a compilation alone, whose result goes into the list."""
-    compiled: list[Any] = []
+    compiled: list[Kernel] = []
     run = JITFunction.run
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:  # noqa: ARG001
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        compiled.append(kernel)
+        try:
+            kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        except _Known as end:
+            compiled.append(end.kernel)
+            return None
+        compiled.append(_compiled.get(kernel.metadata.ir) or _read(kernel))
+        _compiled.setdefault(kernel.metadata.ir, compiled[-1])
         return kernel
 
     JITFunction.run = compile_only
@@ -115,12 +166,19 @@ def _launches_recorded() -> Iterator[list[Any]]:
         JITFunction.run = run
 
 
-def compile_call(target: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Kernel]:
-    """The kernels that `call(*args, **kwargs)` would launch on `target`, in order, where its tensors are on the CPU."""
+def compile_call(
+    target: str, call: Callable[..., Any], *args: Any, known: Mapping[str, Kernel] | None = None
+) -> list[Kernel]:
+    """The kernels that `call(*args)` would launch on `target`, in order, where its tensors are on the CPU.
+
+    `known` are kernels by what they were compiled from. Triton's cache on disk is not asked.
+    """
     triton.runtime.driver.set_active(_AbsentDevice(target))
+    triton.knobs.compilation.always_compile = True
+    triton.knobs.runtime.add_stages_inspection_hook = _ends_where(ChainMap(_compiled, known or {}))
     with _launches_recorded() as compiled:
-        call(*args, **kwargs)
-    return [_read(kernel) for kernel in compiled]
+        call(*args)
+    return compiled
 
 
 def _read(compiled: Any) -> Kernel:
@@ -132,6 +190,7 @@ def _read(compiled: Any) -> Kernel:
     return Kernel(
         name=compiled.metadata.name,
         identity=compiled.hash,
+        ir=compiled.metadata.ir,
         registers=registers,
         shared_memory=compiled.metadata.shared,
         buffers=min(copies, default=0),
@@ -161,7 +220,7 @@ def _nvidia(compiled: Any) -> tuple[int, str, dict[str, str]]:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        code = _tool("nvdisasm", "-c", file.name)
+        code = _tool("nvdisasm", "-c", "-ndf", file.name)
     found = re.search(r"\bREG:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump named no registers: {usage}")
@@ -180,18 +239,28 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([_NVIDIA_TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-class Workers:
-    """Two processes that compile; results are remembered by their arguments."""
+def _compile(known: Callable[[str], Mapping[str, Kernel]], target: str, call: Callable[..., Any], *args: Any) -> Any:
+    return compile_call(target, call, *args, known=known(target))
 
-    def __init__(self) -> None:
-        self._pool = ProcessPoolExecutor(2, mp_context=get_context("spawn"))
+
+class Workers:
+    """Processes that compile what is not `known` for its target; results are remembered by their arguments.
+
+    They give way to what runs beside them.
+    """
+
+    def __init__(self, known: Callable[[str], Mapping[str, Kernel]], processes: int = 2) -> None:
+        self._known = known
+        self._pool = ProcessPoolExecutor(
+            processes, mp_context=get_context("spawn"), initializer=os.nice, initargs=(10,)
+        )
         self._results: dict[Any, Future[list[Kernel]]] = {}
 
     def submit(self, target: str, call: Callable[..., Any], *args: Any) -> Future[list[Kernel]]:
         """The future of `compile_call(target, call, *args)`: picklable and hashable arguments."""
         key = (target, call, *args)
         if key not in self._results:
-            self._results[key] = self._pool.submit(compile_call, target, call, *args)
+            self._results[key] = self._pool.submit(_compile, self._known, *key)
         return self._results[key]
 
     def shutdown(self) -> None:

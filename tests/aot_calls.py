@@ -12,7 +12,7 @@ from torch_paged.kernels import attention as attend
 from torch_paged.kernels.attention import launch_attention
 from torch_paged.kernels.copy_blocks import copy_blocks_kernel
 from torch_paged.kernels.features import Features
-from torch_paged.kernels.launch_config import Device
+from torch_paged.kernels.problem import Device
 from torch_paged.kernels.shipped import ShippedVariant, shipped_option_variants, shipped_variants
 from torch_paged.options import PLAIN, AttentionOptions
 

@@ -28,13 +28,27 @@ def pytest_collection_modifyitems(config, items):
     """Deselect what cannot run here; `-m gpu` without a GPU is left with nothing, which pytest calls a failure."""
     here = [item for item in items if _can_run(item)]
     config.hook.pytest_deselected(items=[item for item in items if not _can_run(item)])
-    items[:] = here
+    items[:] = sorted(here, key=lambda item: hasattr(item.module, "begin"))
+
+
+def pytest_collection_finish(session):
+    """Work that takes minutes in processes of its own is begun here; the tests that ask for it are the last."""
+    if not session.config.option.collectonly:
+        for module in dict.fromkeys(item.module for item in session.items):
+            if hasattr(module, "begin"):
+                module.begin(session)
 
 
 def _can_run(item):
     if "gpu" in item.keywords:
         return torch.cuda.is_available() and not INTERPRETED
     return ("interpreter" in item.keywords) == INTERPRETED
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def place(request):
+    """The device of what is built on the operators, whoever implements them there."""
+    return request.param
 
 
 @pytest.fixture(autouse=True)

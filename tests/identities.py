@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 import torch_paged
 from torch_paged import PagedKVCache, kernels, ops
 from torch_paged.kernels import attention_plan
-from torch_paged.kernels.launch_config import Device
+from torch_paged.kernels.problem import Device
 
 # Functions of these names hide the modules.
 append, rotary_append, warmup = (

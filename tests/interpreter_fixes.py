@@ -7,9 +7,12 @@ The faults, none of which a GPU has:
   to nearest even nor saturate.
 - With NumPy 2.4, a loop whose bound was loaded or computed in the kernel raises TypeError.
 - `tl.full` of a bfloat16 other than 0 raises AttributeError.
+- Every function that a kernel calls looks through all of `triton.language` for what to replace, a third of the time.
 """
 
+import functools
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -33,6 +36,8 @@ _Handle = interpreter.TensorHandle
 _Builder = interpreter.InterpreterBuilder
 _convert_unmended = interpreter._convert_float
 _patch_unmended = interpreter._patch_lang_tensor
+_patch_lang_unmended = interpreter._patch_lang
+_patched: set[ModuleType] = set()  # in the launch that runs
 
 
 def _mend() -> None:
@@ -44,6 +49,7 @@ def _mend() -> None:
     _Builder.cast_impl = _cast_through_float32(_Builder.cast_impl)
     _Builder.get_bf16 = _bfloat16_constant
     interpreter._patch_lang_tensor = _patch_with_index
+    interpreter._patch_lang = _patch_once_in_a_launch
 
 
 def _convert(data: _Array, source: tl.dtype, target: tl.dtype, rounding: Any) -> _Array:
@@ -111,6 +117,29 @@ def _to_bfloat16(data: _Array) -> Any:
 def _patch_with_index(tensor: Any, scope: Any) -> None:
     _patch_unmended(tensor, scope)
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+class _LaunchScope(interpreter._LangPatchScope):
+    """What a launch has replaced, of which the functions that it calls replace nothing again."""
+
+    def restore(self) -> None:
+        super().restore()
+        _patched.clear()
+
+
+def _patch_once_in_a_launch(function: Any) -> Any:
+    missing = _languages(function) - _patched
+    if not missing:
+        return interpreter._LangPatchScope()
+    scope = _LaunchScope()
+    scope._changes = _patch_lang_unmended(function)._changes
+    _patched.update(missing)
+    return scope
+
+
+@functools.cache
+def _languages(function: Any) -> frozenset[ModuleType]:
+    return frozenset(it for it in function.__globals__.values() if it is tl or it is tl.core)
 
 
 _mend()

@@ -35,8 +35,9 @@ class FakeModel:
         length = int(batch.seq_lens.max())
         table = batch.block_table[:, : -(-length // size)].long()
         keys = self.keys[table.clamp(min=0)].flatten(1)[:, :length]
-        visible = torch.arange(length) < batch.seq_lens[:, None]
-        terms = torch.where(visible, keys, 0).long() * weight(torch.arange(length))
+        positions = torch.arange(length, device=tokens.device)
+        visible = positions < batch.seq_lens[:, None]
+        terms = torch.where(visible, keys, 0).long() * weight(positions)
         return torch.nn.functional.one_hot(terms.sum(1) % VOCAB, VOCAB).float()
 
 

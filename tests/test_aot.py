@@ -1,10 +1,10 @@
 """Machine code of every kernel for GPUs that need not be there: what would make it slow is a failure here.
 
-Compiling all that is shipped takes a quarter of an hour of two cores: TORCH_PAGED_TEST_ALL_VARIANTS=1 does that. By
-default a selection is compiled in which every pair of kind, dtype, head dim and block size occurs. Two processes
-compile ahead of the tests.
+Compiling all that is shipped takes a quarter of an hour of two cores, and TORCH_PAGED_TEST_ALL_VARIANTS=1 does that.
+Without it, figures of what was compiled before come from `aot_report`, and what is not there is compiled.
 """
 
+import functools
 import os
 
 import pytest
@@ -16,9 +16,8 @@ from dataclasses import replace
 
 import aot
 import aot_calls as calls
+import aot_report
 import triton
-
-from torch_paged.kernels.shipped import shipped_variants
 
 pytestmark = pytest.mark.aot
 NVIDIA = ("sm_80", "sm_90", "sm_100")
@@ -30,7 +29,7 @@ MATRIX_UNIT = {"sm_80": "tensor_core", "sm_90": "wgmma", "sm_100": "tcgen05", "g
 def hopper_faults(variant, kernel):
     """What `attention_hopper` lacks. Between units it may spill: what it keeps for them, the loops do not need."""
     demands = {
-        "products under way": kernel.pipelined_loops == 4,
+        "products under way": kernel.pipelined_loops == 2 * variant.launch.variant.parts,
         "no spilled registers": kernel.pipelined_spills == 0,
         "matrix unit": kernel.instructions["wgmma"] > 0 and kernel.instructions["tensor_core"] == 0,
         "copy engine": kernel.instructions["copy_engine"] > 0,
@@ -88,28 +87,10 @@ def copying_faults(kernel, narrow_stores=0):
     return [what for what, met in demands.items() if not met]
 
 
-PLAIN_NAMES = {variant.name for target in aot.TARGETS for variant in shipped_variants(calls.DEVICES[target])}
-# On sm_90 all options, elsewhere those that ask for other code there.
-OPTIONS_ELSEWHERE = {"sm_80": {"e4m3", "window"}, "sm_100": {"e4m3", "int8"}, "gfx942": {"e4m3", "e5m2"}}
-
-
-def selected(target, name):
-    """Whether a variant belongs to the selection: an orthogonal array over its properties, another for each target."""
-    if name not in PLAIN_NAMES:
-        return target == "sm_90" or name.split("-")[0] in OPTIONS_ELSEWHERE[target]
-    kind, dtype, dim, block, _ = name.split("-")
-    k = ("decode", "prefill", "mixed").index(kind)
-    d = ("fp16", "bf16", "fp32").index(dtype)
-    h = ("dim64", "dim80", "dim128", "dim256").index(dim)
-    b = ("block1", "block16", "block64").index(block)
-    return (k + d + b + list(aot.TARGETS).index(target)) % 3 == 0 and (k + 2 * b + h) % 3 == 0
-
-
 SHIPPED = [
     pytest.param((target, calls.attention_launch, variant), id=f"{target}-{name}")
     for target in aot.TARGETS
     for name, variant in calls.shipped(target).items()
-    if ALL_VARIANTS or selected(target, name)
 ]
 COPYING = [
     pytest.param((target, call, *arguments), id="-".join(map(str, (target, call.__name__, *arguments[1:]))))
@@ -140,16 +121,24 @@ QUANTISING = [
 ]
 
 
-@pytest.fixture(scope="session")
-def workers(request):
-    """Processes that already compile what the tests of this run will ask for."""
-    workers = aot.Workers()
-    for item in request.session.items:
+@functools.cache
+def _workers():
+    return aot.Workers(aot_report.nothing if ALL_VARIANTS else aot_report.all_but_a_sample)
+
+
+def begin(session):
+    """Has processes compile what the tests of this run will ask for."""
+    session.config.add_cleanup(_workers().shutdown)
+    for item in session.items:
         job = getattr(item, "callspec", None) and item.callspec.params.get("job")
         if job:
-            workers.submit(*job)
-    yield workers
-    workers.shutdown()
+            _workers().submit(*job)
+
+
+@pytest.fixture
+def workers():
+    """The processes that compile."""
+    return _workers()
 
 
 @pytest.mark.parametrize("job", SHIPPED)
@@ -158,6 +147,34 @@ def test_shipped_attention(job, workers):
     *dealt, attention, combine = workers.submit(*job).result()
     assert attention_faults(target, variant, attention) == [], attention
     assert all(kernel.instructions["spill"] == 0 for kernel in (*dealt, combine)), (dealt, combine)
+
+
+@pytest.mark.skipif(not aot_report.DIRECTORY.exists(), reason="no report of this Triton: all variants were compiled")
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_report_says_what_is_compiled(target, workers):
+    """Of these kernels and no others, and the same of those that were compiled in this run."""
+    needed = [
+        k for v in calls.shipped(target).values() for k in workers.submit(target, calls.attention_launch, v).result()
+    ]
+    report = aot_report.read(target)
+    rewrite = "python tests/aot_report.py rewrites the report"
+    assert {kernel.ir for kernel in needed} == set(report), rewrite
+    assert all(aot_report.figures(kernel) == aot_report.figures(report[kernel.ir]) for kernel in needed), rewrite
+
+
+def test_what_is_not_in_the_report_is_compiled(workers):
+    """One option of the compiler that differs, one number in the kernel."""
+    name, variant = next(iter(calls.shipped("sm_80").items()))
+    known, _ = workers.submit("sm_80", calls.attention_launch, variant).result()
+    launch = variant.launch
+    for other in (
+        replace(launch, max_registers=128),
+        replace(launch, variant=replace(launch.variant, least_work=launch.variant.least_work + 1)),
+    ):
+        job = "sm_80", calls.attention_launch, replace(variant, name=f"other-{name}", launch=other)
+        compiled, _ = workers.submit(*job).result()
+        assert compiled.ir != known.ir
+        assert compiled.ir not in aot_report.read("sm_80")
 
 
 @pytest.mark.parametrize("job", COPYING)

@@ -137,8 +137,9 @@ def plain_merge(output_a, lse_a, output_b, lse_b):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-def test_merge_attention(dtype, device):
-    outputs = torch.randn(2, 5, 3, 24, device=device).to(dtype)
+@pytest.mark.parametrize("dim", [24, 1, 1300])  # merging knows no longest row
+def test_merge_attention(dim, dtype, device):
+    outputs = torch.randn(2, 5, 3, dim, device=device).to(dtype)
     lses = torch.randn(2, 5, 3, device=device) * 4
     lses[0, 0] = lses[1, :2] = -torch.inf
     outputs[0, 0] = outputs[1, :2] = torch.nan  # rows that saw nothing, as other libraries leave them

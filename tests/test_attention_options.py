@@ -254,11 +254,12 @@ def test_more_queries_and_keys_than_the_cpu_takes_at_once(options, stored):
     check(inputs, **options, **scales, alibi_slopes=slopes_of(4, "cpu"), sinks=sinks_of(4, "cpu"))
 
 
-def test_window_of_more_than_32_bits(device):
-    check(attention_inputs(**BATCHES["mixed"], device=device), sliding_window=1 << 40)
+@pytest.mark.parametrize("window", [1 << 40, (1 << 63) - 1])
+def test_window_of_more_than_32_bits(window, device):
+    check(attention_inputs(**BATCHES["mixed"], device=device), sliding_window=window)
 
 
-@pytest.mark.parametrize("sink", [-torch.inf, -200.0, 200.0])
+@pytest.mark.parametrize("sink", [-torch.inf, -200.0, 200.0, torch.inf])
 def test_extreme_sinks(sink, device):
     inputs = attention_inputs(**BATCHES["mixed"], device=device)
     check(inputs, sinks=torch.tensor([sink, 0.0, sink, 1.0], device=device))
@@ -274,17 +275,19 @@ def test_huge_queries_stay_finite(stored, device):
     check(inputs, **scales)
 
 
+@pytest.mark.parametrize("like", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("dtype", [E4M3, E5M2, INT8], ids=str)
-def test_every_code_is_read(dtype, device):
+def test_every_code_is_read(dtype, like, device):
     """All finite codes as values, each alone in its sequence: weights of 1 show what is stored, exactly."""
     codes = torch.arange(256, dtype=torch.uint8).view(dtype).float()
     codes = codes[codes.isfinite()]
-    inputs = attention_inputs([1] * 16, [1] * 16, head_dim=16, block_size=1, uniform=True, num_kv_heads=1, num_heads=2)
+    shape = dict(head_dim=32, block_size=1, uniform=True, num_kv_heads=1, num_heads=2)
+    inputs = attention_inputs([1] * 8, [1] * 8, **shape, dtype=like)
     stored = torch.zeros(inputs.value_cache.shape)
     for seq, row in enumerate(inputs.block_table[:, 0].tolist()):
-        stored[row, 0, 0] = torch.nn.functional.pad(codes, (0, 256 - len(codes)))[16 * seq : 16 * seq + 16]
+        stored[row, 0, 0] = torch.nn.functional.pad(codes, (0, 256 - len(codes)))[32 * seq : 32 * seq + 32]
     one = torch.ones((), device=device)
     inputs = inputs._replace(key_cache=inputs.key_cache.nan_to_num().to(dtype), value_cache=stored.to(dtype))
     inputs = type(inputs)(*(tensor if tensor is None else tensor.to(device) for tensor in inputs))
     output = inputs.call(torch.ops.paged.attention, key_scale=one, value_scale=one * 0.5)
-    assert torch.equal(output[:, 1].flatten()[: len(codes)].cpu(), codes * 0.5)
+    assert torch.equal(output[:, 1].flatten()[: len(codes)].cpu().float(), codes * 0.5)

@@ -9,7 +9,7 @@ import torch
 from serving_fakes import VOCAB, make_cache
 
 from torch_paged import OutOfBlocks, PagedKVCache
-from torch_paged import cache as cache_module
+from torch_paged import steps as steps_module
 from torch_paged.serving import Engine, Request, Sampling, beam_search
 from torch_paged.serving.sampling import draw, rules_of
 
@@ -30,33 +30,35 @@ def weights():
     return weights
 
 
-def paged(weights, **options):
+def paged(weights, device="cpu", **options):
     sizes = dict(block_size=4, num_blocks=64, max_seqs=8, max_seq_len=TINY.context) | options
     shape = TINY.num_layers, TINY.num_kv_heads, TINY.head_dim
-    cache = PagedKVCache(*shape, **sizes, dtype=torch.float32, device="cpu")
+    cache = PagedKVCache(*shape, **sizes, dtype=torch.float32, device=device)
     model = llama.Decoder(TINY, list(cache.layers))
     model.load_state_dict(weights)
-    return cache, model
+    return cache, model.to(device)
 
 
 class Contiguous:
     """A model with its own contiguous cache for one beam or sample; a fork copies all of it."""
 
-    def __init__(self, weights):
-        self.weights = weights
-        self.kv = [contiguous.ContiguousKV(TINY, torch.device("cpu")) for _ in range(TINY.num_layers)]
+    def __init__(self, weights, device):
+        self.weights, self.device = weights, torch.device(device)
+        self.kv = [contiguous.ContiguousKV(TINY, self.device) for _ in range(TINY.num_layers)]
         self.model = llama.Decoder(TINY, self.kv)
         self.model.load_state_dict(weights)
+        self.model.to(device)
         self.length = 0
 
     @torch.inference_mode()
     def read(self, tokens):
-        positions = torch.arange(self.length, self.length + len(tokens))
+        positions = torch.arange(self.length, self.length + len(tokens), device=self.device)
         self.length += len(tokens)
-        return self.model(torch.tensor(tokens), contiguous.ContiguousBatch(positions, torch.tensor([len(tokens) - 1])))
+        last_token = torch.tensor([len(tokens) - 1], device=self.device)
+        return self.model(torch.tensor(tokens, device=self.device), contiguous.ContiguousBatch(positions, last_token))
 
     def fork(self):
-        other = Contiguous(self.weights)
+        other = Contiguous(self.weights, self.device)
         other.length = self.length
         for mine, theirs in zip(self.kv, other.kv, strict=True):
             theirs.key.copy_(mine.key)
@@ -64,9 +66,9 @@ class Contiguous:
         return other
 
 
-def plain_beam_search(weights, num_beams, count, stop_tokens, length_penalty):
+def plain_beam_search(weights, device, num_beams, count, stop_tokens, length_penalty):
     """By definition: all extensions of all beams, sorted, every one that survives with its own copy of everything."""
-    beams, complete = [([], 0.0, Contiguous(weights))], []
+    beams, complete = [([], 0.0, Contiguous(weights, device))], []
     width, unread = num_beams, PROMPT
     for _ in range(count):
         extensions = []
@@ -88,11 +90,11 @@ def plain_beam_search(weights, num_beams, count, stop_tokens, length_penalty):
 @pytest.mark.parametrize("num_beams", [1, 2, 3, 8])
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0])
 @pytest.mark.parametrize("stops", [(), range(0, 256, 9)], ids=["to-the-end", "stop-tokens"])
-def test_beams_are_those_of_separate_contiguous_caches(weights, num_beams, length_penalty, stops):
-    cache, model = paged(weights)
+def test_beams_are_those_of_separate_contiguous_caches(weights, num_beams, length_penalty, stops, place):
+    cache, model = paged(weights, place)
     options = dict(num_beams=num_beams, max_new_tokens=12, stop_tokens=stops, length_penalty=length_penalty)
     beams = beam_search(cache, model, PROMPT, **options)
-    expected = plain_beam_search(weights, num_beams, 12, stops, length_penalty)
+    expected = plain_beam_search(weights, place, num_beams, 12, stops, length_penalty)
     assert [beam.tokens for beam in beams] == [tokens for tokens, _ in expected]
     torch.testing.assert_close(torch.tensor([b.score for b in beams]), torch.tensor([score for _, score in expected]))
     assert len(beams) == num_beams
@@ -107,13 +109,13 @@ class Copies:
 
     def __init__(self, monkeypatch):
         self.calls = []
-        copy = cache_module.copy_blocks
+        copy = steps_module.copy_blocks
 
         def counting(caches, pairs):
             self.calls.append(len(pairs))
             copy(caches, pairs)
 
-        monkeypatch.setattr(cache_module, "copy_blocks", counting)
+        monkeypatch.setattr(steps_module, "copy_blocks", counting)
 
 
 def test_one_copy_a_step_and_none_with_one_reference_left(weights, monkeypatch):
@@ -179,18 +181,18 @@ def test_arguments_of_beam_search(weights):
 
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["in-turn", "ahead"])
-def test_samples_are_those_of_separate_contiguous_caches(weights, ahead):
+def test_samples_are_those_of_separate_contiguous_caches(weights, ahead, place):
     """Six samples of one prompt, each drawn from its own contiguous cache by the same rules."""
-    cache, model = paged(weights)
+    cache, model = paged(weights, place)
     sampling = Sampling(temperature=4.0, top_k=100, top_p=0.95, seed=12)
     engine = Engine(cache, model, ahead=ahead, token_budget=16)
     (generation,) = engine.run([Request(prompt=PROMPT, max_new_tokens=20, samples=6, sampling=sampling)])
     for sample in generation.samples:
-        state, tokens = Contiguous(weights), list(PROMPT)
-        rules = rules_of([sample], 1, torch.device("cpu"))
+        state, tokens = Contiguous(weights, place), list(PROMPT)
+        rules = rules_of([sample], 1, torch.device(place))
         while len(tokens) < len(PROMPT) + 20:
             logits = state.read(tokens[state.length :])
-            tokens += draw(logits, torch.tensor([len(tokens)]), rules).tokens.tolist()
+            tokens += draw(logits, torch.tensor([len(tokens)], device=place), rules).tokens.tolist()
         assert sample.tokens == tokens
     assert len({tuple(sample.written) for sample in generation.samples}) == 6
     assert cache.num_free_blocks == cache.num_blocks

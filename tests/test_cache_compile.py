@@ -249,15 +249,15 @@ def test_an_eagerly_advanced_batch_needs_no_graph_of_its_own():
 
 
 @pytest.mark.parametrize("options", [dict(), dict(sliding_window=[9, None, 9], cache_dtype=torch.int8)], ids=str)
-def test_export_holds_no_cache(options):
+def test_export_holds_no_cache(options, place):
     """A saved program takes the caches as inputs, and gives the same answers at other sizes when loaded again."""
 
     def inputs(cache, num_seqs):
         batch = cache.prepare([cache.add() for _ in range(num_seqs)], 2)
-        return torch.arange(2 * num_seqs) % VOCABULARY, batch, cache.tensors()
+        return torch.arange(2 * num_seqs, device=place) % VOCABULARY, batch, cache.tensors()
 
-    cache = make_cache(**options)
-    model = Model([cache.functional()] * LAYERS, functional=True)
+    cache = make_cache(device=place, **options)
+    model = Model([cache.functional()] * LAYERS, functional=True).to(place)
     example = inputs(cache, 3)
     dynamic = {0: torch.export.Dim.DYNAMIC}
     batch = PagedBatch(*(None if part is None else dynamic if part.dim() else {} for part in example[1][:7]))
@@ -272,7 +272,7 @@ def test_export_holds_no_cache(options):
     file.seek(0)
     loaded = torch.export.load(file).module()
     for num_seqs in (3, 5, 1):
-        args = inputs(make_cache(num_blocks=100 + num_seqs, **options), num_seqs)
+        args = inputs(make_cache(num_blocks=100 + num_seqs, device=place, **options), num_seqs)
         expected = model(*args)
         for part in itertools.chain(*args[2]):
             part.fill_(torch.nan if part.is_floating_point() else 77)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from torch_paged.kernels.launch_config import Device, Problem, attention_launches
+from torch_paged.kernels.launch_config import attention_launches
+from torch_paged.kernels.problem import Device, Problem
 from torch_paged.kernels.schedule import deal_pieces
 
 pytestmark = [pytest.mark.interpreter if os.environ.get("TRITON_INTERPRET") == "1" else pytest.mark.gpu]

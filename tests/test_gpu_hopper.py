@@ -6,15 +6,16 @@ import pytest
 import torch
 
 from torch_paged import reference
+from torch_paged.options import PLAIN
 from torch_paged.testing import assert_within_budget, attention_inputs, low_precision_attention
 
 pytest.importorskip("triton")
+from torch_paged.kernels import attention_plan, launch_tiles
 from torch_paged.kernels.attention import attention as attend_with
 from torch_paged.kernels.attention import launch_attention
 from torch_paged.kernels.attention_plan import problem_of
 from torch_paged.kernels.device import device_of
 from torch_paged.kernels.launch_config import attention_launches
-from torch_paged.options import PLAIN
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,6 +40,17 @@ BATCHES = {
     "wide-values": dict(MIXED, num_heads=8, head_dim=64, value_head_dim=128),
     "uniform": dict(query_lens=[90] * 3, seq_lens=[700, 90, 40], num_heads=8, head_dim=128, uniform=True),
 }
+
+
+@pytest.fixture(autouse=True, params=[1, 2], ids=["common-code", "apart"])
+def parts(request, monkeypatch):
+    """Both forms of the kernel, whatever the number of queries."""
+    monkeypatch.setattr(launch_tiles, "LONG", 1 if request.param == 2 else 2**40)
+    attention_launches.cache_clear()
+    attention_plan._plans.clear()
+    yield request.param
+    attention_launches.cache_clear()
+    attention_plan._plans.clear()
 
 
 def attention(*arguments):
@@ -71,9 +83,10 @@ def check(inputs, output, lse, causal=True):
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "all"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("name", BATCHES)
-def test_values(name, dtype, causal):
+def test_values(name, dtype, causal, parts):
     inputs = attention_inputs(**BATCHES[name], dtype=dtype, device="cuda")
-    assert launches_of(inputs, causal)[0].variant.copy_rows
+    variant = launches_of(inputs, causal)[0].variant
+    assert variant.copy_rows and variant.parts == parts
     check(inputs, *attention(*inputs, inputs.query.shape[2] ** -0.5, causal), causal)
 
 

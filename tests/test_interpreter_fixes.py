@@ -7,7 +7,7 @@ import pytest
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
-import interpreter_fixes  # noqa: F401 - mends the interpreter
+import interpreter_fixes  # mends the interpreter
 import torch
 import triton
 import triton.language as tl
@@ -141,3 +141,32 @@ def test_loops_over_loaded_bounds() -> None:
     out = torch.zeros(1, dtype=torch.int32)
     _count[(1,)](torch.tensor([3, 8], dtype=torch.int32), out)
     assert out.item() == 15 + 0 + 1 + 2
+
+
+@triton.jit
+def _third(x):
+    return x + 3
+
+
+@triton.jit
+def _second(x):
+    return _third(x) + tl.sum(x) - tl.sum(x)
+
+
+@triton.jit
+def _first(out, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    tl.store(out + i, _second(_third(i)))
+
+
+def test_language_is_replaced_once_in_a_launch_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    arange, looked = tl.arange, []
+    unmended = interpreter_fixes._patch_lang_unmended
+    monkeypatch.setattr(interpreter_fixes, "_patch_lang_unmended", lambda it: looked.append(it) or unmended(it))
+    for _ in range(2):
+        looked.clear()
+        out = torch.zeros(SIZE, dtype=torch.int32)
+        _first[(2,)](out, SIZE)
+        assert torch.equal(out, torch.arange(6, SIZE + 6, dtype=torch.int32))
+        assert tl.arange is arange
+        assert len(looked) <= 2  # for the language as the kernel sees it, and as its own library does

@@ -54,6 +54,17 @@ def test_every_operator_launches_its_kernel(launches):
     ops.append(torch.zeros(3, 2, 16), torch.zeros(3, 2, 16), key_cache, value_cache, torch.tensor([0, 9, -1]))
     assert launches == {"_append": 1}
     launches.clear()
+    stored = [cache.to(torch.float8_e5m2) for cache in (key_cache, value_cache)]
+    ops.append(torch.zeros(3, 2, 16), torch.zeros(3, 2, 16), *stored, torch.tensor([0, 9, -1]))
+    assert launches == {"_append_quantised": 1}
+    launches.clear()
+    rows, angles, slots = torch.zeros(3, 2, 16), torch.zeros(4, 8), torch.tensor([0, 9, -1])
+    ops.rotary_append(rows, rows, rows, angles, angles, torch.arange(3), key_cache, value_cache, slots)
+    assert launches == {"_rotary_append": 1}
+    launches.clear()
+    ops.copy_blocks([key_cache, value_cache], torch.tensor([[2, 1]]))
+    assert launches == {"copy_blocks_kernel": 1}
+    launches.clear()
     staging = torch.zeros(1, 2, 4, 2, 16)
     ops.gather_blocks([key_cache, value_cache], torch.tensor([2]), staging)
     ops.scatter_blocks(staging, torch.tensor([2]), [key_cache, value_cache])

@@ -18,10 +18,11 @@ from torch_paged import kernels
 from torch_paged.kernels.attention import launch_attention
 from torch_paged.kernels.attention_logits import tanh
 from torch_paged.kernels.attention_plan import problem_of
-from torch_paged.kernels.attention_stored import widen
+from torch_paged.kernels.attention_stored import widen, widen_pairs
 from torch_paged.kernels.device import INTERPRETED, device_of
 from torch_paged.kernels.features import Stored
-from torch_paged.kernels.launch_config import Device, attention_launches
+from torch_paged.kernels.launch_config import attention_launches
+from torch_paged.kernels.problem import Device
 from torch_paged.kernels.schedule import deal
 
 HERE = os.environ.get("TRITON_INTERPRET") == "1"
@@ -38,18 +39,39 @@ def _widen(codes, like, out, S: tl.constexpr):
     tl.store(out + lane, widen(tl.load(codes + lane), LIKE, S).to(tl.float32))
 
 
+@triton.jit
+def _widen_pairs(pairs, out, S: tl.constexpr):
+    lane = tl.arange(0, 256)
+    first, second = widen_pairs(tl.load(pairs + lane), S)
+    tl.store(out + 2 * lane, first.to(tl.float32))
+    tl.store(out + 2 * lane + 1, second.to(tl.float32))
+
+
+# As the device does it, and e4m3 by integer arithmetic everywhere.
+NATIVE = not HERE and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+EVERYWHERE = [Stored("e4m3 bits"), Stored("e5m2"), Stored("int8")]
+STORED = EVERYWHERE + [Stored(dtype, packed=True) for dtype in ("e4m3", "e5m2", "int8") if NATIVE]
+TYPES = {"e4m3 bits": E4M3, "e4m3": E4M3, "e5m2": E5M2, "int8": INT8}
+
+
 @pytest.mark.parametrize("like", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("stored", ["e4m3 bits", "e4m3", "e5m2", "int8"])
+@pytest.mark.parametrize("stored", STORED, ids=str)
 def test_every_code_widens_exactly(stored, like):
-    """As the device does it, and e4m3 by integer arithmetic everywhere."""
-    native = not HERE and torch.cuda.get_device_capability() >= (8, 9)
-    if stored == "e4m3" and not native:
-        pytest.skip("e4m3 is no type of this device")
     codes = torch.arange(256, dtype=torch.uint8)
-    exact = codes.view({"e5m2": E5M2, "int8": INT8}.get(stored, E4M3)).float()
-    held = codes if stored == "e4m3 bits" else codes.view({"e4m3": E4M3, "e5m2": E5M2, "int8": INT8}[stored])
+    exact = codes.view(TYPES[stored.dtype])
+    held = codes if stored.bytes else exact
     out = torch.full((256,), -1.0, device=DEVICE)
-    _widen[(1,)](held.to(DEVICE), torch.empty(0, dtype=like, device=DEVICE), out, S=Stored(stored))
+    _widen[(1,)](held.to(DEVICE), torch.empty(0, dtype=like, device=DEVICE), out, S=stored)
+    torch.testing.assert_close(out.cpu(), exact.float(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("stored", STORED, ids=str)
+def test_every_code_of_a_pair_widens_exactly(stored):
+    codes = torch.arange(256, dtype=torch.uint8)
+    pairs = torch.stack([codes, codes.flip(0)], dim=1)
+    out = torch.full((512,), -1.0, device=DEVICE)
+    _widen_pairs[(1,)](pairs.view(torch.int16).flatten().to(DEVICE), out, S=stored)
+    exact = pairs.view(TYPES[stored.dtype]).float().flatten()
     torch.testing.assert_close(out.cpu(), exact, rtol=0, atol=0, equal_nan=True)
 
 

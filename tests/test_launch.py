@@ -56,6 +56,29 @@ def test_repeated_launches_pass_constants_in_order_and_search_once():
     assert kernel.direct == [((7, 2, 1), (6, 16, 4)), ((7, 2, 1), (7, 16, 4))]
 
 
+def test_a_loaded_kernel_runs_without_what_its_launcher_looks_up_but_with_the_hooks_of_profilers(monkeypatch):
+    enter, leave = SimpleNamespace(calls=[]), SimpleNamespace(calls=[])
+    monkeypatch.setattr(
+        "torch_paged.kernels.launch.knobs",
+        SimpleNamespace(runtime=SimpleNamespace(launch_enter_hook=enter, launch_exit_hook=leave)),
+    )
+    active = SimpleNamespace(get_current_stream=lambda device: 100 + device, get_current_device=lambda: 3)
+    monkeypatch.setattr("torch_paged.kernels.launch.driver", SimpleNamespace(active=active))
+    kernel, ran = Kernel(loaded=True), []
+    kernel.compiled.run, kernel.compiled.function, kernel.compiled.packed_metadata = (
+        lambda *it: ran.append(it),
+        11,
+        (4,),
+    )
+    launcher = Launcher(kernel, (7, 2, 1), dict(WIDTH=16), {})
+    launcher(5)
+    launcher(6)
+    assert ran == [(7, 2, 1, 103, 11, (4,), None, None, None, 6, 16)]
+    leave.calls.append(print)
+    launcher(7)
+    assert len(ran) == 1 and kernel.direct == [((7, 2, 1), (7, 16))]
+
+
 def test_what_is_not_on_a_device_is_searched_for_again():
     kernel = Kernel(loaded=False)
     launcher = Launcher(kernel, (1, 1, 1), {}, {})

@@ -6,13 +6,8 @@ from dataclasses import replace
 import pytest
 
 from torch_paged.kernels.features import Features, Stored
-from torch_paged.kernels.launch_config import (
-    WORKSPACE_LIMIT,
-    Device,
-    Problem,
-    attention_launches,
-    split_dim,
-)
+from torch_paged.kernels.launch_config import WORKSPACE_LIMIT, attention_launches
+from torch_paged.kernels.problem import Device, Problem, split_dim
 from torch_paged.kernels.shipped import shipped_variants
 
 DEVICES = {
@@ -139,11 +134,28 @@ def test_a_problem_without_options_is_plain(gpu):
     assert attention_launches(windowed, gpu) != attention_launches(DECODE, gpu)
 
 
-def test_smaller_tiles_let_more_of_them_be_on_their_way():
-    stored = replace(DECODE, features=Features(key=Stored("e4m3"), value=Stored("e4m3"), normalised=True))
-    (plain,), (small,) = (attention_launches(problem, DEVICES["sm_90"]) for problem in (DECODE, stored))
-    assert (plain.variant.num_stages, small.variant.num_stages) == (3, 4)
-    assert plain.programs == small.programs
+@pytest.mark.parametrize(
+    ("changes", "pairs"),
+    [
+        ({}, True),
+        (dict(head_dim=80), True),
+        (dict(value_dim=32), True),
+        (dict(value_dim=16), False),
+        (dict(value_dim=96), False),
+        (dict(aligned=False), False),
+        (dict(itemsize=4), False),
+        (dict(shared_values=True), False),
+        (dict(num_tokens=512), False),
+        (dict(features=Features(key=Stored("e4m3"))), False),
+    ],
+    ids=str,
+)
+def test_narrow_values_come_in_pairs(changes, pairs, gpu):
+    stored = replace(DECODE, features=Features(value=Stored("e4m3")))
+    variant = attention_launches(replace(stored, **changes), gpu)[0].variant
+    assert variant.value_pairs == pairs
+    if pairs:
+        assert sum(variant.value_widths) == variant.value_dim
 
 
 PREFILL = replace(DECODE, num_tokens=4096, num_seqs=1)
@@ -171,6 +183,14 @@ PREFILL = replace(DECODE, num_tokens=4096, num_seqs=1)
 def test_hopper_copies_blocks_where_they_make_tiles(changes, copy_rows):
     launches = attention_launches(replace(PREFILL, **changes), DEVICES["sm_90"])
     assert [launch.variant.copy_rows for launch in launches] == [copy_rows]
+
+
+@pytest.mark.parametrize(("queries", "seqs", "parts"), [(8192, 1, 2), (8192, 4, 2), (8192, 5, 1), (512, 1, 1)])
+def test_warpgroups_share_their_code_where_prompts_are_short(queries, seqs, parts):
+    problem = replace(PREFILL, num_tokens=queries, num_seqs=seqs, ragged=True)
+    launch = attention_launches(problem, DEVICES["sm_90"])[0]
+    assert launch.variant.parts == parts
+    assert launch.num_warps * parts == 8
 
 
 def test_only_hopper_has_the_hopper_kernel(gpu):

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,25 +13,33 @@ ROOT = Path(__file__).parent.parent
 
 
 # Two processes side by side, of about the same length.
-INTERPRETED = (
-    ["tests/test_attention_options.py", "tests/test_errors.py"],
-    ["tests", "--ignore=tests/test_attention_options.py", "--ignore=tests/test_errors.py"],
-)
+_FIRST = [f"tests/test_{name}.py" for name in ("attention_options", "errors", "kernel_attention")]
+INTERPRETED = _FIRST, ["tests", *(f"--ignore={file}" for file in _FIRST)]
+_interpreters = []  # processes that `begin` started, each with the file of its report
+
+
+def begin(session):
+    """Starts the interpreted tests, which give way to what runs beside them."""
+    if not any(item.function is test_interpreter_suite for item in session.items):
+        return
+    command = ["nice", sys.executable, "-m", "pytest", "-q", "-m", "interpreter", "-p", "no:cacheprovider"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    for files in INTERPRETED:
+        report = tempfile.TemporaryFile("w+")
+        process = subprocess.Popen(
+            [*command, *files], cwd=ROOT, env=environment, stdout=report, stderr=subprocess.STDOUT, text=True
+        )
+        session.config.add_cleanup(process.kill)
+        _interpreters.append((process, report))
 
 
 @pytest.mark.slow
 def test_interpreter_suite():
     """The operators' grids on Triton's kernels, interpreted: at least a hundred tests each, and all of them pass."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "interpreter", "-p", "no:cacheprovider"]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    running = [
-        subprocess.Popen(
-            [*command, *files], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for files in INTERPRETED
-    ]
-    for process in running:
-        report, _ = process.communicate()
+    for process, file in _interpreters:
+        process.wait()
+        file.seek(0)
+        report = file.read()
         assert process.returncode == 0, report[-5000:]
         passed = re.search(r"(\d+) passed", report)
         assert passed and int(passed[1]) >= 100, report[-5000:]

@@ -147,14 +147,16 @@ def test_a_prompt_of_one_token_is_forked_at_once():
     assert_empty(engine, cache)
 
 
-def test_stop_strings_cut_the_text():
-    engine, cache, _ = make_engine(decode=decode)
+def test_stop_strings_cut_the_text(place):
+    engine, cache, _ = make_engine(make_cache(device=place), decode=decode)
     whole = decode(expected([5, 17, 3], 20))
     stop = whole[6:9]
     pieces = list(engine.stream(Request(prompt=[5, 17, 3], max_new_tokens=20, stop_strings=["never", stop])))
     assert "".join(piece.text for piece in pieces) == whole[: whole.index(stop)]
     assert [piece.token for piece in pieces] == expected([5, 17, 3], 20)[: whole.index(stop) + 3]
     assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["stop"]
+    while engine.step():  # on a GPU one is still in flight
+        pass
     assert_empty(engine, cache)
 
 
@@ -233,8 +235,8 @@ def test_cancelled_while_out_of_the_cache(policy):
     assert_empty(engine, cache)
 
 
-def test_a_stream_closed_early_cancels():
-    engine, cache, _ = make_engine()
+def test_a_stream_closed_early_cancels(place):
+    engine, cache, _ = make_engine(make_cache(device=place))
     stream = engine.stream(Request(prompt=[1, 2, 3], max_new_tokens=30))
     assert next(stream).token == expected([1, 2, 3], 1)[0]
     stream.close()
@@ -464,6 +466,8 @@ def test_a_decode_that_raises_ends_its_own_sample():
         (lambda: make_engine(token_budget=0), "token_budget must be at least 1, got 0"),
         (lambda: make_engine(max_running=0), "max_running must be at least 1, got 0"),
         (lambda: make_engine(watermark=1), r"watermark must lie in \[0, 1\), got 1"),
+        (lambda: make_engine(patience=-1), "patience must be at least 0, got -1"),
+        (lambda: make_engine(vocab_size=0), "vocab_size must be at least 1, got 0"),
     ],
 )
 def test_errors_say_what_was_expected(make, why):
@@ -477,9 +481,16 @@ def test_errors_say_what_was_expected(make, why):
         (lambda: Request(prompt=[1], max_new_tokens=2.5), "max_new_tokens must be an integer, got 2.5"),
         (lambda: Request(prompt=[1], samples=2.0), "samples must be an integer, got 2.0"),
         (lambda: Request(prompt=[1], stop_tokens=[0.5]), "stop_tokens must be integers, got float64"),
+        (
+            lambda: Request(prompt=[1], sampling=dict(temperature=1)),
+            "sampling must be a Sampling, got {'temperature': 1}",
+        ),
         (lambda: Request(prompt=[1], stop_strings=["x", 5]), r"stop_strings must be strings, got \('x', 5\)"),
         (lambda: Request(prompt=[1], priority="high"), "priority must be a real number, got 'high'"),
         (lambda: Request(prompt=[1], namespace=[]), r"namespace must be hashable, got \[\]"),
+        (lambda: make_engine(token_budget=1.5), "token_budget must be an integer, got 1.5"),
+        (lambda: make_engine(max_running=2.0), "max_running must be an integer, got 2.0"),
+        (lambda: make_engine(vocab_size="many"), "vocab_size must be an integer, got 'many'"),
         (lambda: Sampling(temperature="hot"), "temperature must be a real number, got 'hot'"),
         (lambda: Sampling(top_p=None), "top_p must be a real number, got None"),
         (lambda: Sampling(min_p=1j), "min_p must be a real number, got 1j"),

@@ -19,8 +19,8 @@ async def collect(serving, prompt, count=12):
     return [piece.token async for piece in serving.stream(Request(prompt=prompt, max_new_tokens=count))]
 
 
-def test_many_coroutines():
-    engine, cache = make_engine(num_blocks=14)
+def test_many_coroutines(place):
+    engine, cache = make_engine(num_blocks=14, device=place)
 
     async def main():
         async with AsyncEngine(engine) as serving:

@@ -31,16 +31,17 @@ class WindowedModel:
         stored = batch.slot_mapping >= 0
         self.tokens += int(stored.sum())
         length = int(batch.seq_lens.max())
+        positions = torch.arange(length, device=tokens.device)
         for layer in self.layers:
             keys, (table, slots) = layer.key_cache[..., 0, 0], batch.tables(layer.group)
             size = keys.shape[1]
             keys[slots[stored] // size, slots[stored] % size] = tokens[stored].float()
-            seen = torch.arange(length) < batch.seq_lens[:, None]
+            seen = positions < batch.seq_lens[:, None]
             if layer.sliding_window is not None:
-                seen &= torch.arange(length) >= batch.seq_lens[:, None] - layer.sliding_window
+                seen &= positions >= batch.seq_lens[:, None] - layer.sliding_window
             held = keys[table[:, : -(-length // size)].long().clamp(min=0)].flatten(1)[:, :length]
             assert not held[seen].isnan().any()
-            total = total + (torch.where(seen, held, 0).long() * weight(torch.arange(length))).sum(1)
+            total = total + (torch.where(seen, held, 0).long() * weight(positions)).sum(1)
         return torch.nn.functional.one_hot(total % VOCAB, VOCAB).float()
 
 
@@ -55,8 +56,8 @@ def expected(windows, prompt, count):
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("policy", ["wait", "recompute", "swap"])
 @pytest.mark.parametrize(("windows", "num_blocks"), [([WINDOW], 12), ([None, WINDOW], 18), ([9, WINDOW], 12)], ids=str)
-def test_every_way_of_serving_writes_the_same(windows, num_blocks, policy, ahead):
-    cache = build(windows, num_blocks=num_blocks)
+def test_every_way_of_serving_writes_the_same(windows, num_blocks, policy, ahead, place):
+    cache = build(windows, num_blocks=num_blocks, device=place)
     engine = Engine(cache, WindowedModel(cache), policy=policy, ahead=ahead, token_budget=12)
     prompts = [[(3 * i + j) % 5 for j in range(3 + 4 * i)] for i in range(8)]
     requests = [Request(prompt=p, max_new_tokens=20, samples=1 + i % 2) for i, p in enumerate(prompts)]
@@ -94,12 +95,12 @@ def test_what_no_group_could_hold_is_refused_on_arrival():
 
 
 @pytest.mark.parametrize("windows", [None, [None, 6, None]], ids=["full", "mixed"])
-def test_quantised_caches_are_swapped_with_their_scales(windows):
+def test_quantised_caches_are_swapped_with_their_scales(windows, place):
     """A model writes the same in a small cache, where samples leave and come back, and in a large one."""
     written = []
     for num_blocks in (20, 200):
-        cache = make_cache(cache_dtype=torch.int8, num_blocks=num_blocks, sliding_window=windows)
-        engine = Engine(cache, Model(cache.layers), policy="swap", token_budget=64)
+        cache = make_cache(cache_dtype=torch.int8, num_blocks=num_blocks, sliding_window=windows, device=place)
+        engine = Engine(cache, Model(cache.layers).to(place), policy="swap", token_budget=64)
         done = engine.run([Request(prompt=[3 * i + j for j in range(9)], max_new_tokens=24) for i in range(5)])
         assert not any(generation.error for generation in done)
         written.append([generation.samples[0].written for generation in done])

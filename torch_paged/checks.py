@@ -17,6 +17,7 @@ QUANTISED_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 _INT32 = (torch.int32,)
 _INT64 = (torch.int64,)
 _FLOAT32 = (torch.float32,)
+_FLOAT32_LIMITS = torch.finfo(torch.float32)
 
 
 def attention(
@@ -36,10 +37,10 @@ def attention(
     **scales: Tensor | None,
 ) -> None:
     """Arguments of `paged::attention` and `paged::attention_with_lse`."""
-    if isinstance(scale, float) and not math.isfinite(scale):
-        raise ValueError(f"scale must be a finite number, got {scale}")
-    if isinstance(softcap, float) and not (math.isfinite(softcap) and softcap >= 0):
-        raise ValueError(f"softcap must be 0 (off) or a positive finite number, got {softcap}")
+    if isinstance(scale, float) and not abs(scale) <= _FLOAT32_LIMITS.max:
+        raise ValueError(f"scale must be a finite number in float32, got {scale}")
+    if isinstance(softcap, float) and not (softcap == 0 or _FLOAT32_LIMITS.tiny <= softcap <= _FLOAT32_LIMITS.max):
+        raise ValueError(f"softcap must be 0 (off) or a positive normal number in float32, got {softcap}")
     if sliding_window is not None:
         _require(sliding_window >= 1, lambda: f"sliding_window must be at least 1, got {sliding_window}")
         if not causal:

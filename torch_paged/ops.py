@@ -8,6 +8,7 @@ import importlib
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -27,6 +28,7 @@ _WRITTEN_SCALES = """Tensor? key_scale=None, Tensor? value_scale=None, Tensor(c!
     Tensor(d!)? value_scale_cache=None"""
 
 _REMEMBERED = 4096
+_HERE = nullcontext()
 
 _library = torch.library.Library("paged", "DEF")
 
@@ -120,8 +122,7 @@ def _define(schema: str, fake: Callable[..., Any] | None = None, run: Callable[.
 
     def on_cuda(*args: Any, **kwargs: Any) -> Any:
         checked(*args, **kwargs)
-        # Triton launches on the current device, whatever the tensors' is.
-        with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, Tensor))):
+        with _device_of(args) if _several_devices() else _HERE:
             if _debugging():
                 getattr(bounds, meaning)(*args, **kwargs)
             return run(_package("torch_paged.kernels"), *args, **kwargs)
@@ -133,6 +134,16 @@ def _define(schema: str, fake: Callable[..., Any] | None = None, run: Callable[.
     for device, kernel in (("CPU", on_cpu), ("CUDA", on_cuda)):
         _library.impl(name, kernel, device)
         _library.impl(name, _guard(op, device, kernel), f"Autograd{device}", with_keyset=True)
+
+
+def _device_of(args: tuple[Any, ...]) -> AbstractContextManager[Any]:
+    """Triton launches on the current device: makes it that of the tensors."""
+    return torch.cuda.device_of(next(arg for arg in args if isinstance(arg, Tensor)))
+
+
+@cache
+def _several_devices() -> bool:
+    return torch.cuda.device_count() > 1
 
 
 def _remembering(check: Callable[..., None]) -> Callable[..., None]:

@@ -46,6 +46,7 @@ def _append_tile(
     VECTOR: tl.constexpr,
     VECTORS: tl.constexpr,
 ):
+    """One tile of rows into their slots."""
     row, head, dim = tile_vectors(NUM_HEADS, HEAD_DIM, VECTOR, VECTORS)
     slot = tl.load(slot_mapping + row, mask=row < num_rows, other=-1)
     inside = (slot >= 0) & (slot < num_slots)

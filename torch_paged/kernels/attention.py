@@ -185,10 +185,10 @@ def _take(
 ) -> None:
     partial = query.new_empty(step.partial_floats, dtype=torch.float32)
     handoff = query.new_empty(step.handoff_ints, dtype=torch.int32)
-    if step.key_bytes:
-        key_cache = key_cache.view(torch.uint8)
-    if step.value_bytes:
-        value_cache = value_cache.view(torch.uint8)
+    if step.key_view:
+        key_cache = key_cache.view(step.key_view)
+    if step.value_view:
+        value_cache = value_cache.view(step.value_view)
     step.attend(
         query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, output, lse, partial, handoff,
         base2_factors(scale, options.softcap), *step.sizes, *step.layout, *options_of(options),

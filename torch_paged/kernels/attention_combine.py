@@ -18,11 +18,11 @@ def finish(largest, total, sink, V: tl.constexpr):
         larger = tl.maximum(largest, sink)
         shift = tl.where(larger == float("-inf"), 0.0, larger)
         decay = tl.exp2(largest - shift)
-        total = total * decay + tl.exp2(sink - shift)
-        factor = decay / tl.where(total > 0, total, 1.0)
+        total = total * decay + tl.where(sink == float("inf"), 1.0, tl.exp2(sink - shift))  # inf - inf would be NaN
+        factor = decay / tl.where(total != 0, total, 1.0)
         largest = larger
     else:
-        factor = 1.0 / tl.where(total > 0, total, 1.0)
+        factor = 1.0 / tl.where(total != 0, total, 1.0)
     return factor, (largest + tl.log2(total)) * LN_2
 
 
@@ -78,7 +78,7 @@ def _combine(
         decay = tl.exp2(largest - shift)
         total = total * decay + tl.sum(factor * part_total, 0)
         # A part that saw no key may have left anything for a result.
-        part_result = tl.where((part_total > 0)[:, :, None], part_result, 0.0)
+        part_result = tl.where((part_total != 0)[:, :, None], part_result, 0.0)
         result = result * decay[:, None] + tl.sum(factor[:, :, None] * part_result, 0)
         largest = larger
     num_heads = num_kv_heads * V.group

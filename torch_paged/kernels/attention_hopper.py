@@ -1,5 +1,8 @@
 """Paged attention for many query rows on Hopper: warps that copy blocks, two warpgroups that multiply.
 
+The two share their code, where a program's units have few tiles and the code itself must be fetched again and again; or
+each has its own, and while one computes weights the other has the tensor cores.
+
 Computes what `attention` computes, dealt out in the same way, and leaves its partial results to the same `combine`.
 Written in Gluon, as plain Triton cannot let the copy engine fill slices of one operand from several blocks, nor keep a
 product under way during the softmax before it.
@@ -29,17 +32,23 @@ from torch_paged.kernels.hopper_loader import (
 
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name from Triton 3.7 on, and before
 
-WARPGROUPS: gl.constexpr = gl.constexpr(2)
-ROWS: gl.constexpr = gl.constexpr(64)  # of one warpgroup
+ROWS: gl.constexpr = gl.constexpr(16)  # of a warp: 64 of a warpgroup
 
 
 @gluon.jit
-def _fetch_query(query, query_strides, memory, WARPGROUP: gl.constexpr, start, head, first_row, rows, V: gl.constexpr):
-    """Starts copying this warpgroup's query rows of a unit: (query token, head of the group), packed."""
+def _lanes(PART: gl.constexpr, LAYOUT: gl.constexpr):
+    """Rows of a unit that this part of the warps serves."""
+    MANY: gl.constexpr = ROWS * gl.num_warps()
+    return PART * MANY + gl.arange(0, MANY, LAYOUT)
+
+
+@gluon.jit
+def _fetch_query(query, query_strides, memory, PART: gl.constexpr, start, head, first_row, rows, V: gl.constexpr):
+    """Starts copying this part's query rows of a unit: (query token, head of the group), packed."""
     DIM: gl.constexpr = V.head_dim
     THREADS: gl.constexpr = DIM // 8  # of a row, 16 bytes each
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // THREADS, THREADS], [4, 1], [1, 0])
-    lane = WARPGROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // THREADS, THREADS], [gl.num_warps(), 1], [1, 0])
+    lane = _lanes(PART, gl.SliceLayout(1, LAYOUT))
     packed = first_row % V.group + lane
     column = gl.arange(0, DIM, gl.SliceLayout(0, LAYOUT))
     offsets = (packed // V.group).to(gl.int64) * query_strides[0] + (packed % V.group).to(gl.int64) * query_strides[1]
@@ -76,8 +85,8 @@ def _free(free, count, V: gl.constexpr):
 def _scores(query, keys, count, V: gl.constexpr):
     """Starts the product of the query rows and the keys of tile number `count`."""
     TILE: gl.constexpr = V.tile
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
-    nothing = gl.zeros([ROWS, TILE], gl.float32, LAYOUT)
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, TILE, 16])
+    nothing = gl.zeros([ROWS * gl.num_warps(), TILE], gl.float32, LAYOUT)
     transposed = keys.index(count % V.num_stages).permute((1, 0))
     return warpgroup_mma(query, transposed, nothing, use_acc=False, is_async=True)
 
@@ -149,28 +158,26 @@ def _write_sums(partial, largest, total, row, valid, V: gl.constexpr):
 
 
 @gluon.jit
-def _attend(
-    WARPGROUP: gl.constexpr, tensors, query_strides, scale, num_kv_heads, pieces, batch, buffers, barriers,
-    V: gl.constexpr,
-):  # fmt: skip
-    """One warpgroup: attention of its half of the rows of every unit in this program's piece."""
+def _attend(PART: gl.constexpr, arguments, V: gl.constexpr):
+    """A part of the warps that multiply: attention of its rows of every unit in this program's piece."""
     DIM: gl.constexpr = V.value_dim
-    OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
-    ROW: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V.tile, 16]))
+    OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, DIM, 16])
+    ROW: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, V.tile, 16]))
+    tensors, query_strides, scale, num_kv_heads, pieces, batch, buffers, barriers = arguments
     query, output_rows, lse, partial, handoff = tensors
     query_buffers, key_buffers, value_buffers = buffers
     keys_free, keys_here, values_free, values_here = barriers
-    rows_here = query_buffers.index(WARPGROUP)
+    rows_here = query_buffers.index(PART)
     program = gl.program_id(0)
-    lane = WARPGROUP * ROWS + gl.arange(0, ROWS, ROW)
+    lane = _lanes(PART, ROW)
     # Others may look in this program's first slot for a part: an empty one, unless it leaves one there.
     _write_sums(partial, lane * 0.0 - float("inf"), lane * 0.0, 2 * program * V.block_m + lane, lane >= 0, V)
-    if WARPGROUP == 0:
+    if PART == 0:
         gl.store(handoff + program, 0)
         gl.store(handoff + gl.num_programs(0) + program, -1)
     sequence, unit, begin, units, end_tile = piece_of(pieces)
     start, queries, keys, tiles, head, first_row, rows = unit_of(sequence, unit, batch, V)
-    _fetch_query(query, query_strides, rows_here, WARPGROUP, start, head, first_row, rows, V)
+    _fetch_query(query, query_strides, rows_here, PART, start, head, first_row, rows, V)
     count = begin * 0
     for index in range(units):
         key_tiles = tiles_of_keys(first_row, rows, queries, keys, V)
@@ -187,10 +194,10 @@ def _attend(
         _free(keys_free, count, V)
         if first >= unmasked:
             scores = _mask(scores, first, visible, keys, V)
-        nothing = gl.zeros([ROWS], gl.float32, ROW)
+        nothing = gl.zeros([ROWS * gl.num_warps()], gl.float32, ROW)
         weights, largest, total, _ = _softmax(scores, nothing - float("inf"), nothing, scale, True)
         weights = gl.convert_layout(weights.to(key_buffers.dtype), gl.DotOperandLayout(0, OUTPUT, 2))
-        state = (largest, total, gl.zeros([ROWS, DIM], gl.float32, OUTPUT))
+        state = (largest, total, gl.zeros([ROWS * gl.num_warps(), DIM], gl.float32, OUTPUT))
         state, weights, count = _tiles(
             state, weights, rows_here, buffers, barriers, first + 1, masked, count, visible, keys, scale, False, V
         )  # fmt: skip
@@ -201,7 +208,7 @@ def _attend(
         first_output = (start + first_token).to(gl.int64) * (num_kv_heads * V.group) + head * V.group
         valid, whole = lane < rows, (first == 0) & (last == key_tiles)
         if not whole:
-            if WARPGROUP == 0:
+            if PART == 0:
                 if first == 0:
                     gl.store(handoff + gl.num_programs(0) + program, sequence)
                     gl.store(handoff + 2 * gl.num_programs(0) + program, unit)
@@ -209,7 +216,7 @@ def _attend(
                     gl.store(handoff + program, gl.where(last == key_tiles, 2, 1))
         sequence, unit = next_unit(sequence, unit, tiles, num_kv_heads, batch, V)
         start, queries, keys, tiles, head, first_row, rows = unit_of(sequence, unit, batch, V)
-        _fetch_query(query, query_strides, rows_here, WARPGROUP, start, head, first_row, rows, V)
+        _fetch_query(query, query_strides, rows_here, PART, start, head, first_row, rows, V)
 
         largest, total, output = state
         _await(values_here, count, V)
@@ -220,7 +227,7 @@ def _attend(
         if whole:
             row = packed // V.group * (num_kv_heads * V.group) + packed % V.group
             gl.store(lse + first_output + row, (largest + gl.log2(total)) * LN_2, mask=valid)
-            factor = gl.convert_layout(1.0 / gl.where(total > 0, total, 1.0), gl.SliceLayout(1, OUTPUT))
+            factor = gl.convert_layout(1.0 / gl.where(total != 0, total, 1.0), gl.SliceLayout(1, OUTPUT))
             _store(output_rows + first_output * DIM, row, output * factor[:, None], valid, V)
         else:
             slot = (2 * program + (first == 0).to(gl.int32)) * V.block_m
@@ -248,7 +255,7 @@ def attention_hopper(
     VALUE_DIM: gl.constexpr = V.value_dim
     dtype: gl.constexpr = key_map.dtype
     buffers = (
-        gl.allocate_shared_memory(dtype, [WARPGROUPS, ROWS, KEY_DIM], LAYOUT),
+        gl.allocate_shared_memory(dtype, [V.parts, V.block_m // V.parts, KEY_DIM], LAYOUT),
         gl.allocate_shared_memory(dtype, [STAGES, V.tile, KEY_DIM], LAYOUT),
         gl.allocate_shared_memory(dtype, [STAGES, V.tile, VALUE_DIM], LAYOUT),
     )
@@ -257,21 +264,36 @@ def attention_hopper(
     values_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     values_here = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
-        mbarrier.init(keys_free.index(stage), count=WARPGROUPS)
-        mbarrier.init(values_free.index(stage), count=WARPGROUPS)
+        mbarrier.init(keys_free.index(stage), count=V.parts)
+        mbarrier.init(values_free.index(stage), count=V.parts)
         mbarrier.init(keys_here.index(stage), count=1)
         mbarrier.init(values_here.index(stage), count=1)
     barriers = (keys_free, keys_here, values_free, values_here)
     batch = (seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys)
     tensors = (query, output, lse, partial, handoff)
     work = (block_table, table_stride, num_blocks, num_kv_heads, pieces, batch)
-    gl.warp_specialize(
-        [
-            (_attend, (0, tensors, query_strides, scale, num_kv_heads, pieces, batch, buffers, barriers, V)),
-            (_attend, (1, tensors, query_strides, scale, num_kv_heads, pieces, batch, buffers, barriers, V)),
-            (load_tiles, (key_map, buffers[1], keys_free, keys_here, work, KEY_DIM, V)),
-            (load_tiles, (value_map, buffers[2], values_free, values_here, work, VALUE_DIM, V)),
-        ],
-        [4, 1, 1],  # warps of all but the first
-        [232, 40, 40],  # registers of their threads
-    )
+    attend = (tensors, query_strides, scale, num_kv_heads, pieces, batch, buffers, barriers)
+    load_keys = (key_map, buffers[1], keys_free, keys_here, work)
+    load_values = (value_map, buffers[2], values_free, values_here, work)
+    # Behind the functions: warps of all but the first, and registers of their threads.
+    if V.parts == 1:
+        gl.warp_specialize(
+            [
+                (_attend, (0, attend, V)),
+                (load_tiles, (load_keys, KEY_DIM, V)),
+                (load_tiles, (load_values, VALUE_DIM, V)),
+            ],
+            [1, 1],
+            [40, 40],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_attend, (0, attend, V)),
+                (_attend, (1, attend, V)),
+                (load_tiles, (load_keys, KEY_DIM, V)),
+                (load_tiles, (load_values, VALUE_DIM, V)),
+            ],
+            [4, 1, 1],
+            [232, 40, 40],
+        )

@@ -11,7 +11,8 @@ from torch_paged.kernels.attention_combine import combine_launcher
 from torch_paged.kernels.device import device_of
 from torch_paged.kernels.features import Features
 from torch_paged.kernels.launch import Launcher, Plans, layout
-from torch_paged.kernels.launch_config import AttentionLaunch, Problem, attention_launches
+from torch_paged.kernels.launch_config import AttentionLaunch, attention_launches
+from torch_paged.kernels.problem import Problem
 from torch_paged.kernels.storage import stored_in
 from torch_paged.kernels.vectors import dense, effective_strides
 from torch_paged.options import PLAIN, AttentionOptions
@@ -28,8 +29,8 @@ class Step(NamedTuple):
     handoff_ints: int
     sizes: tuple[int, int, int]  # num_tokens, num_seqs, num_kv_heads
     layout: tuple[Any, ...]  # the arguments behind these
-    key_bytes: bool  # whether the kernel takes the key cache as bytes
-    value_bytes: bool
+    key_view: torch.dtype | None  # what the kernel takes the key cache for, if not for what it is
+    value_view: torch.dtype | None
 
 
 _plans: Plans[tuple[Step, ...]] = Plans()
@@ -81,7 +82,9 @@ def step_of(
 ) -> Step:
     """`launch` of `kernel` for a call."""
     num_blocks, block_size, num_kv_heads, _ = key_cache.shape
-    cache_strides = tuple(effective_strides(cache)[:3] for cache in (key_cache, value_cache))
+    variant = launch.variant
+    values = value_cache.view(torch.int16) if variant.value_pairs else value_cache
+    cache_strides = tuple(effective_strides(cache)[:3] for cache in (key_cache, values))
     scale_caches = options.key_scale_cache, options.value_scale_cache
     if scale_caches != (None, None):
         cache_strides += tuple((0, 0, 0) if scales is None else effective_strides(scales) for scales in scale_caches)
@@ -95,8 +98,8 @@ def step_of(
         layout=(
             num_blocks, max_keys, _query_strides(query), cache_strides, block_table.stride(0),
         ),
-        key_bytes=launch.variant.has.key.bytes,
-        value_bytes=launch.variant.has.value.bytes,
+        key_view=torch.uint8 if variant.has.key.bytes else None,
+        value_view=torch.int16 if variant.value_pairs else torch.uint8 if variant.has.value.bytes else None,
     )  # fmt: skip
 
 
@@ -135,7 +138,7 @@ def features_of(query: Tensor, key_cache: Tensor, value_cache: Tensor, options: 
         sinks=options.sinks is not None,
         key=key,
         value=stored_in(value_cache, query.dtype, options.value_scale, options.value_scale_cache),
-        normalised=key.float8 and query.dtype == torch.bfloat16,
+        normalised=bool(key.dtype) and query.dtype == torch.bfloat16,
     )
 
 

@@ -36,17 +36,27 @@ def _in_units_of_one(state, V: tl.constexpr):
 
 
 @triton.jit
-def write_output(output, lse, state, sink, first_row, row, valid, V: tl.constexpr):
-    """Writes the finished rows `first_row + row`; those that saw no key are zeros and -inf, or their sink."""
+def _write_pieces(base, row, output0, output1, valid, V: tl.constexpr):
+    """Writes rows from their two pieces: columns one after another, or every other one."""
+    BLOCK_M: tl.constexpr = V.block_m
     V0: tl.constexpr = V.value_widths[0]
     V1: tl.constexpr = V.value_widths[1]
+    if V.value_pairs:
+        whole = tl.reshape(tl.join(output0, output1), (BLOCK_M, 2 * V0))
+        store_rows(base, row, whole, valid, 0, 2 * V0, V.value_dim)
+    else:
+        store_rows(base, row, output0, valid, 0, V0, V.value_dim)
+        if V1 > 0:
+            store_rows(base, row, output1, valid, V0, V1, V.value_dim)
+
+
+@triton.jit
+def write_output(output, lse, state, sink, first_row, row, valid, V: tl.constexpr):
+    """Writes the finished rows `first_row + row`; those that saw no key are zeros and -inf, or their sink."""
     largest, total, output0, output1 = _in_units_of_one(state, V)
     factor, row_lse = finish(largest, total, sink, V)
     tl.store(lse + first_row + row, row_lse, mask=valid)
-    base = output + first_row * V.value_dim
-    store_rows(base, row, output0 * factor[:, None], valid, 0, V0, V.value_dim)
-    if V1 > 0:
-        store_rows(base, row, output1 * factor[:, None], valid, V0, V1, V.value_dim)
+    _write_pieces(output + first_row * V.value_dim, row, output0 * factor[:, None], output1 * factor[:, None], valid, V)
 
 
 @triton.jit
@@ -60,12 +70,7 @@ def write_sums(partial, largest, total, row, valid, V: tl.constexpr):
 @triton.jit
 def write_partial(partial, state, slot, lane, valid, V: tl.constexpr):
     """Leaves `state` in a slot of the workspace."""
-    V0: tl.constexpr = V.value_widths[0]
-    V1: tl.constexpr = V.value_widths[1]
     largest, total, output0, output1 = _in_units_of_one(state, V)
     first_row = slot * V.block_m
     write_sums(partial, largest, total, first_row + lane, valid, V)
-    base = partial + first_row * V.value_dim
-    store_rows(base, lane, output0, valid, 0, V0, V.value_dim)
-    if V1 > 0:
-        store_rows(base, lane, output1, valid, V0, V1, V.value_dim)
+    _write_pieces(partial + first_row * V.value_dim, lane, output0, output1, valid, V)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from torch_paged.kernels.attention_logits import logits, sees
-from torch_paged.kernels.attention_stored import widen
+from torch_paged.kernels.attention_stored import widen, widen_pairs
 
 
 @triton.jit
@@ -103,6 +103,7 @@ def attend(
     `rows` what each row sees (see `logits`), `span` what any sees; `caches` keys and values and, where tokens have
     them, their scales, all of one head.
     """
+    BLOCK_M: tl.constexpr = V.block_m
     TILE: tl.constexpr = V.tile
     K0: tl.constexpr = V.key_widths[0]
     K1: tl.constexpr = V.key_widths[1]
@@ -112,9 +113,14 @@ def attend(
     KEY: tl.constexpr = V.has.key
     VALUE: tl.constexpr = V.has.value
     LOAD_MASK: tl.constexpr = MASK and V.shared_values
+    # Warps share the few rows of decode, so that each sum over a row is an exchange between them: one, at the end.
+    SUM_LAST: tl.constexpr = BLOCK_M == 16
     key_cache, value_cache, key_scales, value_scales = caches
     largest, total, output0, output1, unit = state
     query0, query1 = query
+    sums = total
+    if SUM_LAST:
+        sums = tl.zeros([BLOCK_M, TILE], tl.float32)
     next_ids = _block_ids(table, first, span, V)
     for tile in tl.range(first, last, num_stages=V.num_stages):
         # Ids are loaded one tile ahead, as a load that feeds a load in the same iteration would cost a pipeline stage,
@@ -145,7 +151,11 @@ def attend(
         shift = tl.where(larger == float("-inf"), 0.0, larger) if MASK else larger
         weights = tl.exp2(scores * scale - shift[:, None])
         decay = tl.exp2(largest - shift)
-        total = total * decay + tl.sum(weights, 1)
+        if SUM_LAST:
+            sums = sums * decay[:, None] + weights
+            total = total * decay
+        else:
+            total = total * decay + tl.sum(weights, 1)
         largest = larger
         if VALUE.scale == "token":
             # Weights times their tokens' scales keep below 1, and so in any type, as multiples of the largest scale.
@@ -157,15 +167,21 @@ def attend(
         # [TILE, V0]
         if V.shared_values:
             value0 = key0
+        elif V.value_pairs:
+            pairs = _load_rows(value_cache, cache_strides[1], ids, tile, span, 0, V0, V0, MASK, V)
+            value0, value1 = widen_pairs(pairs, VALUE)
         else:
             value0 = _load_rows(value_cache, cache_strides[1], ids, tile, span, 0, V0, V.value_dim, MASK, V)
             value0 = widen(value0, query0.dtype, VALUE)
         weights = weights.to(value0.dtype)
         output0 = tl.dot(weights, value0, output0 * decay[:, None], input_precision=PRECISION)
         if V1 > 0:
-            value1 = _load_rows(value_cache, cache_strides[1], ids, tile, span, V0, V1, V.value_dim, MASK, V)
-            value1 = widen(value1, query0.dtype, VALUE)
+            if not V.value_pairs:
+                value1 = _load_rows(value_cache, cache_strides[1], ids, tile, span, V0, V1, V.value_dim, MASK, V)
+                value1 = widen(value1, query0.dtype, VALUE)
             output1 = tl.dot(weights, value1, output1 * decay[:, None], input_precision=PRECISION)
+    if SUM_LAST:
+        total += tl.sum(sums, 1)
     return largest, total, output0, output1, unit
 
 

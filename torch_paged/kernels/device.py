@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from torch_paged.kernels.launch_config import Device
+from torch_paged.kernels.problem import Device
 
 # What the interpreter pretends to be: few programs, so that small tests divide their work unevenly among them.
 INTERPRETED = Device(multiprocessors=3, shared_memory=64 * 1024, capability=80)

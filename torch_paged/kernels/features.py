@@ -9,11 +9,7 @@ class Stored:
 
     dtype: str = ""  # "": query's; "e4m3", "e5m2", "int8"; "e4m3 bits": bytes that the kernel itself must decode
     scale: str = ""  # "": 1; "scalar" for all, one a "head", or one a "token" and head
-
-    @property
-    def float8(self) -> bool:
-        """Whether the numbers widen to float16: bfloat16 would cost a conversion each."""
-        return self.dtype.startswith("e")
+    packed: bool = False  # several are widened by one instruction, which not all devices have
 
     @property
     def largest(self) -> float:

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torch_paged.kernels.features import Stored
-from torch_paged.kernels.launch_config import next_power_of_two
+from torch_paged.kernels.problem import next_power_of_two
 from torch_paged.kernels.storage import stored_in
 from torch_paged.kernels.vectors import dense, effective_strides, strides_in_vectors
 

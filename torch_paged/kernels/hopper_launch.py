@@ -33,7 +33,8 @@ class HopperLauncher:
     def __init__(self, launch: AttentionLaunch) -> None:
         grid, constants = (launch.programs, 1, 1), dict(V=launch.variant)
         self._deal = Launcher(deal_pieces, grid, constants, dict(num_warps=4))
-        self._attend = Launcher(attention_hopper, grid, constants, dict(num_warps=4, maxnreg=launch.max_registers))
+        options = dict(num_warps=launch.num_warps, maxnreg=launch.max_registers)
+        self._attend = Launcher(attention_hopper, grid, constants, options)
         self._programs, self._rows = launch.programs, launch.variant.copy_rows
         self._maps: dict[Any, TensorDescriptor] = {}
 

@@ -60,13 +60,14 @@ def stage_of(count, V: gl.constexpr):
 
 
 @gluon.jit
-def load_tiles(source, buffers, free, here, work, DIM: gl.constexpr, V: gl.constexpr):
+def load_tiles(arguments, DIM: gl.constexpr, V: gl.constexpr):
     """One warp: copies the keys, or the values, of this program's piece, tile by tile, as buffers become `free`.
 
     What stands past the last key must not show, NaN least of all. Blocks without keys are read past the cache's end,
     where the copy engine finds zeros. The last block is copied as many slots too early as it lacks keys, and slots
     below 0 are zeros too: its keys stand at the end of its rows (see `key_positions`).
     """
+    source, buffers, free, here, work = arguments
     block_table, table_stride, num_blocks, num_kv_heads, pieces, batch = work
     BLOCKS: gl.constexpr = V.tile // V.copy_rows
     PIECES: gl.constexpr = DIM // COLUMNS

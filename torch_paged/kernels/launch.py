@@ -1,10 +1,12 @@
 """Launches of Triton kernels: refused where a CUDA graph could not be captured, and cheap where they repeat."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
 
 _MAX_PLANS = 4096
 Plan = TypeVar("Plan")
@@ -64,4 +66,23 @@ class Launcher:
             return
         compiled = launch(self._kernel, self._grid, *args, **self._constants, **self._options)
         if getattr(compiled, "module", None) is not None:
-            self._loaded = compiled[self._grid]
+            self._loaded = _direct(compiled, self._grid)
+
+
+def _direct(compiled: Any, grid: Grid) -> Callable[..., None]:
+    """`compiled[grid]` for the current device, which looks up less, and calls profilers' hooks where there are any."""
+    looked_up = compiled[grid]
+    try:
+        run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+        hooks = knobs.runtime.launch_enter_hook.calls, knobs.runtime.launch_exit_hook.calls
+        stream_of, device = driver.active.get_current_stream, driver.active.get_current_device()
+    except AttributeError:  # another release of Triton than this was written for
+        return cast(Callable[..., None], looked_up)
+
+    def run_directly(*args: Any) -> None:
+        if any(hooks):
+            looked_up(*args)
+        else:
+            run(*grid, stream_of(device), function, metadata, None, None, None, *args)
+
+    return run_directly

@@ -19,6 +19,7 @@ _VECTORS = 256  # computed by one program: two per thread
 
 @triton.jit
 def _load_part(output, lse, output_strides, lse_strides, token, head, dim, mask, VECTOR: tl.constexpr):
+    """One tile of a part, in float32, and its rows' lse."""
     lse = tl.load(lse + token * lse_strides[0] + head * lse_strides[1], mask=mask, other=float("-inf"))
     # A part that saw no key has no say, whatever its rows hold.
     seen = mask & (lse != float("-inf"))

@@ -4,7 +4,8 @@ import itertools
 from dataclasses import dataclass
 
 from torch_paged.kernels.features import PLAIN_FEATURES, Features, Stored
-from torch_paged.kernels.launch_config import AttentionLaunch, Device, Problem, attention_launches
+from torch_paged.kernels.launch_config import AttentionLaunch, attention_launches
+from torch_paged.kernels.problem import Device, Problem
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ SHIPPED_OPTIONS = {
     "alibi": (Features(alibi=True), "fp16", 128),
     "e4m3": (Features(key=Stored("e4m3", "scalar"), value=Stored("e4m3", "scalar"), normalised=True), "bf16", 128),
     "e5m2": (Features(key=Stored("e5m2", "head"), value=Stored("e5m2", "head")), "fp16", 128),
-    "int8-token": (Features(key=Stored("int8", "token"), value=Stored("int8", "token")), "bf16", 128),
+    "int8-token": (Features(key=Stored("int8", "token"), value=Stored("int8", "token"), normalised=True), "bf16", 128),
 }
-_KINDS = (("decode", 8, False), ("prefill", 4096, False), ("mixed", 4096, True))
+_KINDS = (("decode", 8, False), ("prefill", 16384, False), ("mixed", 4096, True))
 
 
 def shipped_variants(device: Device) -> list[ShippedVariant]:

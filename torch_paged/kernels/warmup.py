@@ -14,7 +14,8 @@ from torch_paged.kernels.attention_plan import problem_of
 from torch_paged.kernels.copy_blocks import copy_blocks
 from torch_paged.kernels.device import device_of
 from torch_paged.kernels.gather_blocks import gather_blocks, scatter_blocks
-from torch_paged.kernels.launch_config import MANY_ROWS, AttentionLaunch, attention_launches
+from torch_paged.kernels.launch_config import AttentionLaunch, attention_launches
+from torch_paged.kernels.launch_tiles import LONG, MANY_ROWS
 from torch_paged.kernels.merge_attention import merge_attention
 from torch_paged.kernels.rotary_append import rotary_append
 from torch_paged.options import AttentionOptions
@@ -120,7 +121,8 @@ def _kinds(model: _Model, keys: Tensor, values: Tensor) -> list[tuple[int, bool]
     problem = problem_of(query, keys, values, table, None, model.causal, model.options)
     kinds: list[tuple[int, bool]] = []
     known: set[AttentionLaunch] = set()
-    for ragged, queries in itertools.product((False, True), range(1, MANY_ROWS * keys.shape[2] // model.num_heads + 2)):
+    numbers = [*range(1, MANY_ROWS * keys.shape[2] // model.num_heads + 2), LONG]
+    for ragged, queries in itertools.product((False, True), numbers):
         launches = attention_launches(replace(problem, num_tokens=queries, ragged=ragged), device_of(keys.device))
         compiled = {replace(launch, unit_rows=0) for launch in launches}  # which decides a grid alone
         if not compiled <= known:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torch_paged.batch import PagedBatch, unbacked
 from torch_paged.cache import PagedKVCache
+from torch_paged.memory.arrays import as_integer
 from torch_paged.serving.plan import Plan
 from torch_paged.serving.requests import Generation, Request, Sample, TokenLogprobs
 from torch_paged.serving.sampling import Drawn, Rules, draw, rules_of, to_device
@@ -67,7 +68,7 @@ class Engine:
         self._scheduler = Scheduler(cache, **options)
         self._model = model
         self._decode = decode
-        self._vocab_size = vocab_size
+        self._vocab_size = None if vocab_size is None else as_integer("vocab_size", vocab_size, at_least=1)
         self._device = cache.device
         self._ahead = cache.device.type == "cuda" if ahead is None else ahead
         self._launched: deque[_Launched] = deque()

@@ -105,6 +105,8 @@ class Request:
         _require(len(prompt) > 0, "prompt must have at least one token", prompt.tolist())
         _require(prompt.min() >= 0, "prompt must be token ids of at least 0", prompt.min())
         _require(not isinstance(self.stop_strings, str), "stop_strings must be a list of strings", self.stop_strings)
+        if not isinstance(self.sampling, Sampling):
+            raise TypeError(f"sampling must be a Sampling, got {self.sampling!r}")
         stop_strings = tuple(self.stop_strings)
         if not all(isinstance(stop, str) for stop in stop_strings):
             raise TypeError(f"stop_strings must be strings, got {stop_strings!r}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from torch_paged.memory import OutOfBlocks
+from torch_paged.memory.arrays import as_integer
 from torch_paged.serving.plan import Plan
 from torch_paged.serving.requests import Generation, Sample, TokenLogprobs
 from torch_paged.serving.residents import Residents
@@ -69,12 +71,13 @@ class Scheduler:
     ) -> None:
         if policy not in POLICIES:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
-        if token_budget < 1:
-            raise ValueError(f"token_budget must be at least 1, got {token_budget}")
-        if max_running is not None and max_running < 1:
-            raise ValueError(f"max_running must be at least 1, got {max_running}")
+        token_budget = as_integer("token_budget", token_budget, at_least=1)
+        if max_running is not None:
+            max_running = as_integer("max_running", max_running, at_least=1)
         if not 0 <= watermark < 1:
             raise ValueError(f"watermark must lie in [0, 1), got {watermark}")
+        if not patience >= 0:
+            raise ValueError(f"patience must be at least 0, got {patience}")
         self.open_plans: deque[Plan] = deque()
         self._cache = cache
         self._budget = token_budget
@@ -208,9 +211,11 @@ class Scheduler:
         self._cache.commit(plan.batch, plan.tokens())  # what is unknown still was read for samples that have ended
         self.open_plans.popleft()
         ended: dict[str, list[Sample]] = {}
-        for row, (sample, token) in enumerate(zip(plan.samples, drawn, strict=False)):
-            if (plan.writes is None or plan.writes[row]) and sample.finish_reason is None:
-                reason = sample.write(token, logprobs[row] if logprobs is not None else None)
+        everybody, nothing = itertools.repeat(True), itertools.repeat(None)
+        rows = zip(plan.samples, plan.writes or everybody, drawn, logprobs or nothing, strict=False)
+        for sample, writes, token, logprob in rows:
+            if writes and sample.finish_reason is None:
+                reason = sample.write(token, logprob)
                 if reason is not None:
                     ended.setdefault(reason, []).append(sample)
         for reason, samples in ended.items():

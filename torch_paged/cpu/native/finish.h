@@ -12,13 +12,13 @@ static void finish_row(const Attention& a, const Unit& u, int64_t r, float large
   const int64_t row = (u.token + r / a.group) * a.num_kv_heads * a.group + head;
   float factor = 1;
   const float sink = a.sinks ? a.sinks[head * a.sinks_stride] : -INFINITY;
-  if (sink > -INFINITY) {
+  if (sink != -INFINITY) {
     const float now = std::fmax(largest, sink);
     factor = std::exp(largest - now);
-    sum = sum * factor + std::exp(sink - now);
+    sum = sum * factor + (sink == now ? 1 : std::exp(sink - now));
     largest = now;
   }
-  const bool seen = largest > -INFINITY;
+  const bool seen = sum != 0;  // the largest weight is 1
   a.lse[row] = seen ? largest + std::log(sum) : -INFINITY;
   factor = seen ? factor / sum * (a.value.scale ? a.value.scale[u.kv_head * a.value.scale_stride] : 1) : 0;
   char* out = a.output + row * a.value.dim * size_of(a.query_type);
@@ -51,10 +51,11 @@ void merge_parts(const Attention& a, const Unit& u, const float* parts, int64_t 
   for (int64_t r = 0; r < rows; r++) {
     float largest = -INFINITY, sum = 0;
     for (int64_t i = 0; i < count; i++) largest = std::fmax(largest, parts[i * size + r]);
+    const float shift = largest > -INFINITY ? largest : 0;
     std::memset(values, 0, lanes * 4);
-    for (int64_t i = 0; i < count && largest > -INFINITY; i++) {
+    for (int64_t i = 0; i < count; i++) {
       const float* part = parts + i * size;
-      const float weight = std::exp(part[r] - largest);
+      const float weight = std::exp(part[r] - shift);
       sum += weight * part[rows + r];
       for (int64_t d = 0; d < lanes; d += W)
         store(values + d, read<Vec>(values + d) + splat(weight) * read<Vec>(part + (2 * rows + r * lanes) + d));

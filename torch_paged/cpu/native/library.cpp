@@ -63,7 +63,7 @@ void attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_
   a.group = query.size(1) / a.num_kv_heads;
   a.scale = float(scale);
   a.causal = causal;
-  a.window = sliding_window;
+  a.window = std::min<int64_t>(sliding_window, int64_t(1) << 40);  // positions are added to it
   a.softcap = float(softcap);
   a.alibi_slopes = data_of<float>(alibi_slopes);
   a.alibi_stride = alibi_slopes ? alibi_slopes->stride(0) : 0;

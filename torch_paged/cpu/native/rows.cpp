@@ -1,4 +1,5 @@
 // Rows of keys and values into slots, rotated and quantised on the way; rows of two attention results merged.
+#include <algorithm>
 #include <cmath>
 #include <stdexcept>
 
@@ -9,6 +10,7 @@ namespace paged {
 namespace {
 
 constexpr int64_t LONGEST = 576 + W;
+constexpr int64_t PIECE = 512;    // of rows to be merged, which may have any length
 constexpr int64_t TOGETHER = 16;  // rows that one thread takes at a time
 constexpr int64_t SMALL_BYTES = 64 << 10, LARGE_BYTES = 1 << 20;
 
@@ -128,8 +130,16 @@ void rotate_heads(const Rotation& r, const RowsView& rows, int64_t token, char* 
   }
 }
 
+// Elements [first, first + count) of a row, as many as `to` has room for; zeros where its part saw no key and so has no
+// say, whatever it holds.
+void read_piece(const RowsView& rows, int64_t token, int64_t head, int64_t first, int64_t count, bool seen, float* to) {
+  std::memset(to, 0, PIECE * 4);
+  const char* from = row_of(rows, token, head) + first * rows.strides[2] * size_of(rows.type);
+  if (seen) read_row(from, rows.type, rows.strides[2], count, to);
+}
+
 void merge_row(const Merge& m, int64_t token, int64_t head) {
-  alignas(64) float a[LONGEST], b[LONGEST];
+  alignas(64) float a[PIECE], b[PIECE];
   const int64_t row = token * m.a.num_heads + head;
   const float lse_a = m.lse_a[token * m.lse_a_strides[0] + head * m.lse_a_strides[1]];
   const float lse_b = m.lse_b[token * m.lse_b_strides[0] + head * m.lse_b_strides[1]];
@@ -142,14 +152,14 @@ void merge_row(const Merge& m, int64_t token, int64_t head) {
   }
   const float weight_a = std::exp(lse_a - largest), weight_b = std::exp(lse_b - largest), sum = weight_a + weight_b;
   m.lse[row] = largest + std::log(sum);
-  // A part that saw no key has no say, whatever its rows hold.
-  for (float& x : a) x = 0;
-  for (float& x : b) x = 0;
-  if (lse_a != -INFINITY) read_row(row_of(m.a, token, head), m.a.type, m.a.strides[2], m.a.dim, a);
-  if (lse_b != -INFINITY) read_row(row_of(m.b, token, head), m.b.type, m.b.strides[2], m.b.dim, b);
-  for (int64_t i = 0; i < m.a.dim; i += W)
-    store(a + i, splat(weight_a / sum) * read<Vec>(a + i) + splat(weight_b / sum) * read<Vec>(b + i));
-  write_row(a, m.a.dim, m.a.type, out);
+  for (int64_t first = 0; first < m.a.dim; first += PIECE) {
+    const int64_t count = std::min(PIECE, m.a.dim - first);
+    read_piece(m.a, token, head, first, count, lse_a != -INFINITY, a);
+    read_piece(m.b, token, head, first, count, lse_b != -INFINITY, b);
+    for (int64_t i = 0; i < count; i += W)
+      store(a + i, splat(weight_a / sum) * read<Vec>(a + i) + splat(weight_b / sum) * read<Vec>(b + i));
+    write_row(a, count, m.a.type, out + first * size_of(m.a.type));
+  }
 }
 
 }  // namespace

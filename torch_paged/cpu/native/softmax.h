@@ -81,7 +81,7 @@ INLINE void soften(const Attention& a, const Unit& u, const State& s, int r, int
       v = select((key >= begin) & (key < end), v, splat(-INFINITY));
       store(x + i, v);
     }
-    largest = maximum(largest, v);
+    largest = maximum(v, largest);
   }
   if (!PLAIN) scale = 1;  // it is in the logits
   const float peak = max_lanes(largest), before = s.maxima[r], now = std::fmax(before, peak * scale);
@@ -101,6 +101,9 @@ INLINE void soften(const Attention& a, const Unit& u, const State& s, int r, int
     Dot::write(weights + i / Dot::PER_LANE, v);
   }
   s.sums[r] = s.sums[r] * s.factors[r] + sum_lanes(sum);
+  if (!seen)  // no key is visible, or its logit is no number
+    for (int i = begin; i < end; i++)
+      if (x[i] != x[i]) s.sums[r] = NAN;
 }
 
 template <class Dot>

@@ -72,6 +72,7 @@ INLINE IVec splat_int(int32_t x) { return x - IVec{}; }
 INLINE Vec select(IVec where, Vec a, Vec b) {
   return bit_cast<Vec>((where & bit_cast<IVec>(a)) | (~where & bit_cast<IVec>(b)));
 }
+// Where a or b is NaN, b.
 INLINE Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
 INLINE Vec minimum(Vec a, Vec b) { return a < b ? a : b; }
 
@@ -150,9 +151,10 @@ INLINE Vec polynomial(Vec x, Vec sum, float next, Rest... rest) {
 
 constexpr float LOG2_E = 1.44269504f;
 
-// 2^x for x <= 0, to about one unit in the last place; 0 where the result would be subnormal, for -infinity too.
+// 2^x for x <= 0, to about one unit in the last place; 0 where the result would be subnormal, for -infinity too; NaN
+// stays NaN.
 INLINE Vec exp2_negative(Vec x) {
-  x = maximum(x, splat(-127.0f));
+  x = maximum(splat(-127.0f), x);
 #if defined(__AVX512F__)
   const Vec n = bit_cast<Vec>(_mm512_roundscale_ps(bit_cast<__m512>(x), 8));
 #else

@@ -1,0 +1,141 @@
+"""Tiles of attention: how many rows, keys, warps and buffers a program has, and how many programs fit.
+
+Found by compiling for every device that is shipped for: see `tests/aot_report.py`.
+"""
+
+from typing import NamedTuple
+
+from torch_paged.kernels.problem import Device, Problem, split_dim
+
+FEW_ROWS = 64
+MANY_ROWS = 128
+LONG = 2048  # query tokens of a sequence, on average
+HOPPER_DIMS = {64, 128, 256}
+HOPPER_REGISTERS = 168  # of a thread before loader and warpgroups trade theirs
+
+
+class Tiles(NamedTuple):
+    """Shape of a program's work."""
+
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+    resident: int  # programs that the registers of one multiprocessor hold
+
+
+def tiles_of(problem: Problem, device: Device, rows: int) -> Tiles:
+    """What serves sequences of `rows` rows."""
+    if copy_rows(problem, device, rows):
+        return _hopper_tiles(problem)
+    return _fit(problem, device, _largest_tiles(problem, device, rows))
+
+
+def copy_rows(problem: Problem, device: Device, rows: int) -> int:
+    """Keys of one copy where `attention_hopper` serves sequences of `rows` rows: a block, or a tile of one; 0: not."""
+    dims = {problem.head_dim, problem.value_dim}
+    hopper = device.capability == 90 and not device.amd
+    served = problem.plain and problem.copyable and problem.itemsize == 2 and dims <= HOPPER_DIMS
+    if not hopper or rows <= FEW_ROWS or not served:
+        return 0
+    tile, block = _hopper_tiles(problem).keys, problem.block_size
+    fits = block % tile == 0 or (tile % block == 0 and block >= 8)
+    return min(tile, block) if fits else 0
+
+
+def _hopper_tiles(problem: Problem) -> Tiles:
+    """Tiles of `attention_hopper`: two warpgroups of 64 rows, several buffers each for keys and for values."""
+    width = max(problem.head_dim, problem.value_dim)
+    # Short prompts run through all of the code for few tiles: half of it takes less time to fetch.
+    warps = 4 if problem.num_tokens >= LONG * max(problem.num_seqs, 1) else 8
+    return Tiles(MANY_ROWS, 64 if width > 128 else 128, warps, {64: 4, 128: 3, 256: 2}[width], 1)
+
+
+def max_registers(problem: Problem, device: Device, tiles: Tiles) -> int | None:
+    """Registers of a thread, where telling the assembler was seen to spare it a spill; elsewhere it caused some."""
+    if device.amd:
+        return None
+    if problem.itemsize == 4:
+        return 128 if tiles.rows == 32 and tiles.keys == 16 and paging(problem.block_size, 16) == "any" else None
+    if tiles.num_warps > 4:
+        return None
+    return min(65536 // (32 * tiles.num_warps * tiles.resident) // 8 * 8, 255)
+
+
+def narrowest_piece(problem: Problem, device: Device, tiles: Tiles) -> int:
+    """Columns that a piece of a row has at least.
+
+    Where values pass through registers on their way to Hopper's wgmma, NVIDIA's assembler (12.8) was seen to compute
+    the addresses of pieces of 32 columns before it knows where they begin.
+    """
+    through_registers = not (problem.plain_caches and problem.aligned)
+    return 64 if device.capability == 90 and not device.amd and tiles.rows >= 64 and through_registers else 16
+
+
+def shares_tiles(problem: Problem, narrowest: int) -> bool:
+    """Whether a tile of keys, as it was loaded, holds the values too."""
+    first_of_key, first_of_value = (split_dim(dim, narrowest)[0] for dim in (problem.head_dim, problem.value_dim))
+    return problem.shared_values and first_of_key == first_of_value
+
+
+def loads_pairs(problem: Problem, tiles: Tiles) -> bool:
+    """Whether stored values come in pairs: tensor cores take them across rows, which bytes could do one by one only."""
+    dim = problem.value_dim
+    halves = dim >= 32 and dim & (dim - 1) == 0
+    narrow = problem.value_itemsize == 1 and problem.itemsize == 2
+    return narrow and halves and problem.aligned and tiles.rows <= 16 and not problem.shared_values
+
+
+def paging(block_size: int, tile: int) -> str:
+    """How the keys of a tile are found: in "one" block, in "several" whole ones, or key by key ("any")."""
+    if block_size & (block_size - 1) or block_size == 1:
+        return "any"
+    return "one" if block_size >= tile else "several"
+
+
+def _largest_tiles(problem: Problem, device: Device, rows: int) -> Tiles:
+    """The largest tiles that were seen to compile without spilling registers."""
+    width = max(problem.head_dim, problem.value_dim)
+    many = rows > FEW_ROWS
+    if problem.itemsize == 4:
+        small = width <= 128 and problem.plain_caches
+        many = many and width <= 256 and problem.plain_caches
+        found = paging(problem.block_size, 32)
+        warps = 8 if not small or found == ("several" if many else "any") else 4
+        return Tiles(32 if many else 16, 32 if small else 16, warps, 2 if many else 3, 8 // warps)
+    keys = 128 if width <= 64 else 64 if width <= 128 else 32
+    if rows <= 16:
+        return Tiles(16, keys if width <= 256 else 16, 4, 3, 2)
+    # Hopper would hold query rows in registers where these are brought into float16's range.
+    if width > 256 or (width > 128 and device.capability == 90 and not problem.plain_caches):
+        return Tiles(32, 16, 8, 3, 1)
+    if many:
+        # Only Hopper keeps the operands of its products out of registers and the results in as few as it can.
+        fewer = device.capability != 90 or (width > 128 and paging(problem.block_size, keys) == "any")
+        # Before Hopper, numbers are widened in registers.
+        fewer_rows = width > 128 or (device.capability < 90 and not problem.plain_caches)
+        rows = FEW_ROWS if device.capability != 90 and fewer_rows else MANY_ROWS
+        return Tiles(rows, min(keys, 64) if fewer else keys, 8, 2 if fewer else 3, 1)
+    return Tiles(FEW_ROWS, keys, 4, 3, 2) if width <= 128 else Tiles(FEW_ROWS, keys, 8, 3, 1)
+
+
+def _fit(problem: Problem, device: Device, tiles: Tiles) -> Tiles:
+    """`tiles` with fewer stages, then fewer keys, until shared memory holds as many of them as the registers do."""
+    limit = device.shared_memory if device.amd else device.shared_memory // tiles.resident
+    while _shared_memory(problem, device, tiles) > limit and (tiles.num_stages > 1 or tiles.keys > 16):
+        if tiles.num_stages > 1:
+            tiles = tiles._replace(num_stages=tiles.num_stages - 1)
+        else:
+            tiles = tiles._replace(keys=tiles.keys // 2)
+    return tiles
+
+
+def _shared_memory(problem: Problem, device: Device, tiles: Tiles) -> int:
+    """Bytes of shared memory that the compiler was seen to use, or a little more."""
+    narrowest = narrowest_piece(problem, device, tiles)
+    keys, values = sum(split_dim(problem.head_dim, narrowest)), sum(split_dim(problem.value_dim, narrowest))
+    row = keys * problem.key_itemsize + (0 if shares_tiles(problem, narrowest) else values * problem.value_itemsize)
+    # From Hopper on, products of many rows read their operands from shared memory while the next tile is loaded.
+    from_shared = tiles.rows >= 64 and device.capability >= 90 and not device.amd
+    buffers = max(tiles.num_stages - 1 + from_shared, 1)
+    return buffers * tiles.keys * row + tiles.rows * (keys + tiles.keys) * problem.itemsize + 1024
