@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from attention_cases import DTYPES, Case, decode, make
-from cpu_timing import Paths, interleaved, machine
+from cpu_timing import QUICK, REPEATS, Paths, interleaved, machine
 from torch import Tensor
 
 import torch_paged
@@ -197,7 +197,8 @@ def table(report: dict[str, Any]) -> str:
     made_on = report["machine"]
     lines = [
         f"Measured on {made_on['cpu']}, {made_on['threads']} threads, PyTorch {made_on['torch']}, {made_on['date']},",
-        f"by `python benchmarks/cpu_attention.py`: medians of {report['rounds']} interleaved rounds.",
+        f"by `python benchmarks/cpu_attention.py`: medians of {report['rounds']} interleaved rounds,",
+        f"in which what takes less than {1e3 * QUICK:.0f} ms is run {REPEATS} times.",
         "",
         "| case | target | seen |",
         "|---|---|---|",
@@ -232,7 +233,7 @@ def main() -> None:
             else:
                 report["flops"][name] = case.flops
         report["cases"]["8-bit"] = interleaved(quantised_paths(DECODE), options.rounds)
-        report["cases"]["append"] = interleaved(append_paths(), 5 * options.rounds)
+        report["cases"]["append"] = interleaved(append_paths(), options.rounds)
         report["bytes"]["append"] = 4 * 2048 * 8 * 128 * DTYPES["bf16"].itemsize
     print(table(report))
     if options.output:

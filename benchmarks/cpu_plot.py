@@ -28,7 +28,7 @@ def draw(report: dict[str, Any]) -> Any:
     for part, (cases, ceiling, unit) in zip(axes, parts, strict=True):
         bars = {case: each["paged"] for case, each in cases.items()}
         peers = {case: {peer: each[peer] for peer in PEERS if peer in each} for case, each in cases.items()}
-        panel(part, bars, peers, unit, min(each[ceiling] for each in cases.values()))
+        panel(part, bars, peers, unit, max(each[ceiling] for each in cases.values()))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=3, fontsize=8)
     made_on = report["machine"]
     figure.suptitle(

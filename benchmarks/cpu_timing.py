@@ -17,19 +17,27 @@ import torch
 Paths = dict[str, Callable[[], Any]]
 
 
+QUICK, REPEATS = 0.02, 5  # a path that takes less seconds is run so many times a round: it is more easily disturbed
+
+
 def interleaved(paths: Paths, rounds: int, warmups: int = 2) -> dict[str, dict[str, float]]:
-    """Median and fastest seconds of every path, in milliseconds."""
-    for call in paths.values():
-        for _ in range(warmups):
-            call()
+    """Median and fastest milliseconds of every path."""
+    entries: list[str] = []
+    for name, call in paths.items():
+        seconds = min(_seconds(call) for _ in range(warmups))
+        entries += [name] * (REPEATS if seconds < QUICK else 1)
     times: dict[str, list[float]] = {name: [] for name in paths}
     order = random.Random(0)
     for _ in range(rounds):
-        for name, call in order.sample(list(paths.items()), len(paths)):
-            start = time.perf_counter()
-            call()
-            times[name].append((time.perf_counter() - start) * 1e3)
+        for name in order.sample(entries, len(entries)):
+            times[name].append(1e3 * _seconds(paths[name]))
     return {name: {"ms": statistics.median(each), "ms_min": min(each)} for name, each in times.items()}
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def machine() -> dict[str, Any]:

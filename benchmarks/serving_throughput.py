@@ -102,7 +102,7 @@ def text(measured: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             "# Tokens a second in the same KV memory",
-            f"`python benchmarks/serving_throughput.py`. {about['requests']} requests that write {about['written']} "
+            f"`{command(about)}`. {about['requests']} requests that write {about['written']} "
             f"tokens, KV memory of {about['memory']} tokens, the demo model in {about['dtype']}, greedy, our steps "
             f"{about['steps']}; {about['machine']}.",
             table(head, rows),
@@ -116,6 +116,13 @@ def text(measured: dict[str, Any]) -> str:
 
 def rates_of(about: dict[str, Any]) -> dict[str, str]:
     return CPU_RATES if "CPU threads" in about["machine"] else RATES
+
+
+def command(about: dict[str, Any]) -> str:
+    words = ["python benchmarks/serving_throughput.py --requests", about["requests"], "--dtype", about["dtype"]]
+    if rates_of(about) == RATES:
+        words += ["--device cuda", *["--eager"] * (about["steps"] == "eager")]
+    return " ".join(map(str, words))
 
 
 def of_peers(ways: dict[str, Any], about: dict[str, Any]) -> str:
@@ -158,7 +165,7 @@ def draw(measured: dict[str, Any]) -> Any:
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--ways", nargs="+", choices=[*OURS, *PEERS], default=DEFAULT)
-    arguments.add_argument("--requests", default=96, type=int)
+    arguments.add_argument("--requests", default=192, type=int)
     arguments.add_argument("--seconds", default=60.0, type=float, help="for each way, at most; on a CPU, of its time")
     arguments.add_argument("--places", default=8, type=int, help="KV memory, in sequences of the most tokens")
     arguments.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])

@@ -50,7 +50,7 @@ def attention(
         block_table: int32 [S, max_blocks_per_seq]; an entry none of whose keys any query sees is never read.
         seq_lens: int32 [S], keys per sequence, the new tokens included.
         cu_seqlens_q: int32 [S + 1], where each sequence's queries start; None: T / S queries each.
-        scale: factor of the logits, any finite number; None: 1 / sqrt(D).
+        scale: factor of the logits, any finite float32; None: 1 / sqrt(D). Logits have to fit into float32 as well.
         causal: whether a query sees only the keys up to its position.
         sliding_window: W >= 1: a query sees itself and the W - 1 keys before it; needs `causal`.
         softcap: c > 0 makes `c * tanh(logit / c)` of a scaled logit (Gemma 2); 0: off.

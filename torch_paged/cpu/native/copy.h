@@ -27,11 +27,16 @@ INLINE void finish_stores() {
 
 // `past_caches`: a store then need not read the line that it overwrites, and nothing is pushed out of the caches.
 INLINE void copy_bytes(const char* from, char* to, int64_t bytes, bool past_caches) {
+  constexpr int64_t STEP = sizeof(Vec);
+  past_caches &= reinterpret_cast<uintptr_t>(to) % STEP == 0;
   int64_t i = 0;
-  if (past_caches && reinterpret_cast<uintptr_t>(to) % sizeof(Vec) == 0)
-    for (; i + int64_t(sizeof(Vec)) <= bytes; i += sizeof(Vec)) store_past_caches(to + i, read<Vec>(from + i));
-  else
-    for (; i + int64_t(sizeof(Vec)) <= bytes; i += sizeof(Vec)) store(reinterpret_cast<float*>(to + i), read<Vec>(from + i));
+  for (; i + STEP <= bytes; i += STEP) {
+    const Vec v = read<Vec>(from + i);
+    if (past_caches)
+      store_past_caches(to + i, v);
+    else
+      std::memcpy(to + i, &v, sizeof v);
+  }
   std::memcpy(to + i, from + i, bytes - i);
 }
 
