@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from cpu_timing import machine
+from transformers_llama import as_llama
 
 from torch_paged import PagedKVCache, ops, unbacked
 
@@ -57,53 +58,6 @@ class Paged:
         for seq in seqs:
             cache.free(seq)
         return torch.stack(steps, 1).tolist()
-
-
-def transformers_model(ours: Decoder) -> Any:
-    """The same weights as a `LlamaForCausalLM`."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=CONFIG.vocab_size,
-        hidden_size=CONFIG.dim,
-        intermediate_size=CONFIG.ffn_dim,
-        num_hidden_layers=CONFIG.num_layers,
-        num_attention_heads=CONFIG.num_heads,
-        num_key_value_heads=CONFIG.num_kv_heads,
-        head_dim=CONFIG.head_dim,
-        rms_norm_eps=CONFIG.norm_eps,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    model = LlamaForCausalLM(config).bfloat16().eval()
-    names = {
-        "embedding.weight": "model.embed_tokens.weight",
-        "norm.weight": "model.norm.weight",
-        "attention.query": "self_attn.q_proj",
-        "attention.key": "self_attn.k_proj",
-        "attention.value": "self_attn.v_proj",
-        "attention.output": "self_attn.o_proj",
-        "attention_norm": "input_layernorm",
-        "feed_forward_norm": "post_attention_layernorm",
-        "feed_forward.gate": "mlp.gate_proj",
-        "feed_forward.up": "mlp.up_proj",
-        "feed_forward.down": "mlp.down_proj",
-    }
-    weights = {}
-    for name, tensor in ours.state_dict().items():
-        parts = name.split(".")
-        if parts[0] == "layers":
-            inner = ".".join(parts[2:]).removesuffix(".weight")
-            weights[f"model.layers.{parts[1]}.{names[inner]}.weight"] = tensor
-        else:
-            weights[names[name]] = tensor
-    missing = model.load_state_dict(weights, strict=False)
-    assert not missing.unexpected_keys, missing
-    assert set(missing.missing_keys) <= {"lm_head.weight"}, missing
-    return model
 
 
 def padded_generate(model: Any) -> list[list[int]]:
@@ -151,7 +105,7 @@ def main() -> None:
         report["paths"]["paged"], first = timed(eager, options.rounds, None)
         report["paths"]["paged, compiled"], _ = timed(compiled, options.rounds, first)
     try:
-        peer = transformers_model(eager.weights)
+        peer = as_llama(CONFIG, eager.weights.state_dict(), most_tokens=2048).bfloat16()
     except ImportError as error:
         report["absent"] = f"transformers: {error}"
     else:

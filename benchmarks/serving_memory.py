@@ -1,6 +1,6 @@
 """How full the KV memory is while requests wait, and how many sequences it holds: blocks against places.
 
-    python benchmarks/serving_memory.py            a minute; no model runs, as lengths alone decide
+    python benchmarks/serving_memory.py            two minutes; no model runs, as lengths alone decide
 
 Tables, JSON and a plot go to `benchmarks/results/serving/memory.*`. See serving_trace.py for the trace and the ways.
 """
@@ -11,19 +11,21 @@ from serving_report import BLUE, GREEN, GREY, ORANGE, panels, parser, publish, t
 from serving_trace import MOST_TOKENS, WAYS, Memory, Run, serve, trace
 
 POLICIES = ("recompute", "swap", "wait")
-CASES = ((8, 512, False), (32, 1024, False), (8, 512, True))  # places, requests, `cut_each`
+CASES = ((8, True), (8, False), (32, False))  # places, and whether prompt and output are cut each for itself
+REQUESTS = 64  # for each place
 POINTS = 400  # of a line in the plot
 
 
 def measure() -> dict[str, Any]:
     cases: dict[str, Any] = {}
     lines: dict[str, Any] = {}
-    for places, requests, cut_each in CASES:
-        memory, served = Memory(places, MOST_TOKENS * (1 + cut_each), model=False), trace(requests, cut_each)
+    for places, cut_each in CASES:
+        memory = Memory(places, MOST_TOKENS * (1 + cut_each), model=False)
+        served = trace(REQUESTS * places, cut_each)
         runs = {f"paged, {policy}": serve(memory, served, "paged", policy=policy) for policy in POLICIES}
         runs |= {way: serve(memory, served, way) for way in WAYS[1:]}
         cases[f"{places} x {memory.most_tokens}"] = dict(
-            requests=requests, ways={name: without_times(run) for name, run in runs.items()}
+            requests=len(served), ways={name: without_times(run) for name, run in runs.items()}
         )
         lines = lines or {name: line(run) for name, run in runs.items() if name != "paged, swap"}
     return dict(cases=cases, lines=lines)
@@ -76,7 +78,8 @@ def text(measured: dict[str, Any]) -> str:
 
 def draw(measured: dict[str, Any]) -> Any:
     figure, (over_time, bars) = panels(
-        f"Share of the memory that is live (8 x {MOST_TOKENS} tokens)", "Sequences held while requests wait"
+        f"Share of the memory that is live ({next(iter(measured['cases']))} tokens)",
+        "Sequences held while requests wait",
     )
     colors = {"paged, recompute": BLUE, "paged, wait": GREEN, "slots": ORANGE, "batches": GREY}
     for name, points in measured["lines"].items():

@@ -63,12 +63,21 @@ def test_enter(benchmark, prompt):
     benchmark.pedantic(remember, setup=commit, teardown=tidy, rounds=20)
 
 
-@pytest.mark.parametrize("num_blocks", [4096, 65536])
-def test_evict(benchmark, num_blocks):
-    """64 blocks are taken from a pool full of unused prefixes: the time should not depend on its size."""
-    benchmark.group = "evict 64 blocks"
+@pytest.mark.parametrize("num_blocks", [1_000, 10_000, 100_000])
+@pytest.mark.parametrize("released", ["at-once", "mixed"])
+def test_evict(benchmark, num_blocks, released):
+    """Blocks are taken from a pool full of unused prefixes: the time of each should not depend on the pool's size.
+
+    `mixed`: every other block was looked up and released again meanwhile, so that the queue has gaps.
+    """
+    benchmark.group = f"evict 16 blocks, {released}"
     tokens = np.random.default_rng(0).integers(0, 100000, num_blocks * BLOCK_SIZE)
     manager = manager_with(num_blocks, tokens)
+    if released == "mixed":
+        for _ in range(5):
+            manager.pool.retain(np.arange(0, num_blocks, 2))
+            manager.pool.release(np.arange(0, num_blocks, 2))
     assert manager.pool.num_evictable == num_blocks
-    benchmark.pedantic(lambda: manager.pool.allocate(64), rounds=40, warmup_rounds=3)
-    assert manager.pool.num_evictable == len(manager.groups[0].cached) == num_blocks - 43 * 64
+    benchmark.pedantic(lambda: manager.pool.allocate(16), rounds=50, warmup_rounds=5)
+    benchmark.extra_info["ns a block"] = round(benchmark.stats["median"] * 1e9 / 16)
+    assert manager.pool.num_evictable == len(manager.groups[0].cached) == num_blocks - 55 * 16

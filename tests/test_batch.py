@@ -5,7 +5,7 @@ import torch
 from test_cache import either_way, make_cache  # noqa: F401 - a fixture
 
 from torch_paged.batch import PagedBatch
-from torch_paged.staging import _Uploads
+from torch_paged.uploads import Uploads
 
 
 def values(batch):
@@ -172,7 +172,7 @@ def test_a_buffer_in_flight_is_waited_for():
         def synchronize(self):
             self.waited += 1
 
-    uploads = _Uploads(torch.device("cpu"))
+    uploads = Uploads(torch.device("cpu"))
     uploads._done = [Copy() for _ in uploads._done]
     filled = [uploads.begin(10) for _ in uploads._done]
     assert [copy.waited for copy in uploads._done] == [1] * len(filled)

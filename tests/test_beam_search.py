@@ -9,7 +9,7 @@ import torch
 from serving_fakes import VOCAB, make_cache
 
 from torch_paged import OutOfBlocks, PagedKVCache
-from torch_paged import cache as cache_module
+from torch_paged import steps as steps_module
 from torch_paged.serving import Engine, Request, Sampling, beam_search
 from torch_paged.serving.sampling import draw, rules_of
 
@@ -109,13 +109,13 @@ class Copies:
 
     def __init__(self, monkeypatch):
         self.calls = []
-        copy = cache_module.copy_blocks
+        copy = steps_module.copy_blocks
 
         def counting(caches, pairs):
             self.calls.append(len(pairs))
             copy(caches, pairs)
 
-        monkeypatch.setattr(cache_module, "copy_blocks", counting)
+        monkeypatch.setattr(steps_module, "copy_blocks", counting)
 
 
 def test_one_copy_a_step_and_none_with_one_reference_left(weights, monkeypatch):

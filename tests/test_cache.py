@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from torch_paged import cache as cache_module
-from torch_paged import staging
+from torch_paged import staging, steps
 from torch_paged.cache import PagedKVCache
 from torch_paged.memory import OutOfBlocks
 
@@ -160,7 +160,7 @@ def test_a_step_that_cannot_be_sent_changes_nothing(monkeypatch, failing):
         raise MemoryError("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr(staging if failing == "_fill" else cache_module, failing, fail)
+        patch.setattr(staging if failing == "_fill" else steps, failing, fail)
         with pytest.raises(MemoryError):
             attention.cache.prepare(seqs, 1)
     assert attention.cache.stats() == before

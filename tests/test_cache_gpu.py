@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_cache_build import build
 
-from torch_paged import staging, transfer
+from torch_paged import transfer, uploads
 from torch_paged.cache import PagedKVCache
 
 pytestmark = pytest.mark.gpu
@@ -22,7 +22,7 @@ def test_pinned_memory_is_not_reused_in_flight():
     seq = cache.add()
     warm_up = torch.randn(4096, 4096, device="cuda")
     seen = []
-    for _ in range(3 * staging._COPIES_IN_FLIGHT):
+    for _ in range(3 * uploads.COPIES_IN_FLIGHT):
         torch.mm(warm_up, warm_up)
         batch = cache.prepare([seq], 1)
         seen.append(torch.cat([batch.seq_lens, batch.slot_mapping, batch.positions]))
@@ -115,7 +115,7 @@ def test_tokens_on_a_gpu_are_not_waited_for():
 def test_swapped_blocks_are_given_away_at_once(monkeypatch, chunk_blocks):
     """The device is busy while sequences leave and others write to their blocks; they come back one after another."""
     cache = build(device="cuda", num_blocks=24, max_seq_len=40, max_seqs=8)
-    monkeypatch.setattr(transfer, "_CHUNK_BYTES", chunk_blocks * cache._transfers[0].block_bytes)
+    monkeypatch.setattr(transfer, "_CHUNK_BYTES", chunk_blocks * cache._swapping.transfers[0].block_bytes)
     caches = [tensor for pair in cache.tensors() for tensor in pair]
     seqs = [cache.add() for _ in range(2)]
     cache.commit(cache.prepare(seqs, [39, 37]))

@@ -8,7 +8,7 @@ import torch
 from test_cache import either_way  # noqa: F401 - a fixture
 
 from torch_paged import OutOfBlocks, OutOfSwapSpace, append, transfer
-from torch_paged import cache as cache_module
+from torch_paged import steps as steps_module
 from torch_paged.cache import PagedKVCache
 
 BLOCK_SIZE, MAX_SEQS, MAX_SEQ_LEN = 4, 6, 40
@@ -148,7 +148,7 @@ class User:
         before = self.cache.stats()
         with self.monkeypatch.context() as patch:
             if self.random.random() < 0.1:
-                for module, function in [(cache_module, "copy_blocks"), *((transfer, f) for f in MOVES)]:
+                for module, function in [(steps_module, "copy_blocks"), *((transfer, f) for f in MOVES)]:
                     patch.setattr(module, function, fail)
             try:
                 getattr(self, name)()

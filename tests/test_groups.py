@@ -426,3 +426,29 @@ def test_addresses_are_stable():
     before = [pointers(count) for count in (1, 3)]
     pointers(4)
     assert [pointers(2), pointers(4)] == before
+
+
+def test_calibrated_by_the_tokens_that_are_there():
+    """Poison stands in every other slot: those of a freed sequence, of an open step, and left behind by a window."""
+    twin = Twin([None, 6])
+    first, second, third = (twin.add() for _ in range(3))
+    twin.step({first: some(19), second: some(6, 1), third: some(9, 2)})
+    twin.step({twin.fork(first): some(2, 3), second: some(9, 4)})
+    twin.cache.free(third)
+    twin.plain.free(twin.seqs[third])
+    twin.cache.prepare([first, second], 5)
+    held = [{*slots.tolist()} for slots in twin.cache._manager.slots_in_use()]
+    for layer, slots in zip(twin.cache.layers, held, strict=True):
+        for cache in (layer.key_cache, layer.value_cache):
+            flat = [slot for slot in range(64 * SIZE) if slot not in slots and slot < len(cache) * SIZE]
+            for slot in flat:
+                cache[slot // SIZE, slot % SIZE] = math.nan
+    (scales, window), (expected, all_keys) = twin.cache.calibrate(torch.int8), twin.plain.calibrate(torch.int8)
+    assert all(map(torch.equal, scales, expected))
+    assert all((0 < one).all() and (one <= other).all() for one, other in zip(window, all_keys, strict=True))
+    assert [len(slots) for slots in held] == [19 + 5 + 15, 11 + 5 + 11]  # of first, what its fork has apart, second
+
+
+def test_a_quantised_cache_is_not_calibrated_again():
+    with pytest.raises(TypeError, match=r"calibrate needs an unquantised cache, got one of torch.int8"):
+        make_cache([None], cache_dtype=torch.int8).calibrate(torch.int8)

@@ -22,6 +22,14 @@ def test_slots_in_use(device):
     assert slots_in_use(table[:0], lens[:0], 4).tolist() == []
 
 
+def test_slots_that_a_window_has_left_behind_are_not_in_use(device):
+    """As in a cache with windows, where another sequence may own them by now, or nobody."""
+    table = torch.tensor([[-1, 3, 5], [1 << 30, 7, 2]], dtype=torch.int32, device=device)
+    lens = torch.tensor([9, 8], dtype=torch.int32, device=device)
+    assert slots_in_use(table, lens, 4, sliding_window=3).tolist() == [14, 15, 20, 29, 30, 31]
+    assert slots_in_use(table[:, 1:], lens - 4, 4, sliding_window=100).tolist() == [12, 13, 14, 15, 20, 28, 29, 30, 31]
+
+
 @pytest.mark.parametrize("dtype", QUANTISED, ids=str)
 def test_calibrated_scales_are_each_heads_own(dtype, device):
     inputs, slots = filled(device)

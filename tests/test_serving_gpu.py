@@ -12,8 +12,9 @@ from torch_paged.serving.requests import Generation
 from torch_paged.serving.sampling import draw, rules_of
 
 pytest.importorskip("safetensors")
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("examples", "benchmarks")]
 contiguous, demo, llama = map(importlib.import_module, ("contiguous", "demo", "model"))
+serving_trace = importlib.import_module("serving_trace")
 
 pytestmark = pytest.mark.gpu
 PROMPTS = [b"def main(argv):\n    ", b"import os\nimport sys\n\n\nclass Reader:\n    def", b"x", b"for i in range("] * 3
@@ -32,6 +33,20 @@ def test_token_for_token(ahead, policy, num_blocks):
         written = bytes(generation.samples[0].written)
         expected = contiguous.greedy(config, weights, prompt, NEW_TOKENS, torch.device("cuda"))
         assert written[: len(expected)] == expected  # which ends with the end of text
+    cache.check_integrity()
+    assert cache.num_free_blocks == cache.num_blocks
+
+
+def test_captured_steps_write_the_same():
+    """As the benchmarks run them: one CUDA graph for each shape of a batch, of decode steps and of mixed ones."""
+    config, weights = llama.load(demo.WEIGHTS)
+    cache, model = serving_trace.Memory(1, 1024, device="cuda", graphs=True).build(16, most_seqs=16)
+    captured = len(model._captured)
+    requests = [Request(prompt=list(prompt), max_new_tokens=NEW_TOKENS, stop_tokens=[0]) for prompt in PROMPTS]
+    for prompt, generation in zip(PROMPTS, Engine(cache, model, token_budget=40).run(requests), strict=True):
+        expected = contiguous.greedy(config, weights, prompt, NEW_TOKENS, torch.device("cuda"))
+        assert bytes(generation.samples[0].written) == expected
+    assert len(model._captured) - captured <= 2, "steps were replayed"
     cache.check_integrity()
     assert cache.num_free_blocks == cache.num_blocks
 

@@ -11,17 +11,19 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 serving_trace = importlib.import_module("serving_trace")
 
 PLACES = 8
-MEMORY = serving_trace.Memory(PLACES, model=False)
+MEMORY = serving_trace.Memory(PLACES, serving_trace.MOST_TOKENS, model=False)
 
 
 @pytest.fixture(scope="module")
 def requests():
-    return serving_trace.trace(192)
+    return serving_trace.trace(192, cut_each=False)
 
 
 def test_the_trace(requests):
     lengths = [len(request.prompt) + request.max_new_tokens for request in requests]
     assert max(lengths) <= serving_trace.MOST_TOKENS
+    for request in serving_trace.trace(512):
+        assert 1 <= max(len(request.prompt), request.max_new_tokens) <= serving_trace.MOST_TOKENS
     medians = [
         sorted(values)[96] for values in zip(*((len(r.prompt), r.max_new_tokens) for r in requests), strict=True)
     ]

@@ -9,13 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from torch_paged.batch import PagedBatch
-from torch_paged.capacity import blocks_in, up_to, window_blocks
+from torch_paged.capacity import blocks_in, group_limits, up_to
 from torch_paged.functional import copy_blocks
 from torch_paged.layers import FunctionalKV, PagedKVLayer
-from torch_paged.layout import LayerGroup, check_quantisation, check_windows, group_layers, layer_tensors
-from torch_paged.memory import IntegrityError, MemoryManager, MemoryStats, OutOfSwapSpace, Step, swap
-from torch_paged.memory.arrays import as_integer, as_integers
+from torch_paged.layout import (
+    LayerGroup,
+    check_buckets,
+    check_quantisation,
+    check_windows,
+    group_layers,
+    layer_tensors,
+)
+from torch_paged.memory import MemoryManager, MemoryStats
+from torch_paged.memory.arrays import as_integer
+from torch_paged.quantise import calibrate_scales
 from torch_paged.staging import Staging
+from torch_paged.steps import OpenSteps
+from torch_paged.swapping import Swapping
 from torch_paged.token_feed import TokenFeed
 from torch_paged.transfer import Transfer
 
@@ -113,11 +123,7 @@ class PagedKVCache(nn.Module):
         per_layer += 2 * num_kv_heads * torch.float32.itemsize if scales == "token" else 0
         self._bytes_per_token = [len(layers) * per_layer for layers in self._groups.values()]
         block_bytes = [block_size * each for each in self._bytes_per_token]
-        limits = [
-            None if window is None else window_blocks(window, block_size, self.max_seqs, self.max_seq_len)
-            for window in self._groups
-        ]
-        limits[0] = None
+        limits = group_limits(list(self._groups), block_size, self.max_seqs, self.max_seq_len)
         if memory is not None:
             sizes = blocks_in(memory, block_bytes, limits, device)
         else:
@@ -137,17 +143,16 @@ class PagedKVCache(nn.Module):
                 for layer, group in sorted(group_of.items())
             ]
         self.layers = nn.ModuleList(layers)
-        self._staging = Staging(self._manager, device, _check_buckets(buckets))
-        self._caches = [[t for i in members for t in layers[i].blocks()] for members in self._groups.values()]
-        self._open: dict[int, tuple[PagedBatch, Step]] = {}
+        caches = [[t for i in members for t in layers[i].blocks()] for members in self._groups.values()]
+        self._staging = Staging(self._manager, device, check_buckets(buckets))
         self._feed = TokenFeed(self._manager)
-        self._transfers = [
-            Transfer(caches, size, device) for caches, size in zip(self._caches, block_bytes, strict=True)
-        ]
-        self._swap_space = None if swap_space is None else as_integer("swap_space", swap_space, at_least=0)
+        self._steps = OpenSteps(self._manager, self._staging, self._feed, caches)
+        transfers = [Transfer(each, size, device) for each, size in zip(caches, block_bytes, strict=True)]
+        space = None if swap_space is None else as_integer("swap_space", swap_space, at_least=0)
+        self._swapping = Swapping(self._manager, transfers, space)
         # Copying nothing tells a GPU where the caches lie: later copies can be captured in a graph.
-        for caches in self._caches:
-            copy_blocks(caches, torch.empty(0, 2, dtype=torch.int64, device=device))
+        for each in caches:
+            copy_blocks(each, torch.empty(0, 2, dtype=torch.int64, device=device))
 
     @staticmethod
     def kv_bytes(
@@ -261,17 +266,7 @@ class PagedKVCache(nn.Module):
             OutOfSwapSpace: `swap_space` does not suffice.
         """
         self._feed.deliver()
-        parcel = swap.pack(self._manager, seqs)
-        needed, used = map(self._in_bytes, ([len(part.blocks) for part in parcel.parts], self._manager.num_outside))
-        if self._swap_space is not None and used + needed > self._swap_space:
-            raise OutOfSwapSpace(needed, self._swap_space - used)
-        for transfer, part in zip(self._transfers, parcel.parts, strict=True):
-            part.content = transfer.fetch(part.blocks)
-        swap.swap_out(self._manager, parcel)
-
-    def _in_bytes(self, blocks: Sequence[int]) -> int:
-        """Bytes of so many blocks of each group."""
-        return sum(count * transfer.block_bytes for count, transfer in zip(blocks, self._transfers, strict=True))
+        self._swapping.out(seqs)
 
     def swap_in(self, seqs: int | Sequence[int]) -> None:
         """Move sequences back that were swapped out. Those that left together share again what they shared.
@@ -284,15 +279,7 @@ class PagedKVCache(nn.Module):
             OutOfBlocks: the free blocks do not suffice.
         """
         self._feed.deliver()
-        landings = swap.unpack(self._manager, seqs)
-        try:
-            for group, landing in enumerate(landings):
-                for parcel, rows, blocks in landing.moves:
-                    self._transfers[group].store(parcel.parts[group].content, rows, blocks)
-        except BaseException:
-            swap.cancel(self._manager, landings)
-            raise
-        swap.swap_in(self._manager, landings)
+        self._swapping.back(seqs)
 
     def length(self, seq: int) -> int:
         """Tokens of `seq`, those of open steps included. Raises ValueError if it was freed."""
@@ -317,18 +304,7 @@ class PagedKVCache(nn.Module):
                 `counts` does not match `seqs` or is below 1.
             OutOfBlocks: the free blocks do not suffice.
         """
-        step = self._manager.prepare(seqs, counts, ahead)
-        try:
-            batch, copies = self._staging.send(step)
-            for caches, pairs in zip(self._caches, copies, strict=True):
-                if pairs is not None:
-                    copy_blocks(caches, pairs)
-        except BaseException:
-            self._staging.forget()
-            self._manager.rollback(step)
-            raise
-        self._open[id(batch)] = (batch, step)
-        return batch
+        return self._steps.prepare(seqs, counts, ahead)
 
     def commit(self, batch: PagedBatch, tokens: Any = None, *, advanced: int = 0) -> None:
         """End a step: its tokens stand. Sequences freed since are skipped; what was reserved stays reserved.
@@ -350,17 +326,7 @@ class PagedKVCache(nn.Module):
             ValueError: the batch is no open step; an earlier step of one of its sequences is open, or, with
                 `advanced`, a later one; `advanced` exceeds `ahead`; the number of tokens does not match.
         """
-        step = self._step_of(batch)
-        advanced = as_integer("advanced", advanced, at_least=0)
-        expected = len(step.positions) + advanced * len(step.rows)
-        if tokens is not None and len(tokens) != expected:
-            raise ValueError(f"tokens must be the {expected} tokens of the step, got {len(tokens)}")
-        fetched = None if tokens is None else self._feed.fetch(tokens)
-        self._manager.commit(step, advanced)
-        del self._open[id(batch)]
-        if fetched is not None:
-            self._feed.put(step, advanced, *fetched)
-        self._manager.release_unseen(step)
+        self._steps.commit(batch, tokens, advanced)
 
     def rollback(self, batch: PagedBatch) -> None:
         """Undo a step, after the model raised for instance: lengths, tables and free blocks are as before `prepare`.
@@ -370,8 +336,7 @@ class PagedKVCache(nn.Module):
         Raises:
             ValueError: the batch is no open step, or a later step of one of its sequences is open.
         """
-        self._manager.rollback(self._step_of(batch))
-        del self._open[id(batch)]
+        self._steps.rollback(batch)
 
     def clear_prefixes(self, *namespaces: Hashable) -> None:
         """Empty the prefix cache of these namespaces, or of all if none is given.
@@ -380,6 +345,34 @@ class PagedKVCache(nn.Module):
         can be found. So this is also the call to make when what the tokens mean has changed, such as the weights.
         """
         self._manager.clear_prefixes(*namespaces)
+
+    def calibrate(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        """The static scales that every layer's keys and values need in `dtype`, by the tokens of all live sequences.
+
+        Run an unquantised cache over some thousand tokens, then write what this returns to one with
+        `scales="static"`:
+
+            for layer, (key_scale, value_scale) in zip(quantised.layers, cache.calibrate(torch.int8)):
+                layer.key_scale.copy_(key_scale)
+                layer.value_scale.copy_(value_scale)
+
+        Args:
+            dtype: float8_e4m3fn, float8_e5m2 or int8.
+
+        Returns:
+            Of each layer two tensors, float32 [num_kv_heads], see `calibrate_scales`.
+
+        Raises:
+            TypeError: this cache is quantised itself.
+        """
+        if self.layers[0].key_cache.dtype not in _DTYPES:
+            raise TypeError(f"calibrate needs an unquantised cache, got one of {self.layers[0].key_cache.dtype}")
+        slots = [torch.from_numpy(each).to(self.device) for each in self._manager.slots_in_use()]
+        layers = [(layer.key_cache, layer.value_cache, slots[layer.group]) for layer in self._paged_layers()]
+        return [
+            (calibrate_scales(key_cache, used, dtype), calibrate_scales(value_cache, used, dtype))
+            for key_cache, value_cache, used in layers
+        ]
 
     @property
     def num_free_blocks(self) -> int:
@@ -399,25 +392,8 @@ class PagedKVCache(nn.Module):
         For tests and debugging: it waits for the device.
         """
         self._manager.check_integrity()
-        if len(self._open) != len(self._manager.steps):
-            raise IntegrityError("broken invariant: every open step has a batch")
+        self._steps.check_integrity()
         self._staging.check_integrity()
-
-    def _step_of(self, batch: PagedBatch) -> Step:
-        _, step = self._open.get(id(batch), (None, None))
-        if step is None:
-            raise ValueError(
-                "the batch is no open step of this cache: it was committed or rolled back before, or did not come from "
-                "its prepare (batches from advance() are committed with the one that they started from)"
-            )
-        return step
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError("a PagedKVCache cannot be copied or pickled: build another one")
-
-
-def _check_buckets(buckets: Sequence[int] | None) -> list[int]:
-    sizes: list[int] = as_integers("buckets", [] if buckets is None else buckets).tolist()
-    if any(size <= before for before, size in zip([0, *sizes], sizes, strict=False)):
-        raise ValueError(f"buckets must increase from at least 1, got {sizes}")
-    return sizes

@@ -27,6 +27,11 @@ def empty_scales(num_blocks: int, block_size: int, num_heads: int, device: torch
     return empty_cache(num_blocks, block_size, num_heads, 1, torch.float32, device)[..., 0]
 
 
+def group_limits(windows: Sequence[int | None], block_size: int, max_seqs: int, max_seq_len: int) -> list[int | None]:
+    """The most blocks that the layers of each window get, the widest first; None for these: as many as there are."""
+    return [None, *(window_blocks(window, block_size, max_seqs, max_seq_len) for window in windows[1:] if window)]
+
+
 def window_blocks(window: int, block_size: int, max_seqs: int, max_seq_len: int) -> int:
     """As many blocks as a window's layers can make use of.
 

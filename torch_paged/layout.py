@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_paged.capacity import empty_cache, empty_scales
-from torch_paged.memory.arrays import as_integer
+from torch_paged.memory.arrays import as_integer, as_integers
 
 _QUANTISED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 
@@ -54,6 +54,14 @@ def check_windows(sliding_window: int | Sequence[int | None] | None, num_layers:
             f"sliding_window must be one int or one for each of {num_layers} layers, got {len(sliding_window)}"
         )
     return [None if window is None else as_integer("sliding_window", window, 1) for window in sliding_window]
+
+
+def check_buckets(buckets: Sequence[int] | None) -> list[int]:
+    """Sizes of padded batches, none if None."""
+    sizes: list[int] = as_integers("buckets", [] if buckets is None else buckets).tolist()
+    if any(size <= before for before, size in zip([0, *sizes], sizes, strict=False)):
+        raise ValueError(f"buckets must increase from at least 1, got {sizes}")
+    return sizes
 
 
 def group_layers(windows: list[int | None], max_seq_len: int) -> dict[int | None, tuple[int, ...]]:

@@ -18,19 +18,22 @@ from torch_paged.options import largest
 _ROWS = 1 << 16  # at a time, so that no second cache's worth of memory is needed
 
 
-def slots_in_use(block_table: Tensor, seq_lens: Tensor, block_size: int) -> Tensor:
-    """The slots that hold the keys of any sequence, each once.
+def slots_in_use(block_table: Tensor, seq_lens: Tensor, block_size: int, sliding_window: int | None = None) -> Tensor:
+    """The slots that hold the keys of any sequence, each once; with a window, those that its last query sees.
 
     Args:
         block_table: int32 [num_seqs, max_blocks_per_seq].
         seq_lens: int32 [num_seqs], keys per sequence.
         block_size: slots a block.
+        sliding_window: of the attention that reads the cache. What it has left behind is another's perhaps.
 
     Returns:
         int64 [n], increasing: block * block_size + offset.
     """
     positions = torch.arange(block_table.shape[1] * block_size, device=block_table.device)
     used = positions < seq_lens[:, None]
+    if sliding_window is not None:
+        used &= positions >= seq_lens[:, None] - sliding_window
     slots = block_table.long().repeat_interleave(block_size, 1) * block_size + positions % block_size
     distinct: Tensor = slots[used].unique()
     return distinct

@@ -26,10 +26,10 @@ from torch import Tensor
 from torch_paged.batch import PagedBatch, unbacked
 from torch_paged.memory import IntegrityError, MemoryManager, Step
 from torch_paged.memory.arrays import Ints, expand
+from torch_paged.uploads import Uploads
 
 _ALIGNMENT = 64  # bytes
 _REMEMBERED_SHAPES = 256
-_COPIES_IN_FLIGHT = 8
 _NO_ENTRIES, _NO_BLOCKS = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int32)
 
 
@@ -105,7 +105,7 @@ class Staging:
         self._stamps = np.full(rows, -1, dtype=np.int64)  # whose they are: `Sequences.stamp`
         self.num_entries_sent = 0
         self._device = device
-        self._uploads = _Uploads(device)
+        self._uploads = Uploads(device)
         with torch.inference_mode(False):
             shape = rows, sequences.width
             self.block_tables = [torch.full(shape, -1, dtype=torch.int32, device=device) for _ in self._groups]
@@ -116,9 +116,8 @@ class Staging:
         self._in_place = in_place
         self._host_tables = [table.numpy() for table in self._flat_tables] if in_place else []
         self._places: OrderedDict[_Shape, _Place] = OrderedDict()
-        self._lay_out(
-            _Shape(rows, rows, False, len(self._groups))
-        )  # the first mark imports the tracer: not in somebody's first step
+        # The first mark imports the tracer: not in somebody's first step.
+        self._lay_out(_Shape(rows, rows, False, len(self._groups)))
 
     def send(self, step: Step) -> tuple[PagedBatch, list[Tensor | None]]:
         """The batch of a step, on the device, and of each group the block pairs that it must copy first, if any.
@@ -224,7 +223,7 @@ class Staging:
             first = np.maximum(first, self._groups[0].first[rows])
         last = np.maximum(held, num_blocks)
         held[:], stamps[:] = num_blocks, stamp
-        changed = np.flatnonzero(first != last)
+        changed = (first != last).nonzero()[0]
         if not len(changed):
             return _NO_ENTRIES, [_NO_BLOCKS] * len(self._groups)
         owners, columns = expand(first[changed], last[changed])
@@ -264,39 +263,6 @@ class Staging:
             for (start, end), table in zip(places, self._flat_tables, strict=False):
                 table.index_put_(where, sent[start:end].view(torch.int32)[: len(entries)])
         return [sent[start:end].view(-1, 2) if end > start else None for start, end in places[len(blocks) :]]
-
-
-class _Uploads:
-    """Copies to the device that the host does not wait for, from memory that is not reused while in flight."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._on_gpu = device.type == "cuda"
-        self._buffers = [torch.empty(0, dtype=torch.int64)] * _COPIES_IN_FLIGHT
-        self._done: list[torch.cuda.Event | None] = [None] * _COPIES_IN_FLIGHT
-        self._turn = 0
-        self._words = 0
-
-    def begin(self, words: int) -> Any:
-        """The next buffer's first `words`, to be filled; waits if its last copy is still in flight."""
-        self._turn = (self._turn + 1) % _COPIES_IN_FLIGHT
-        self._words = words
-        done = self._done[self._turn]
-        if done is not None:
-            done.synchronize()
-        if len(self._buffers[self._turn]) < words:
-            room = 1 << words.bit_length()
-            with torch.inference_mode(False):
-                self._buffers[self._turn] = torch.empty(room, dtype=torch.int64, pin_memory=self._on_gpu)
-        return self._buffers[self._turn].numpy()[:words]
-
-    def send(self) -> Tensor:
-        """What was filled, on the device once its stream gets there."""
-        sent = self._buffers[self._turn][: self._words].to(self._device, non_blocking=True)
-        if self._on_gpu:
-            done = self._done[self._turn] = torch.cuda.Event()
-            done.record(torch.cuda.current_stream(self._device))
-        return sent
 
 
 def _fill(parts: list[Any], step: Step) -> None:

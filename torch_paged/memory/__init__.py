@@ -8,10 +8,11 @@ pool.py        BlockPool: reference counts, free blocks, blocks that wait for op
 sequences.py   Sequences: handles and lengths, one row a sequence
 group.py       BlockGroup: the blocks and tables of the layers with one window, what they share and release
 step.py        Step: what one prepare took, enough to commit it or to undo it
-manager.py     MemoryManager: add, prepare, commit, rollback, fork, truncate, free
+stepping.py    prepare, commit and rollback, over all groups
+manager.py     MemoryManager: add, fork, truncate, free, and all of the above under one roof
 history.py     the tokens of committed steps on their way into the prefix cache
 swap.py        sequences moved out of the cache and back
-inspection.py  MemoryStats and the integrity check
+inspection.py  MemoryStats, which slots hold tokens, and the integrity check
 """
 
 from torch_paged.memory.errors import IntegrityError, OutOfBlocks, OutOfSwapSpace

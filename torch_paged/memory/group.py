@@ -71,14 +71,21 @@ class BlockGroup:
         blocks: Ints = self.flat_table[rows[owners] * self._width + columns].astype(np.int64)
         return blocks
 
-    def find_shared(self, entries: Ints, start: Ints) -> Ints:
-        """Which sequences must have their own copy of the block at `start`, their table's entry, before they write.
+    def require(self, entries: Ints, start: Ints, growth: int) -> Ints:
+        """Raise OutOfBlocks unless a step can have `growth` new blocks, and copies where it writes to shared ones.
 
-        Only the block at `start` can be shared: blocks past it are reserved, and those belong to one sequence.
+        Returns:
+            Which sequences must have their own copy of the block at `start`, their table's entry. No other can be
+            shared: blocks past it are reserved, and those belong to one sequence.
         """
+        writers = self._find_shared(entries, start)
+        self.pool.require(len(writers) + growth)
+        return writers
+
+    def _find_shared(self, entries: Ints, start: Ints) -> Ints:
         refcount = self.pool.refcount
         blocks = self.flat_table[entries]  # -1 where a new block begins
-        writers = np.flatnonzero((refcount[blocks] > 1) & (blocks >= 0))
+        writers = ((refcount[blocks] > 1) & (blocks >= 0)).nonzero()[0]
         if not len(writers):
             return writers
         # A block all of whose references write in this step: one of them may keep it. The longest does, so
@@ -100,9 +107,10 @@ class BlockGroup:
             copies = Copies(writers, shared % self._width, self.flat_table[shared].astype(np.int64), copied)
             self.flat_table[shared] = copied
         if len(self.cached):
-            written = self.flat_table[entries].astype(np.int64)
-            written = written[written >= 0]
-            self.cached.remove(written[self.cached.has(written)])
+            written = self.flat_table[entries]
+            again = written[(self.cached.node[written] >= 0) & (written >= 0)]
+            if len(again):
+                self.cached.remove(again.astype(np.int64))
         growth = Growth(owners, columns, blocks[len(writers) :])
         self.table[rows[owners], columns] = growth.blocks
         return copies, growth
@@ -138,7 +146,7 @@ class BlockGroup:
             self.pool.release(blocks)
 
 
-def usable(groups: list[BlockGroup], nodes: list[int]) -> list[int]:
+def usable(groups: list[BlockGroup], nodes: Ints) -> Ints:
     """The longest beginning of a path in the prefix cache after which every group has what the next query sees."""
     while True:
         gaps = [len(nodes)]

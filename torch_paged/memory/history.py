@@ -41,7 +41,7 @@ def remember(manager: MemoryManager, step: Step, tokens: Ints, advanced: int = 0
     manager.flat_tokens[(blocks - columns) * size + positions] = tokens
     s.known[rows] = end
     first, last = start // size, end // size
-    filled = np.flatnonzero(first < last)
+    filled = (first < last).nonzero()[0]
     if len(filled):
         owners, columns = expand(first[filled], last[filled])
         enter(manager, rows[filled[owners]], columns)
@@ -49,7 +49,8 @@ def remember(manager: MemoryManager, step: Step, tokens: Ints, advanced: int = 0
 
 def _places(step: Step, advanced: int) -> tuple[Ints, Ints]:
     """The row of the sequence that each token belongs to, and its position there."""
-    rows, positions = np.repeat(step.rows, step.counts), step.positions
+    rows = step.rows if len(step.positions) == len(step.rows) else np.repeat(step.rows, step.counts)
+    positions = step.positions
     if advanced:
         further = step.end + np.arange(advanced)[:, None]
         rows = np.concatenate([rows, np.tile(step.rows, advanced)])
@@ -70,23 +71,24 @@ def enter(manager: MemoryManager, rows: Ints, columns: Ints) -> None:
     before = group.cached.node[group.flat_table[entries - 1]].tolist()
     last, node = (-1, -1), -1
     left: set[int] = set()
-    for row, column, key, parent in zip(rows.tolist(), columns.tolist(), keys, before, strict=True):
+    places = zip(rows.tolist(), columns.tolist(), blocks.tolist(), keys, before, strict=True)
+    for row, column, block, key, parent in places:
         if row in left:
             continue
         above = (s.namespace[row],) if column == 0 else node if (row, column - 1) == last else parent
         last, node = (row, column), trie.enter(above, key)
-        if not _put(manager, group, row, column, node):
+        if not _put(manager, group, row, column, block, node):
             s.known[row] = -1
             left.add(row)
             continue
         for other in manager.groups[1:]:
             if other.first[row] <= column:
-                _put(manager, other, row, column, node)
+                _put(manager, other, row, column, int(other.table[row, column]), node)
 
 
-def _put(manager: MemoryManager, group: BlockGroup, row: int, column: int, node: int) -> bool:
+def _put(manager: MemoryManager, group: BlockGroup, row: int, column: int, own: int, node: int) -> bool:
     """Enter a group's block as that of its node, or exchange it for the one that is. False: others hold it too."""
-    own, twin = int(group.table[row, column]), group.cached.block_of(node)
+    twin = group.cached.block_of(node)
     if twin < 0:
         group.cached.put(node, own, column)
     elif twin != own:

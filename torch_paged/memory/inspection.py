@@ -90,6 +90,16 @@ def stats(manager: MemoryManager, bytes_per_token: Sequence[int]) -> MemoryStats
     )
 
 
+def slots_in_use(manager: MemoryManager, group: BlockGroup) -> Ints:
+    """The slots of a group's blocks that hold a committed token of a sequence, each once."""
+    s, size = manager.sequences, manager.block_size
+    rows, columns, blocks = _table_entries(manager, group)
+    tokens = np.clip(s.committed[rows] - columns * size, 0, size)
+    owners, offsets = expand(np.zeros_like(tokens), tokens)
+    slots: Ints = np.unique(blocks[owners] * size + offsets)
+    return slots
+
+
 def check_integrity(manager: MemoryManager) -> None:
     """Raise IntegrityError if one of the invariants below does not hold."""
     _check_sequences(manager)
@@ -142,7 +152,7 @@ def _check_blocks(manager: MemoryManager, index: int) -> None:
     kept = []
     for step in manager.steps.values():
         copies = step.taken[index].copies
-        kept.append(copies.sources[(manager.sequences.handle[step.rows] == step.handles)[copies.owners]])
+        kept.append(copies.sources[step.alive(manager.sequences)[copies.owners]])
     references = np.bincount(np.concatenate([in_tables, *kept]), minlength=pool.num_blocks)
     _require((references == pool.refcount).all(), "reference counts equal the references from tables and steps")
     idle = np.concatenate([pool.free_blocks, pool.waiting_blocks, pool.evictable_blocks])
@@ -160,7 +170,7 @@ def _check_steps(manager: MemoryManager) -> None:
     s = manager.sequences
     expected = s.committed.copy()
     for step in manager.steps.values():
-        alive = s.handle[step.rows] == step.handles
+        alive = step.alive(s)
         rows = step.rows[alive]
         _require((expected[rows] == step.start[alive]).all(), "open steps follow each other without a gap")
         expected[rows] = step.end[alive]
@@ -177,6 +187,9 @@ def _check_trie(manager: MemoryManager) -> None:
         for group in manager.groups:
             holders[node] += group.cached.block_of(node) >= 0
     _require(all(holders.values()), "a node has a block or leads to one that has")
+    parents = {node: parent for (parent, _), node in manager.trie.items()}
+    likely = ((node, manager.trie.likely_child(node)) for node in parents)
+    _require(all(child is None or parents.get(child) == node for node, child in likely), "a likely child is a child")
 
 
 def _check_cached(manager: MemoryManager, group: BlockGroup) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from torch_paged.memory import inspection
-from torch_paged.memory.arrays import Flags, Ints, as_counts, as_integer, as_integers, expand
+from torch_paged.memory import inspection, stepping
+from torch_paged.memory.arrays import Ints, as_integer, as_integers
 from torch_paged.memory.group import BlockGroup, usable
 from torch_paged.memory.prefix import PrefixTrie
 from torch_paged.memory.sequences import Sequences
-from torch_paged.memory.step import Copies, Growth, Step, Taken
+from torch_paged.memory.step import Step
 from torch_paged.memory.swap import Parcel
 
 
@@ -160,7 +160,7 @@ class MemoryManager:
             blocks = [group.held(rows, group.first[rows], s.num_blocks[rows])]
             for step in self.steps.values():  # what a step keeps for a sequence goes with the sequence
                 copies = step.taken[index].copies
-                ending = self._alive(step)[copies.owners] & np.isin(step.rows[copies.owners], rows)
+                ending = step.alive(self.sequences)[copies.owners] & np.isin(step.rows[copies.owners], rows)
                 blocks.append(copies.sources[ending])
             group.pool.release(np.concatenate(blocks))
             group.table[rows] = -1
@@ -202,57 +202,7 @@ class MemoryManager:
             ValueError: an argument is out of its range, a sequence is swapped out, or would outgrow `max_seq_len`.
             OutOfBlocks: the pool cannot serve the step.
         """
-        s, size = self.sequences, self.block_size
-        handles, rows = s.find(seqs)
-        if self.parcels:
-            s.require_inside(rows)
-        counts = as_counts(counts, len(rows))
-        ahead = as_integer("ahead", ahead, at_least=0)
-        most = max(ahead, counts if isinstance(counts, int) else int(counts.max()))
-        if most > s.max_seq_len:  # before a sum could overflow
-            raise ValueError(f"max_seq_len = {s.max_seq_len}: no sequence can get {most} tokens")
-        start = s.length[rows]
-        end = start + counts
-        s.require_length(handles, end + ahead)
-
-        before = s.num_blocks[rows]
-        after = np.maximum(before, (end + (ahead + size - 1)) // size)
-        columns = start // size
-        entries = rows * s.width + columns  # of a flat table: where each sequence writes first
-        growing = np.flatnonzero(after != before)
-        owners, new_columns = expand(before[growing], after[growing])
-        owners = growing[owners]
-        writers = [group.find_shared(entries, start) for group in self.groups]
-        for group, sharing in zip(self.groups, writers, strict=True):
-            group.pool.require(len(sharing) + len(owners))
-
-        changes = [
-            group.take(rows, entries, sharing, owners, new_columns)
-            for group, sharing in zip(self.groups, writers, strict=True)
-        ]
-        self._follow(rows, changes)
-        s.num_blocks[rows] = after
-        s.length[rows] = end
-        positions = start
-        if not (isinstance(counts, int) and counts == 1):
-            owners, positions = expand(start, end)
-            columns = positions // size
-            entries = rows[owners] * s.width + columns
-        taken = [
-            Taken(*change, (group.flat_table[entries] - columns) * size + positions)
-            for group, change in zip(self.groups, changes, strict=True)
-        ]
-        (number,) = {group.pool.open_step() for group in self.groups}
-        self.steps[number] = step = Step(number, handles, rows, counts, start, end, ahead, before, positions, taken)
-        return step
-
-    def _follow(self, rows: Ints, changes: list[tuple[Copies, Growth]]) -> None:
-        """Copy what is known of copied blocks, and tell that tables have changed."""
-        for index, (copies, _) in enumerate(changes):
-            if len(copies.owners):
-                self.sequences.renew_stamps(rows[copies.owners])
-                if index == 0:
-                    self.tokens[copies.blocks] = self.tokens[copies.sources]
+        return stepping.prepare(self, seqs, counts, ahead)
 
     def commit(self, step: Step, advanced: int = 0) -> None:
         """End a step whose tokens stand, and with it `advanced` further tokens of each of its sequences.
@@ -264,31 +214,13 @@ class MemoryManager:
             ValueError: the step is not open; an earlier step of one of its sequences is; `advanced` exceeds
                 what was reserved, or a later step of one of the sequences is open and begins before it.
         """
-        s = self.sequences
-        self._require_open(step)
-        advanced = as_integer("advanced", advanced, at_least=0)
-        if advanced > step.ahead:
-            raise ValueError(f"advanced = {advanced}, but the step was prepared with ahead = {step.ahead}")
-        rows, start, end = step.rows, step.start, step.end
-        alive = self._alive(step)
-        if not alive.all():
-            rows, start, end = rows[alive], start[alive], end[alive]
-        self._require_all(s.committed[rows] == start, rows, "an earlier", "commit")
-        if advanced:
-            self._require_all(s.length[rows] == end, rows, "a later", "commit advanced tokens of")
-            end = end + advanced
-            s.length[rows] = end
-        s.committed[rows] = end
-        self._close(step)
-        for group, (copies, _, _) in zip(self.groups, step.taken, strict=True):
-            if len(copies.owners):
-                group.pool.release(copies.sources[alive[copies.owners]])
+        stepping.commit(self, step, advanced)
 
     def release_unseen(self, step: Step) -> None:
         """Release what the sequences of a step need no more now that it was committed: windows have moved on."""
         s = self.sequences
         if self.groups[-1].window is not None:
-            rows = step.rows[self._alive(step)]
+            rows = step.rows[step.alive(s)]
             for group in self.groups:
                 group.release_unseen(rows, s.committed[rows])
 
@@ -302,41 +234,15 @@ class MemoryManager:
         Raises:
             ValueError: the step is not open, or a later step of one of its sequences is.
         """
-        s = self.sequences
-        self._require_open(step)
-        alive = self._alive(step)
-        rows = step.rows[alive]
-        self._require_all(s.length[rows] == step.end[alive], rows, "a later", "roll back")
-        s.length[rows] = step.start[alive]
-        s.num_blocks[rows] = step.blocks_before[alive]
-        for group, taken in zip(self.groups, step.taken, strict=True):
-            group.undo(taken, step.rows, alive)
-        owners = np.concatenate([step.growth.owners, *(taken.copies.owners for taken in step.taken)])
-        s.renew_stamps(np.unique(step.rows[owners[alive[owners]]]))
-        self._close(step)
-
-    def _require_open(self, step: Step) -> None:
-        if self.steps.get(step.number) is not step:
-            raise ValueError(f"step {step.number} is not open: it was committed or rolled back before")
-
-    def _alive(self, step: Step) -> Flags:
-        """[n], which of the step's sequences have not been freed since."""
-        alive: Flags = self.sequences.handle[step.rows] == step.handles
-        return alive
-
-    def _require_all(self, fine: Flags, rows: Ints, which: str, action: str) -> None:
-        if not fine.all():
-            seq = self.sequences.handle[rows[~fine][0]]
-            raise ValueError(f"cannot {action} this step: {which} step of sequence {seq} is open")
-
-    def _close(self, step: Step) -> None:
-        del self.steps[step.number]
-        for group in self.groups:
-            group.pool.close_step(step.number)
+        stepping.rollback(self, step)
 
     def stats(self, *bytes_per_token: int) -> inspection.MemoryStats:
         """See `MemoryStats`; `bytes_per_token`: of the layers of each group."""
         return inspection.stats(self, bytes_per_token)
+
+    def slots_in_use(self) -> list[Ints]:
+        """Of each group, the slots that hold a committed token of a sequence, each once."""
+        return [inspection.slots_in_use(self, group) for group in self.groups]
 
     def check_integrity(self) -> None:
         """Raise IntegrityError, naming the broken invariant, if the records contradict each other."""

@@ -143,7 +143,7 @@ class BlockPool:
             self.num_waiting -= len(blocks)
             self._give_up(blocks)
 
-    def forget(self, nodes: list[int]) -> None:
+    def forget(self, nodes: Ints) -> None:
         """Take the blocks of these nodes out of the prefix cache."""
         blocks = self.cached.blocks_of(nodes)
         blocks = blocks[blocks >= 0]

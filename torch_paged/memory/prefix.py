@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Hashable, Iterable
 from typing import Any
 
 import numpy as np
 
 from torch_paged.memory.arrays import Flags, Ints
+
+_MORE_NODES = 1024
 
 Parent = int | tuple[Hashable]  # a node, or a namespace's root
 Key = tuple[Parent, bytes]
@@ -31,11 +34,17 @@ class PrefixTrie:
         self._nodes: dict[Key, int] = {}
         self._keys: list[Key | None] = []  # of each node
         self._holders: list[int] = []  # of each node: its children, and the groups in which it has a block
+        self._likely: list[int] = []  # of each node, its newest child, which is tried first; -1: none is known
         self._unused: list[int] = []  # numbers
         self._block_key = np.dtype((np.void, block_size * np.dtype(np.int64).itemsize))
 
     def __len__(self) -> int:
         return len(self._nodes)
+
+    @property
+    def num_numbers(self) -> int:
+        """All nodes, past ones too, have numbers below this."""
+        return len(self._keys)
 
     def items(self) -> Iterable[tuple[Key, int]]:
         """Every key with its node; a parent comes before its children."""
@@ -46,18 +55,19 @@ class PrefixTrie:
         keys: list[Any] = tokens.reshape(-1).view(self._block_key).tolist()
         return keys
 
-    def path(self, namespace: Hashable, tokens: Ints) -> list[int]:
+    def path(self, namespace: Hashable, tokens: Ints) -> Ints:
         """The nodes of the longest known prefix of these tokens, a whole number of blocks."""
-        nodes = self._nodes
+        nodes, pairs, likely = self._nodes, self._keys, self._likely
         node: Parent = (namespace,)
-        path = []
+        path, child = array("q"), -1
         for key in self.keys_of(tokens):
-            child = nodes.get((node, key))
-            if child is None:
-                break
+            if child < 0 or pairs[child][1] != key:  # type: ignore[index]
+                child = nodes.get((node, key), -1)
+                if child < 0:
+                    break
             path.append(child)
-            node = child
-        return path
+            node, child = child, likely[child]
+        return np.array(path)
 
     def enter(self, parent: Parent, key: bytes) -> int:
         """The node below `parent` with these tokens. A new one must be held, or it stays for ever."""
@@ -72,9 +82,11 @@ class PrefixTrie:
             node = len(self._keys)
             self._keys.append(pair)
             self._holders.append(0)
+            self._likely.append(-1)
         self._nodes[pair] = node
         if not isinstance(parent, tuple):
             self._holders[parent] += 1
+            self._likely[parent] = node
         return node
 
     def hold(self, node: int) -> None:
@@ -92,17 +104,24 @@ class PrefixTrie:
             del self._nodes[pair]
             self._keys[node] = None
             self._unused.append(node)
-            if isinstance(pair[0], tuple):
+            parent = pair[0]
+            if isinstance(parent, tuple):
                 return
-            node = pair[0]
+            if self._likely[parent] == node:
+                self._likely[parent] = -1
+            node = parent
 
-    def below(self, namespaces: tuple[Hashable, ...]) -> list[int]:
+    def likely_child(self, node: int) -> int | None:
+        """The child that `path` tries first, if there is one."""
+        return self._likely[node] if self._likely[node] >= 0 else None
+
+    def below(self, namespaces: tuple[Hashable, ...]) -> Ints:
         """All nodes of these namespaces, all nodes if none is named."""
         chosen: set[Parent] = {(namespace,) for namespace in namespaces}
         for (parent, _), node in self._nodes.items():
             if parent in chosen or not namespaces:
                 chosen.add(node)
-        return [node for node in chosen if isinstance(node, int)]
+        return np.array([node for node in chosen if isinstance(node, int)], dtype=np.int64)
 
 
 class CachedBlocks:
@@ -119,10 +138,11 @@ class CachedBlocks:
         self.node = np.full(num_blocks, -1, dtype=np.int64)
         self.column = np.zeros(num_blocks, dtype=np.int64)
         self._trie = trie
-        self._block: dict[int, int] = {}  # of a node
+        self._block = array("q")  # of each node, as far as it reaches; -1 where it has none
+        self._count = 0
 
     def __len__(self) -> int:
-        return len(self._block)
+        return self._count
 
     def has(self, blocks: Ints) -> Flags:
         """Which of these blocks are in the cache."""
@@ -131,16 +151,22 @@ class CachedBlocks:
 
     def block_of(self, node: int) -> int:
         """The block of a node, -1 where it has none here."""
-        return self._block.get(node, -1)
+        return self._block[node] if node < len(self._block) else -1
 
-    def blocks_of(self, nodes: list[int]) -> Ints:
+    def blocks_of(self, nodes: Ints) -> Ints:
         """`block_of` each of these nodes."""
-        block = self._block
-        return np.array([block.get(node, -1) for node in nodes], dtype=np.int64)
+        if not len(nodes):
+            return nodes
+        self._reach_all()
+        blocks: Ints = np.frombuffer(self._block, dtype=np.int64)[nodes]
+        return blocks
 
     def put(self, node: int, block: int, column: int) -> None:
         """Enter `block`, which is not in the cache, as that of a node without one."""
+        if node >= len(self._block):
+            self._reach_all()
         self._block[node] = block
+        self._count += 1
         self.node[block] = node
         self.column[block] = column
         self._trie.hold(node)
@@ -148,6 +174,12 @@ class CachedBlocks:
     def remove(self, blocks: Ints) -> None:
         """Take distinct blocks out of the cache."""
         for node in self.node[blocks].tolist():
-            del self._block[node]
+            self._block[node] = -1
             self._trie.drop(node)
+        self._count -= len(blocks)
         self.node[blocks] = -1
+
+    def _reach_all(self) -> None:
+        missing = self._trie.num_numbers - len(self._block)
+        if missing > 0:
+            self._block.extend([-1] * (missing + _MORE_NODES))

@@ -53,7 +53,7 @@ class Sequences:
         self._free_rows = list(range(max_seqs))[::-1]
         self._order = np.arange(max_seqs)
         self._last_list: list[Any] = []
-        self._last_handles = np.empty(0, dtype=np.int64)
+        self._last_found = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
         self._seen = np.zeros(num_rows, dtype=np.int64)
 
     @property
@@ -72,22 +72,22 @@ class Sequences:
             TypeError: `seqs` are not integers.
             ValueError: one is unknown, was freed, or occurs twice.
         """
-        handles = self._handles(seqs)
-        rows = handles & self._row_mask
+        # A decode loop passes one list again and again, and comparing lists is far cheaper than converting one. But
+        # [1.0] equals [1].
+        known = type(seqs) is list and seqs == self._last_list and (not seqs or type(seqs[0]) is int)
+        if known:
+            handles, rows = self._last_found
+        else:
+            handles = as_integers("seqs", seqs)
+            rows = handles & self._row_mask
         alive = self.handle[rows] == handles
-        if not alive.all():
+        if np.count_nonzero(alive) < len(alive):
             raise ValueError(self._why_not_alive(int(handles[~alive][0])))
-        self._check_distinct(handles, rows)
+        if not known:
+            self._check_distinct(handles, rows)
+            if type(seqs) is list:
+                self._last_list, self._last_found = seqs.copy(), (handles, rows)
         return handles, rows
-
-    def _handles(self, seqs: Any) -> Ints:
-        # A decode loop passes one list again and again, and comparing lists is far cheaper than converting one.
-        if type(seqs) is not list or not seqs or type(seqs[0]) is not int:  # [1.0] equals [1]
-            return as_integers("seqs", seqs)
-        if seqs != self._last_list:
-            self._last_handles = as_integers("seqs", seqs)
-            self._last_list = seqs.copy()
-        return self._last_handles
 
     def find_some(self, seqs: Any) -> tuple[Ints, Ints]:
         """As `find`, for a single sequence's handle too."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch_paged.memory.arrays import Ints
+from torch_paged.memory.arrays import Flags, Ints
+from torch_paged.memory.sequences import Sequences
 
 
 class Copies(NamedTuple):
@@ -77,6 +78,11 @@ class Step(NamedTuple):
     blocks_before: Ints
     positions: Ints
     taken: list[Taken]
+
+    def alive(self, sequences: Sequences) -> Flags:
+        """[n], which of its sequences have not been freed since."""
+        alive: Flags = sequences.handle[self.rows] == self.handles
+        return alive
 
     @property
     def copies(self) -> Copies:

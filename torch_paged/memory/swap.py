@@ -129,7 +129,7 @@ def unpack(manager: MemoryManager, seqs: Any) -> list[Landing]:
     return landings
 
 
-def _path(manager: MemoryManager, handle: int, row: int) -> list[int]:
+def _path(manager: MemoryManager, handle: int, row: int) -> Ints:
     """The nodes of a sequence's full blocks, as far as the prefix cache knows them."""
     s, parcel = manager.sequences, manager.parcels[handle]
     full = parcel.parts[0].rows[handle][: max(int(s.known[row]), 0) // manager.block_size]
@@ -139,9 +139,7 @@ def _path(manager: MemoryManager, handle: int, row: int) -> list[int]:
 class _Search:
     """Which blocks of one group are still there for sequences about to come back, and which they lack."""
 
-    def __init__(
-        self, manager: MemoryManager, index: int, outside: dict[int, int], paths: dict[int, list[int]]
-    ) -> None:
+    def __init__(self, manager: MemoryManager, index: int, outside: dict[int, int], paths: dict[int, Ints]) -> None:
         self._group = group = manager.groups[index]
         self._parcels = {handle: manager.parcels[handle] for handle in outside}
         self._rows = {handle: parcel.parts[index].rows[handle] for handle, parcel in self._parcels.items()}

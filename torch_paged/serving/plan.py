@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any
 
 from torch_paged.serving.requests import Sample
 
 
-class Plan(NamedTuple):
+@dataclasses.dataclass(slots=True, eq=False)
+class Plan:
     """Which samples read how many tokens in a step. Sample i is sequence i of the batch.
 
     Attributes:
@@ -24,6 +26,7 @@ class Plan(NamedTuple):
     counts: int | list[int]
     starts: list[int]
     writes: list[bool] | None
+    _known: list[int] | None = None  # its tokens, once the host knows them all
 
     def follows(self, before: Plan) -> bool:
         """Whether this reads exactly what `before` draws, row by row."""
@@ -32,6 +35,14 @@ class Plan(NamedTuple):
     def tokens(self) -> list[int]:
         """The tokens to read, in the order of the batch. What only the device knows yet stands as `~row`: the token
         that the previous step drew in that row."""
+        if self._known is not None:
+            return self._known
+        tokens = self._collect()
+        if min(tokens) >= 0:
+            self._known = tokens
+        return tokens
+
+    def _collect(self) -> list[int]:
         if self.writes is None:
             return [
                 sample.tokens[start] if start < len(sample.tokens) else ~sample.row

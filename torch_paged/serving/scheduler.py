@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -210,9 +211,11 @@ class Scheduler:
         self._cache.commit(plan.batch, plan.tokens())  # what is unknown still was read for samples that have ended
         self.open_plans.popleft()
         ended: dict[str, list[Sample]] = {}
-        for row, (sample, token) in enumerate(zip(plan.samples, drawn, strict=False)):
-            if (plan.writes is None or plan.writes[row]) and sample.finish_reason is None:
-                reason = sample.write(token, logprobs[row] if logprobs is not None else None)
+        everybody, nothing = itertools.repeat(True), itertools.repeat(None)
+        rows = zip(plan.samples, plan.writes or everybody, drawn, logprobs or nothing, strict=False)
+        for sample, writes, token, logprob in rows:
+            if writes and sample.finish_reason is None:
+                reason = sample.write(token, logprob)
                 if reason is not None:
                     ended.setdefault(reason, []).append(sample)
         for reason, samples in ended.items():
