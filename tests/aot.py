@@ -8,7 +8,9 @@ Importing this module changes nothing; a process that has called `compile_call` 
 through `Workers`.
 """
 
+import functools
 import hashlib
+import inspect
 import os
 import re
 import subprocess
@@ -116,13 +118,20 @@ class _Known(Exception):
 
 
 def _digest(backend: Any, options: Any, module: Any) -> str:
-    """Names all that decides the machine code: compiler, target, options, and the code after its first stage.
+    """Names all that decides the figures: compiler, target, options, the code after its first stage, and their reader.
 
     By then the parameters of the launch are folded in, and names of files and functions are gone.
     """
     settings = sorted((name, value) for name, value in vars(options).items() if name != "extern_libs")
-    parts = triton.__version__, backend.hash(), str(settings), module.str_nodebug()
+    parts = triton.__version__, backend.hash(), str(settings), module.str_nodebug(), _reader()
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _reader() -> str:
+    """The source of what reads figures from machine code."""
+    functions = map(inspect.getsource, (_read, _pipelined_loops, _nvidia, _amd))
+    return "\n".join((*functions, str(_SASS), str(_AMDGCN)))
 
 
 def _ends_where(known: Mapping[str, Kernel]) -> Callable[..., None]:

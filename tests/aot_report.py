@@ -1,7 +1,8 @@
 """Figures of all attention kernels that are shipped, each beside the digest of what it was compiled from.
 
 Tests take them from here, and compile a kernel where what it would be compiled from is not here: after a change of the
-kernel, of its launch, of the target or of Triton. One in sixteen is compiled all the same, another one after a change.
+kernel, of its launch, of the target, of Triton or of what reads the figures. One in sixteen is compiled all the same,
+another one every day.
 
     python tests/aot_report.py          rewrites the report, compiling what it lacks
     python tests/aot_report.py --all    compiling everything
@@ -12,13 +13,15 @@ import functools
 import os
 import sys
 from collections.abc import Iterable
+from datetime import date
 from pathlib import Path
 
 import aot
 import aot_calls as calls
 import triton
 
-DIRECTORY = Path(__file__).parent / "aot_report" / triton.__version__
+DIRECTORY = Path(__file__).parent / "aot_figures" / triton.__version__
+PINNED = f"triton=={triton.__version__}" in (Path(__file__).parent.parent / "constraints.txt").read_text().split()
 ONE_IN = 16
 
 
@@ -34,8 +37,9 @@ def read(target: str) -> dict[str, aot.Kernel]:
 
 @functools.cache
 def all_but_a_sample(target: str) -> dict[str, aot.Kernel]:
-    """The report without those kernels that are always compiled."""
-    return {ir: kernel for ir, kernel in read(target).items() if int(ir, 16) % ONE_IN}
+    """The report without those kernels that are compiled today."""
+    today = date.today().toordinal()
+    return {ir: kernel for ir, kernel in read(target).items() if (int(ir, 16) + today) % ONE_IN}
 
 
 def nothing(_target: str) -> dict[str, aot.Kernel]:

@@ -149,7 +149,7 @@ def test_shipped_attention(job, workers):
     assert all(kernel.instructions["spill"] == 0 for kernel in (*dealt, combine)), (dealt, combine)
 
 
-@pytest.mark.skipif(not aot_report.DIRECTORY.exists(), reason="no report of this Triton: all variants were compiled")
+@pytest.mark.skipif(not aot_report.PINNED, reason="another Triton than CI's: all variants were compiled")
 @pytest.mark.parametrize("target", aot.TARGETS)
 def test_report_says_what_is_compiled(target, workers):
     """Of these kernels and no others, and the same of those that were compiled in this run."""

@@ -36,6 +36,7 @@ def begin(session):
 @pytest.mark.slow
 def test_interpreter_suite():
     """The operators' grids on Triton's kernels, interpreted: at least a hundred tests each, and all of them pass."""
+    assert len(_interpreters) == len(INTERPRETED)
     for process, file in _interpreters:
         process.wait()
         file.seek(0)

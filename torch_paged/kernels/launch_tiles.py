@@ -115,7 +115,11 @@ def _largest_tiles(problem: Problem, device: Device, rows: int) -> Tiles:
         # Before Hopper, numbers are widened in registers.
         fewer_rows = width > 128 or (device.capability < 90 and not problem.plain_caches)
         rows = FEW_ROWS if device.capability != 90 and fewer_rows else MANY_ROWS
-        return Tiles(rows, min(keys, 64) if fewer else keys, 8, 2 if fewer else 3, 1)
+        keys = min(keys, 64) if fewer else keys
+        # One register of 255 too few, with 64 keys.
+        if device.capability < 90 and width <= 64 and problem.ragged and paging(problem.block_size, keys) == "one":
+            keys = 32
+        return Tiles(rows, keys, 8, 2 if fewer else 3, 1)
     return Tiles(FEW_ROWS, keys, 4, 3, 2) if width <= 128 else Tiles(FEW_ROWS, keys, 8, 3, 1)
 
 
