@@ -129,12 +129,14 @@ def check_attention():
     seen = exact_lse.isfinite()
     assert torch.equal(lse.isneginf(), exact_lse.isneginf()), "other rows see nothing"
     # Outputs and, of bf16, weights are rounded: that errs by what the values' magnitudes add up to, however well the
-    # values cancel. So do float32's logits, by their size before they cancel.
+    # values cancel. So do float32's logits, by their size before they cancel, and by ALiBi's share of them.
     query, key_cache, value_cache, *rest = arguments
     magnitude = reference.attention(query.double(), key_cache, value_cache.double().abs(), *rest, **options)
     scale = options.get("scale", query.shape[2] ** -0.5)
     largest = [rows.double().nan_to_num().norm(dim=-1).amax().item() if rows.numel() else 0 for rows in arguments[:2]]
     size = abs(scale) * math.prod(largest) * (1 if options.get("key_scale") is None else 0.03)
+    if "alibi_slopes" in options and rest[1].numel():
+        size += (options["alibi_slopes"].max() * rest[1].max()).item()
     budget = torch.finfo(output.dtype).eps + torch.finfo(torch.float32).eps * (16 + size)
     off = ((output.double() - exact).abs() - budget * magnitude).amax().item() if exact.numel() else 0.0
     subnormal = torch.finfo(output.dtype).smallest_normal * torch.finfo(output.dtype).eps

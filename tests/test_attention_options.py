@@ -275,6 +275,18 @@ def test_huge_queries_stay_finite(stored, device):
     check(inputs, **scales)
 
 
+@pytest.mark.parametrize("dtype", [E4M3, INT8], ids=str)
+def test_the_stride_of_a_single_block_does_not_matter(dtype, device):
+    inputs = attention_inputs([1], [9], dtype=torch.bfloat16, uniform=True, device=device)
+    inputs, scales = quantised(inputs, Storage(dtype, "head"), Storage(dtype, "head"))
+    one = inputs._replace(
+        key_cache=inputs.key_cache[:1], value_cache=inputs.value_cache[:1], block_table=inputs.block_table * 0
+    )
+    odd = one.value_cache.as_strided(one.value_cache.shape, (2049, *one.value_cache.stride()[1:]))
+    expected = one.call(torch.ops.paged.attention, **scales)
+    assert torch.equal(one._replace(value_cache=odd).call(torch.ops.paged.attention, **scales), expected)
+
+
 @pytest.mark.parametrize("like", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("dtype", [E4M3, E5M2, INT8], ids=str)
 def test_every_code_is_read(dtype, like, device):

@@ -449,6 +449,15 @@ def test_calibrated_by_the_tokens_that_are_there():
     assert [len(slots) for slots in held] == [19 + 5 + 15, 11 + 5 + 11]  # of first, what its fork has apart, second
 
 
+def test_calibration_needs_tokens_in_the_cache_and_a_type_to_store_them_in():
+    cache = make_cache([None])
+    with pytest.raises(ValueError, match=r"calibrate needs tokens in the cache, got none"):
+        cache.calibrate(torch.int8)
+    for dtype in (torch.float16, "int8"):
+        with pytest.raises(TypeError, match=f"dtype must be float8_e4m3fn, float8_e5m2 or int8, got {dtype}"):
+            cache.calibrate(dtype)
+
+
 def test_a_quantised_cache_is_not_calibrated_again():
     with pytest.raises(TypeError, match=r"calibrate needs an unquantised cache, got one of torch.int8"):
         make_cache([None], cache_dtype=torch.int8).calibrate(torch.int8)

@@ -363,11 +363,16 @@ class PagedKVCache(nn.Module):
             Of each layer two tensors, float32 [num_kv_heads], see `calibrate_scales`.
 
         Raises:
-            TypeError: this cache is quantised itself.
+            TypeError: this cache is quantised itself, or `dtype` is none of these.
+            ValueError: it holds no tokens to go by: its sequences are swapped out or freed, or there were none.
         """
         if self.layers[0].key_cache.dtype not in _DTYPES:
             raise TypeError(f"calibrate needs an unquantised cache, got one of {self.layers[0].key_cache.dtype}")
+        if dtype not in (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8):
+            raise TypeError(f"dtype must be float8_e4m3fn, float8_e5m2 or int8, got {dtype}")
         slots = [torch.from_numpy(each).to(self.device) for each in self._manager.slots_in_use()]
+        if not all(map(len, slots)):
+            raise ValueError("calibrate needs tokens in the cache, got none: no sequence with tokens is in it")
         layers = [(layer.key_cache, layer.value_cache, slots[layer.group]) for layer in self._paged_layers()]
         return [
             (calibrate_scales(key_cache, used, dtype), calibrate_scales(value_cache, used, dtype))

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from torch_paged.memory.arrays import as_integer
 
+_LARGE_PAGE = 2 * 2**20  # bytes; what holds none of them is left alone
+
 
 def empty_cache(
     num_blocks: int, block_size: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
@@ -30,7 +32,7 @@ def empty_cache(
 def _ask_for_large_pages(address: int, size: int) -> None:
     """Scattered blocks in small pages cost the processor more to find: a hint to systems that have larger ones."""
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        start, end = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE, (address + size) // mmap.PAGESIZE * mmap.PAGESIZE
+        start, end = -(-address // _LARGE_PAGE) * _LARGE_PAGE, (address + size) // _LARGE_PAGE * _LARGE_PAGE
         if start < end:
             ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_HUGEPAGE)
 

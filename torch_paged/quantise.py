@@ -53,7 +53,7 @@ def calibrate_scales(cache: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor
     Returns:
         float32 [num_kv_heads], `key_scale` or `value_scale` of `append` and `attention`; 1 for a head of zeros.
     """
-    peaks = torch.zeros(cache.shape[2], device=cache.device)
+    peaks = torch.zeros(cache.shape[2], dtype=torch.float32, device=cache.device)
     for part in slots.split(_ROWS):
         if len(part):
             peaks = torch.maximum(peaks, _rows(cache, part).float().abs().amax((0, 2)))
@@ -77,7 +77,9 @@ def quantise_cache(
         `key_scale_cache` or `value_scale_cache` of `append` and `attention`.
     """
     quantised = torch.zeros_like(cache, dtype=torch.uint8).view(dtype)
-    scale, name = (torch.ones(cache.shape[:3], device=cache.device), "_cache") if scale is None else (scale, "")
+    name = "_cache" if scale is None else ""
+    if scale is None:
+        scale = torch.ones(cache.shape[:3], dtype=torch.float32, device=cache.device)
     for part in slots.split(_ROWS):
         append(_rows(cache, part), None, quantised, None, part, **{f"key_scale{name}": scale})
     return quantised, scale

@@ -35,11 +35,11 @@ class Transfer:
         """Copies of these blocks: uint8 [n, block_bytes] on the host. On a GPU, only `store` may read them."""
         shape = len(blocks), self.block_bytes
         if self._device.type == "cpu":
-            content = torch.empty(shape, dtype=torch.uint8)
+            content = torch.empty(shape, dtype=torch.uint8, device="cpu")
             gather_blocks(self._caches, torch.from_numpy(blocks), content)
             return content
         with torch.cuda.device(self._device):
-            content = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+            content = torch.empty(shape, dtype=torch.uint8, device="cpu", pin_memory=True)
             numbers = self._send(blocks)
             side, current = self._side_stream(), torch.cuda.current_stream()
             buffers, copied = self._buffers(len(blocks), side), [torch.cuda.Event(), torch.cuda.Event()]

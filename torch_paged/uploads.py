@@ -16,7 +16,7 @@ class Uploads:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._on_gpu = device.type == "cuda"
-        self._buffers = [torch.empty(0, dtype=torch.int64)] * COPIES_IN_FLIGHT
+        self._buffers = [torch.empty(0, dtype=torch.int64, device="cpu")] * COPIES_IN_FLIGHT
         self._done: list[torch.cuda.Event | None] = [None] * COPIES_IN_FLIGHT
         self._turn = 0
         self._words = 0
@@ -31,7 +31,7 @@ class Uploads:
         if len(self._buffers[self._turn]) < words:
             room = 1 << words.bit_length()
             with torch.inference_mode(False):
-                self._buffers[self._turn] = torch.empty(room, dtype=torch.int64, pin_memory=self._on_gpu)
+                self._buffers[self._turn] = torch.empty(room, dtype=torch.int64, device="cpu", pin_memory=self._on_gpu)
         return self._buffers[self._turn].numpy()[:words]
 
     def send(self) -> Tensor:

@@ -27,7 +27,7 @@ class Mask(NamedTuple):
     def bias(self, query_positions: Tensor, key_positions: Tensor, hidden: Tensor) -> Tensor:
         """What to add to the logits: float32 [n, num_heads or 1, queries, keys]."""
         if self.alibi_slopes is None:
-            return torch.zeros(hidden.shape).masked_fill_(hidden, -math.inf)[:, None]
+            return torch.zeros(hidden.shape, dtype=torch.float32).masked_fill_(hidden, -math.inf)[:, None]
         distance = (query_positions[:, :, None] - key_positions[:, None]).abs_()
         return (-self.alibi_slopes[:, None, None] * distance[:, None]).masked_fill_(hidden[:, None], -math.inf)
 

@@ -17,6 +17,7 @@ from torch_paged.kernels.attention_stored import normalise, static_scale
 from torch_paged.kernels.attention_tiles import attend, load_query
 from torch_paged.kernels.launch_config import AttentionLaunch
 from torch_paged.kernels.schedule import SEQUENCES, deal, key_count, next_sequence, query_range, query_tiles
+from torch_paged.kernels.storage import viewed
 from torch_paged.kernels.vectors import dense
 from torch_paged.options import PLAIN, AttentionOptions
 
@@ -186,9 +187,9 @@ def _take(
     partial = query.new_empty(step.partial_floats, dtype=torch.float32)
     handoff = query.new_empty(step.handoff_ints, dtype=torch.int32)
     if step.key_view:
-        key_cache = key_cache.view(step.key_view)
+        key_cache = viewed(key_cache, step.key_view)
     if step.value_view:
-        value_cache = value_cache.view(step.value_view)
+        value_cache = viewed(value_cache, step.value_view)
     step.attend(
         query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, output, lse, partial, handoff,
         base2_factors(scale, options.softcap), *step.sizes, *step.layout, *options_of(options),

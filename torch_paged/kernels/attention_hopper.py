@@ -77,7 +77,7 @@ def _await(here, count, V: gl.constexpr):
 
 @gluon.jit
 def _free(free, count, V: gl.constexpr):
-    """Tells the loader that this warpgroup has read the buffer of tile number `count`."""
+    """Tells the loader that all warps of this part have read the buffer of tile number `count`: it is a barrier."""
     mbarrier.arrive(free.index(count % V.num_stages), count=1)
 
 

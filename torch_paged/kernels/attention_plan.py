@@ -13,7 +13,7 @@ from torch_paged.kernels.features import Features
 from torch_paged.kernels.launch import Launcher, Plans, layout
 from torch_paged.kernels.launch_config import AttentionLaunch, attention_launches
 from torch_paged.kernels.problem import Problem
-from torch_paged.kernels.storage import stored_in
+from torch_paged.kernels.storage import stored_in, viewed
 from torch_paged.kernels.vectors import dense, effective_strides
 from torch_paged.options import PLAIN, AttentionOptions
 
@@ -83,7 +83,7 @@ def step_of(
     """`launch` of `kernel` for a call."""
     num_blocks, block_size, num_kv_heads, _ = key_cache.shape
     variant = launch.variant
-    values = value_cache.view(torch.int16) if variant.value_pairs else value_cache
+    values = viewed(value_cache, torch.int16) if variant.value_pairs else value_cache
     cache_strides = tuple(effective_strides(cache)[:3] for cache in (key_cache, values))
     scale_caches = options.key_scale_cache, options.value_scale_cache
     if scale_caches != (None, None):

@@ -4,11 +4,13 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
+import triton
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
 _MAX_PLANS = 4096
+_KNOWN_RELEASES = ("3.6.",)  # of Triton, whose compiled kernels are launched as `_direct` does it
 Plan = TypeVar("Plan")
 Grid = tuple[int, int, int]
 
@@ -72,15 +74,13 @@ class Launcher:
 def _direct(compiled: Any, grid: Grid) -> Callable[..., None]:
     """`compiled[grid]` for the current device, which looks up less, and calls profilers' hooks where there are any."""
     looked_up = compiled[grid]
-    try:
-        run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-        hooks = knobs.runtime.launch_enter_hook.calls, knobs.runtime.launch_exit_hook.calls
-        stream_of, device = driver.active.get_current_stream, driver.active.get_current_device()
-    except AttributeError:  # another release of Triton than this was written for
+    if not triton.__version__.startswith(_KNOWN_RELEASES):
         return cast(Callable[..., None], looked_up)
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    stream_of, device = driver.active.get_current_stream, driver.active.get_current_device()
 
     def run_directly(*args: Any) -> None:
-        if any(hooks):
+        if knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
             looked_up(*args)
         else:
             run(*grid, stream_of(device), function, metadata, None, None, None, *args)

@@ -32,6 +32,7 @@ SHIPPED_OPTIONS = {
     "int8-token": (Features(key=Stored("int8", "token"), value=Stored("int8", "token"), normalised=True), "bf16", 128),
 }
 _KINDS = (("decode", 8, False), ("prefill", 16384, False), ("mixed", 4096, True))
+_HOPPER_KINDS = (("short", 4096, False), ("long", 16384, True))  # whose kernel has two forms
 
 
 def shipped_variants(device: Device) -> list[ShippedVariant]:
@@ -39,7 +40,7 @@ def shipped_variants(device: Device) -> list[ShippedVariant]:
     return [
         variant
         for dtype, dim, block_size in itertools.product(SHIPPED_DTYPES, SHIPPED_HEAD_DIMS, SHIPPED_BLOCK_SIZES)
-        for kind in _KINDS
+        for kind in (_KINDS + _HOPPER_KINDS if device.capability == 90 and not device.amd else _KINDS)
         for variant in _variants(device, "", PLAIN_FEATURES, dtype, dim, block_size, *kind)
     ]
 

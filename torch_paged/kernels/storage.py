@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from torch_paged.kernels.features import Stored
+from torch_paged.kernels.vectors import effective_strides
 
 _NAMES = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2", torch.int8: "int8"}
 
@@ -22,3 +23,8 @@ def stored_in(cache: Tensor, dtype: torch.dtype, scale: Tensor | None, scale_cac
 def as_bytes(cache: Tensor) -> Tensor:
     """A float8 cache as bytes: those that write one round by arithmetic, alike on every device."""
     return cache.view(torch.uint8) if cache.dtype.itemsize == 1 and cache.dtype.is_floating_point else cache
+
+
+def viewed(cache: Tensor, dtype: torch.dtype) -> Tensor:
+    """`cache` as numbers of `dtype`, also where dimensions of size 1 have strides that `view` would not take."""
+    return (cache.as_strided(cache.shape, effective_strides(cache)) if 1 in cache.shape else cache).view(dtype)

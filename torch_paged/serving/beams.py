@@ -87,7 +87,7 @@ def _run(cache: PagedKVCache, model: Model, seqs: list[int], tokens: list[int]) 
     batch = cache.prepare(seqs, len(tokens) // len(seqs))
     try:
         padding = [0] * (len(batch.positions) - len(tokens))
-        logits = model(unbacked(to_device(torch.tensor(tokens + padding), cache.device)), batch)
+        logits = model(unbacked(to_device(torch.tensor(tokens + padding, device="cpu"), cache.device)), batch)
     except BaseException:
         cache.rollback(batch)
         raise

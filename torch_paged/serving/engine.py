@@ -186,7 +186,8 @@ class Engine:
             return before.drawn.tokens
         padded = len(plan.batch.positions)
         known = plan.tokens()
-        tokens = to_device(torch.tensor(known + [0] * (padded - len(known)), dtype=torch.int64), self._device)
+        host = torch.tensor(known + [0] * (padded - len(known)), dtype=torch.int64, device="cpu")
+        tokens = to_device(host, self._device)
         if before is None:
             return tokens
         return torch.where(tokens < 0, before.drawn.tokens[(~tokens).clamp_(min=0)], tokens)

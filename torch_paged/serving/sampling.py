@@ -135,15 +135,16 @@ def rules_of(samples: list[Sample], rows: int, device: torch.device) -> Rules:
     cut = [sampling for sampling in drawn if sampling.top_k or sampling.top_p < 1 or sampling.min_p > 0]
     all_limited = all(sampling.top_k for sampling in cut)
     padding = rows - len(samples)
-    host = torch.zeros(rows, 5, dtype=torch.int64)
+    host = torch.zeros(rows, 5, dtype=torch.int64, device="cpu")
     reals = host.view(torch.float64)
     if drawn:
         for column, values in enumerate(
             ([s.temperature for s in each], [s.top_p for s in each], [s.min_p for s in each])
         ):
-            reals[: len(each), column] = torch.tensor(values, dtype=torch.float64)
-        host[:, 3] = torch.tensor([min(s.top_k or _NO_LIMIT, _NO_LIMIT) for s in each] + [1] * padding)
-        host[: len(each), 4] = torch.tensor([sample.seed for sample in samples])
+            reals[: len(each), column] = torch.tensor(values, dtype=torch.float64, device="cpu")
+        limits = [min(s.top_k or _NO_LIMIT, _NO_LIMIT) for s in each] + [1] * padding
+        host[:, 3] = torch.tensor(limits, device="cpu")
+        host[: len(each), 4] = torch.tensor([sample.seed for sample in samples], device="cpu")
     sent = to_device(host, device)
     temperature, top_p, min_p = sent.view(torch.float64)[:, :3].float().split(1, dim=1)
     return Rules(
