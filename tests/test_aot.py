@@ -192,12 +192,13 @@ def test_quantising_kernels(job, workers):
     assert kernel.registers <= 128, kernel
 
 
-# Registers and instructions before there were options, of Triton 3.6.
+# Registers and instructions without any option, of Triton 3.6: what options that are off may not add to. Decode keeps
+# sums of its rows apart until the end, for 12 to 14 registers.
 PLAIN_LIMITS = {
-    ("sm_80", "decode-bf16-dim128-block16-rows16"): (218, 2008),
-    ("sm_90", "decode-bf16-dim128-block16-rows16"): (223, 2048),
-    ("sm_100", "decode-bf16-dim128-block16-rows16"): (223, 2048),
-    ("gfx942", "decode-bf16-dim128-block16-rows16"): (168, 2478),
+    ("sm_80", "decode-bf16-dim128-block16-rows16"): (232, 2024),
+    ("sm_90", "decode-bf16-dim128-block16-rows16"): (237, 2064),
+    ("sm_100", "decode-bf16-dim128-block16-rows16"): (237, 2064),
+    ("gfx942", "decode-bf16-dim128-block16-rows16"): (180, 2478),
     ("sm_80", "prefill-fp16-dim64-block64-rows128"): (255, 2792),
 }
 

@@ -42,6 +42,7 @@ def shipped_variants(device: Device) -> list[ShippedVariant]:
         for dtype, dim, block_size in itertools.product(SHIPPED_DTYPES, SHIPPED_HEAD_DIMS, SHIPPED_BLOCK_SIZES)
         for kind in (_KINDS + _HOPPER_KINDS if device.capability == 90 and not device.amd else _KINDS)
         for variant in _variants(device, "", PLAIN_FEATURES, dtype, dim, block_size, *kind)
+        if kind in _KINDS or variant.launch.variant.copy_rows
     ]
 
 
