@@ -88,7 +88,7 @@ def _options(
     num_heads: int, device: torch.device, *, sliding_window: bool, softcap: bool, alibi_slopes: bool, sinks: bool
 ) -> AttentionOptions:
     """Any values of the options that are on."""
-    per_head = torch.zeros(num_heads, device=device)
+    per_head = torch.zeros(num_heads, dtype=torch.float32, device=device)
     return AttentionOptions(
         sliding_window=1 if sliding_window else None,
         softcap=1.0 if softcap else 0.0,
