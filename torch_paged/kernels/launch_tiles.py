@@ -102,7 +102,9 @@ def _largest_tiles(problem: Problem, device: Device, rows: int) -> Tiles:
         small = width <= 128 and problem.plain_caches
         many = many and width <= 256 and problem.plain_caches
         found = paging(problem.block_size, 32)
-        warps = 8 if not small or found == ("several" if many else "any") else 4
+        warps = 8 if not small or many else 4
+        if small and device.capability <= 90:
+            warps = 8 if found == ("several" if many else "any") else 4
         return Tiles(32 if many else 16, 32 if small else 16, warps, 2 if many else 3, 8 // warps)
     keys = 128 if width <= 64 else 64 if width <= 128 else 32
     if rows <= 16:
