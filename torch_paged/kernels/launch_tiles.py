@@ -103,7 +103,8 @@ def _largest_tiles(problem: Problem, device: Device, rows: int) -> Tiles:
         many = many and width <= 256 and problem.plain_caches
         found = paging(problem.block_size, 32)
         warps = 8 if not small or many else 4
-        if small and device.capability <= 90:
+        # With other numbers, NVIDIA's assemblers spill a register or two.
+        if small and not device.amd and (device.capability <= 90 or width > 96):
             warps = 8 if found == ("several" if many else "any") else 4
         return Tiles(32 if many else 16, 32 if small else 16, warps, 2 if many else 3, 8 // warps)
     keys = 128 if width <= 64 else 64 if width <= 128 else 32
