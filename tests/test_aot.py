@@ -51,8 +51,9 @@ def attention_faults(target, variant, kernel):
         demands["matrix unit"] = count[MATRIX_UNIT[target] if many_rows else "tensor_core"] > 0
     if target in NVIDIA:
         resident = max(1, launch.programs // calls.DEVICES[target].multiprocessors)
-        # Values of one byte come 8 of them at a time, and tokens' scales one by one.
-        narrow = 0 if plain_caches(launch.variant.has) else 2 * (count["async128"] + launch.variant.num_stages)
+        # Values of one byte come 8 of them at a time, and tokens' scales one by one, in each of the loops.
+        scales = launch.variant.num_stages * (2 if launch.variant.unmasked_first else 1)
+        narrow = 0 if plain_caches(launch.variant.has) else 2 * (count["async128"] + scales)
         demands["16-byte asynchronous copies"] = 0 < count["async128"] and count["async_narrow"] <= narrow
         demands["registers for all programs"] = resident * register_share(kernel, launch.num_warps) <= REGISTER_FILE
         demands["shared memory for all programs"] = (
