@@ -1,11 +1,8 @@
 """Draws what `cpu_attention.py --output FILE` measured: `python benchmarks/cpu_plot.py FILE --output FILE.png`."""
 
-import argparse
-import json
-from pathlib import Path
 from typing import Any
 
-from gpu_plot import panel, plt
+from gpu_plot import main, panel, plt
 
 PEERS = ("paged, eager PyTorch", "SDPA, contiguous", "FlexAttention, compiled", "gather + SDPA")
 
@@ -38,15 +35,5 @@ def draw(report: dict[str, Any]) -> Any:
     return figure
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("report", type=Path)
-    parser.add_argument("--output", type=Path, help="default: the report's name with .png")
-    options = parser.parse_args()
-    output = options.output or options.report.with_suffix(".png")
-    draw(json.loads(options.report.read_text())).savefig(output, dpi=110)
-    print(f"wrote {output}")
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, draw)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,9 @@ def draw(report: dict[str, Any]) -> Any:
     return figure
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(about: str | None, draw: Callable[[dict[str, Any]], Any]) -> None:
+    """Saves what `draw` makes of the report that the command line names."""
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("report", type=Path)
     parser.add_argument("--output", type=Path, help="default: the report's name with .png")
     options = parser.parse_args()
@@ -66,4 +68,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, draw)
