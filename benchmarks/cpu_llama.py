@@ -1,9 +1,9 @@
 """A small Llama end to end on a CPU: ragged prompts in, greedy tokens out, beside Hugging Face transformers.
 
 `python benchmarks/cpu_llama.py --output benchmarks/results/cpu/llama.json`. 6 layers, 512 wide, 8/2 heads, vocabulary
-32,000, bf16, 16 prompts of 32 to 900 tokens, 64 new tokens each; random weights, the same for all. What is compiled, ours and
-theirs, has its weights packed once (`freezing`). transformers is an optional peer, listed as absent where it cannot be
-imported. The first token of every prompt is compared.
+32,000, bf16, 16 prompts of 32 to 900 tokens, 64 new tokens each; random weights, the same for all. What is compiled,
+ours and theirs, has its weights packed once (`freezing`). transformers is an optional peer, listed as absent where it
+cannot be imported. The first token of every prompt is compared.
 """
 
 import argparse
