@@ -27,10 +27,10 @@ MATRIX_UNIT = {"sm_80": "tensor_core", "sm_90": "wgmma", "sm_100": "tcgen05", "g
 
 
 def hopper_faults(variant, kernel):
-    """What `attention_hopper` lacks. Between units it may spill: what it keeps for them, the loops do not need."""
+    """What `attention_hopper` lacks."""
     demands = {
         "products under way": kernel.pipelined_loops == 2 * variant.launch.variant.parts,
-        "no spilled registers": kernel.pipelined_spills == 0,
+        "no spilled registers": kernel.instructions["spill"] == 0,
         "matrix unit": kernel.instructions["wgmma"] > 0 and kernel.instructions["tensor_core"] == 0,
         "copy engine": kernel.instructions["copy_engine"] > 0,
         "16-byte copies of queries": kernel.instructions["async128"] > 0 and kernel.instructions["async_narrow"] == 0,
