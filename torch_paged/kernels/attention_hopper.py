@@ -294,7 +294,7 @@ def _attend(PART: gl.constexpr, arguments, V: gl.constexpr):
 
             num_heads = (num_kv_heads + zero()) * V.group
             first_output = (start + first_token).to(gl.int64) * num_heads + head * V.group
-            row, valid = packed // V.group * num_heads + packed % V.group, lane < rows
+            valid = lane < rows
             sequence, unit = next_unit(sequence, unit, tiles, num_kv_heads, batch, V)
             start, queries, keys, tiles, head, first_row, rows = unit_of(sequence, unit, batch, V)
             if index < units - 1:
@@ -302,6 +302,8 @@ def _attend(PART: gl.constexpr, arguments, V: gl.constexpr):
             state = _last_product(state, weights, buffers, barriers, count, V)
             count += 1
             if slot < 0:
+                packed += zero()
+                row = packed // V.group * num_heads + packed % V.group
                 _write_output(output, lse, state, first_output, row, valid, V)
             else:
                 _write_partial(partial, state, slot, lane, valid, V)
@@ -347,7 +349,8 @@ def attention_hopper(
     attend = (tensors, query_strides, scale, num_kv_heads, pieces, rounds, batch, buffers, barriers)
     load_keys = (key_map, buffers[1], keys_free, keys_here, work)
     load_values = (value_map, buffers[2], values_free, values_here, work)
-    # Behind the functions: warps of all but the first, and registers of their threads.
+    # Behind the functions: warps of all but the first, and registers of their threads. Ids of many blocks need more.
+    REGISTERS: gl.constexpr = [240, 24, 24] if V.tile // V.copy_rows <= 2 else [232, 40, 40]
     if V.parts == 1:
         gl.warp_specialize(
             [
@@ -367,5 +370,5 @@ def attention_hopper(
                 (load_tiles, (load_values, VALUE_DIM, V)),
             ],
             [4, 1, 1],
-            [232, 40, 40],
+            REGISTERS,
         )

@@ -33,7 +33,7 @@ def piece_of(pieces, turn, rounds):
 def unit_of(sequence, unit, batch, V: gl.constexpr):
     """What a unit is: first token, queries, keys and units per head of its sequence, its head, first row and rows."""
     seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys = batch
-    start, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
+    start, queries = query_range(sequence, cu_seqlens_q, num_tokens + zero(), num_seqs, V)
     keys = key_count(sequence, seq_lens, num_seqs, max_keys)
     tiles = gl.maximum(query_tiles(queries, V), 1)
     first_row = unit % tiles * V.block_m

@@ -127,7 +127,8 @@ def _largest_tiles(problem: Problem, device: Device, rows: int) -> Tiles:
     keys = 128 if width <= 64 else 64 if width <= 128 else 32
     if rows <= 16:
         if _many_small(problem, device, width):
-            return Tiles(16, keys, 2, 3, 4)
+            int8 = "int8" in (problem.features.key.dtype, problem.features.value.dtype)
+            return Tiles(16, 32, 2, 4, 6) if int8 else Tiles(16, keys, 2, 3, 4)
         return Tiles(16, keys if width <= 256 else 16, 4, 3, 2)
     # Hopper would hold query rows in registers where these are brought into float16's range.
     if width > 256 or (width > 128 and device.capability == 90 and not problem.plain_caches):
