@@ -168,7 +168,7 @@ def serve_with(heads, kv_heads, dim, value_dim, block_size, options, head_major)
         return cache.transpose(1, 2) if head_major else cache
 
     caches = empty(dim), empty(value_dim)
-    for first, (rows, seqs) in itertools.product((0, 1), ((1, 1), (2, 1), (5, 1), (64, 1), (9, 9), (64, 64))):
+    for first, (rows, seqs) in itertools.product((0, 1), ((1, 1), (2, 1), (5, 1), (64, 1), (9, 9), (128, 128))):
         per_head = torch.ones(heads + first)[first:]
         scale = {"scalar": torch.ones(2)[first], "head": torch.ones(kv_heads + first)[first:]}.get(scales)
         written = {f"{side}_scale": scale for side in ("key", "value")}

@@ -204,7 +204,7 @@ def test_long_prompts_are_dealt_out_in_rounds(queries, seqs, heads, rounds):
     assert attention_launches(problem, DEVICES["sm_80"])[0].rounds == 1
 
 
-@pytest.mark.parametrize(("seqs", "programs", "warps"), [(7, 2, 4), (8, 4, 2), (64, 4, 2)])
+@pytest.mark.parametrize(("seqs", "programs", "warps"), [(15, 2, 4), (16, 4, 2), (64, 4, 2)])
 def test_many_sequences_of_8_bit_caches_have_more_and_smaller_programs(seqs, programs, warps):
     e4m3 = Stored("e4m3", "head")
     problem = replace(DECODE, num_tokens=seqs, num_seqs=seqs, features=Features(key=e4m3, value=e4m3, normalised=True))

@@ -34,7 +34,7 @@ SHIPPED_OPTIONS = {
 # Name, sequences, query tokens, whether ragged.
 _KINDS = (("decode", 8, 8, False), ("prefill", 8, 16384, False), ("mixed", 8, 4096, True))
 _HOPPER_KINDS = (("short", 8, 4096, False), ("long", 8, 16384, True))  # whose kernel has two forms
-_ONE = ("decode-of-one", 1, 1, False)  # served otherwise than many are where caches hold 8-bit numbers
+_MANY = ("decode-of-many", 16, 16, False)  # served otherwise than a few are where caches hold 8-bit numbers
 
 
 def shipped_variants(device: Device) -> list[ShippedVariant]:
@@ -53,7 +53,7 @@ def shipped_option_variants(device: Device) -> list[ShippedVariant]:
     found = [
         variant
         for name, (features, dtype, dim) in SHIPPED_OPTIONS.items()
-        for kind in (*_KINDS[:2], _ONE)
+        for kind in (*_KINDS[:2], _MANY)
         for variant in _variants(device, f"{name}-", features, dtype, dim, 16, *kind)
     ]
     return list({(variant.dtype, variant.launch): variant for variant in reversed(found)}.values())[::-1]
