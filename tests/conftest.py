@@ -2,6 +2,8 @@
 
 import os
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait by spinning keep other processes from working
+
 import pytest
 import torch
 
