@@ -6,7 +6,6 @@ import pickle
 import pytest
 import torch
 
-from torch_paged import cache as cache_module
 from torch_paged import staging, steps
 from torch_paged.cache import PagedKVCache
 from torch_paged.memory import OutOfBlocks
@@ -20,15 +19,6 @@ def make_cache(device="cpu", **options):
     for tensor in sum(cache.tensors(), ()):
         tensor.fill_(math.nan)
     return cache
-
-
-@pytest.fixture(params=["in-place", "upload"])
-def either_way(request, monkeypatch):
-    """Written straight into host tensors, and sent through a buffer as to a GPU."""
-    if request.param == "upload":
-        monkeypatch.setattr(
-            cache_module, "Staging", lambda *args, **options: staging.Staging(*args, **(options | {"in_place": False}))
-        )
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
