@@ -272,6 +272,34 @@ def test_grad_is_refused_with_advice(call, name):
         op(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (attention(), "query"),
+        (merge(), "lse_b"),
+        (append(), "value"),
+        (rotary(), "cos"),
+        (copy_blocks([[0, 1]]), "caches"),
+    ],
+)
+def test_tangents_are_refused_with_advice(call, name):
+    """Of forward mode, under no_grad too, which does not end it: they would be lost in silence."""
+    op, arguments = call
+    tensor = arguments[name][0] if name == "caches" else arguments[name]
+
+    def run(tensor):
+        value = [tensor, *arguments[name][1:]] if name == "caches" else tensor
+        return op(**arguments | {name: value})
+
+    with (
+        torch.no_grad(),
+        pytest.raises(NotImplementedError, match=f"has no forward derivative, but {name}.*unpack_dual"),
+    ):
+        torch.func.jvp(run, (tensor,), (torch.ones_like(tensor),))
+    with torch.autograd.forward_ad.dual_level():
+        run(tensor)
+
+
 def test_unused_table_entries_are_not_validated():
     """Past a sequence's keys, and in the whole row of a sequence without a query."""
     op, arguments = attention(

@@ -3,8 +3,8 @@
 Shapes use these letters: T tokens, H query heads, Hk key-value heads (H is a multiple of Hk), D and Dv the head dims
 of keys and values (16 to 512, or 576 and 512), S sequences, N blocks, B block size.
 All functions raise TypeError, ValueError or NotImplementedError for wrong dtypes, shapes, strides, devices and options
-before anything is written, and NotImplementedError for an argument that requires grad while grad mode is on. Ids and
-lengths out of range are an IndexError on CPU, and on a GPU with `TORCH_PAGED_DEBUG=1`.
+before anything is written, and NotImplementedError for an argument that requires grad while grad mode is on, or has a
+tangent of forward mode. Ids and lengths out of range are an IndexError on CPU, and on a GPU with `TORCH_PAGED_DEBUG=1`.
 """
 
 from collections.abc import Callable, Sequence
