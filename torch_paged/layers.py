@@ -68,7 +68,9 @@ class PagedKVLayer(nn.Module):
             [num_tokens, num_heads, value_head_dim]; zeros in padding.
 
         Raises:
-            ValueError: `sliding_window` is given, and is not the layer's.
+            TypeError: `batch` is no PagedBatch.
+            ValueError: query, key and value do not have the batch's rows; `sliding_window` is given, and is not the
+                layer's.
         """
         return _append_and_attend(query, key, value, self.tensors(), batch, self.group, self.sliding_window, options)
 
@@ -120,6 +122,18 @@ class FunctionalKV(nn.Module):
         return _append_and_attend(query, key, value, caches[layer], batch, *self._layers[layer], options)
 
 
+def _check_batch(query: Tensor, batch: PagedBatch) -> None:
+    if not isinstance(batch, PagedBatch):
+        raise TypeError(f"batch must be a PagedBatch, got {type(batch).__name__}")
+    if batch.cu_seqlens_q is not None:  # rows past its last are padding
+        return
+    rows, tokens = query.shape[0], batch.slot_mapping.shape[0]
+    if torch.compiler.is_compiling():
+        torch._check(rows == tokens)  # takes no message with sizes in it
+    elif rows != tokens:
+        raise ValueError(f"query must have a row for each of the batch's {tokens} tokens, got {rows}")
+
+
 def _append_and_attend(
     query: Tensor,
     key: Tensor,
@@ -130,6 +144,7 @@ def _append_and_attend(
     sliding_window: int | None,
     options: dict[str, Any],
 ) -> Tensor:
+    _check_batch(query, batch)
     key_cache, value_cache, *scales = tensors
     if scales:
         names = _SCALES[:2] if scales[0].dim() < 2 else _SCALES[2:]

@@ -25,6 +25,8 @@ def as_integers(name: str, values: Any) -> Ints:
         raise ValueError(f"{name} must be flat: [n] integers, got shape {list(numbers.shape)}")
     if numbers.dtype.kind not in "iu" and numbers.size:
         raise TypeError(f"{name} must be integers, got {numbers.dtype} {numbers[:4].tolist()}")
+    if numbers.dtype == np.uint64 and numbers.size and numbers.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"{name} must be integers of 64 bits with a sign, got {numbers.max()}")
     return numbers.astype(np.int64)
 
 
