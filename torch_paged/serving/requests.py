@@ -103,7 +103,7 @@ class Request:
     def __post_init__(self) -> None:
         prompt = as_integers("prompt", self.prompt)
         _require(len(prompt) > 0, "prompt must have at least one token", prompt.tolist())
-        _require(prompt.min() >= 0, "prompt must be token ids of at least 0", prompt.min())
+        _require(prompt.min() >= 0, "prompt must be token ids of at least 0", int(prompt.min()))
         _require(not isinstance(self.stop_strings, str), "stop_strings must be a list of strings", self.stop_strings)
         if not isinstance(self.sampling, Sampling):
             raise TypeError(f"sampling must be a Sampling, got {self.sampling!r}")
