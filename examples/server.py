@@ -1,4 +1,4 @@
-"""A small OpenAI-compatible server of the demo model: `python examples/server.py`, then for instance
+r"""A small OpenAI-compatible server of the demo model: `python examples/server.py`, then for instance
 
     curl localhost:8000/v1/completions -H "Content-Type: application/json" \
         -d '{"prompt": "def main(", "max_tokens": 40, "temperature": 0.5, "stream": true}'
@@ -157,7 +157,8 @@ def make_app(engine: Engine) -> Starlette:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", default=8000, type=int)
     parser.add_argument("--blocks", default=512, type=int, help="of 16 tokens")
