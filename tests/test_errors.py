@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+import torch_paged
+
 ops = torch.ops.paged
 INT32 = torch.int32
 
@@ -308,3 +310,24 @@ def test_unused_table_entries_are_not_validated():
         cu_seqlens_q=torch.tensor([0, 1, 1, 3], dtype=INT32),
     )
     assert op(**arguments).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "match"),
+    [
+        (dict(num_heads=3), ValueError, "num_heads must be a multiple of num_kv_heads, got 3 and 2"),
+        (dict(head_dim=8), ValueError, "head_dim and value_head_dim must be 16 to 512"),
+        (dict(dtype=torch.float64), TypeError, "query must be float32 or"),
+        (dict(cache_dtype=torch.int8), ValueError, "key_cache of int8 needs key_scale or key_scale_cache, got neither"),
+        (dict(scales="head"), ValueError, "key_scale must be None with an unquantised float32 key_cache"),
+        (dict(sliding_window=True, causal=False), ValueError, "sliding_window needs causal=True"),
+        (dict(rotary_dim=5), ValueError, "rotary_dim must be even, got 5"),
+        (dict(rotary_dim=64), ValueError, "cos must have 1 to head_dim / 2 = 16 columns"),
+    ],
+)
+def test_warmup_refuses_what_no_operator_serves(changes, error, match):
+    model = dict(num_heads=4, num_kv_heads=2, head_dim=32, dtype=torch.float32, device="cpu")
+    with pytest.raises(error, match=match):
+        torch_paged.warmup(**model | changes)
+    for scales in ("scalar", "head", "token"):
+        torch_paged.warmup(**model | dict(device="meta", cache_dtype=torch.int8, scales=scales, rotary_dim=32))

@@ -320,6 +320,9 @@ def warmup(
 
     Returns:
         How many kinds of batches were run; 0 on CPU.
+
+    Raises:
+        TypeError, ValueError: no operator serves such a model, on whatever device.
     """
     device = torch.device(device)
     if scales not in (None, "scalar", "head", "token"):

@@ -249,7 +249,9 @@ def _package(name: str) -> ModuleType:
 
 def warmup(device: torch.device, *model: Any, **options: Any) -> int:
     """Compile the kernels for a model; on a device without Triton there is nothing to compile."""
-    if device.type == "cpu" and _cpu_package() != "torch_paged.kernels":
+    checks.warmup(*model, **options)
+    device = torch.empty(0, device=device).device  # says so if it is not there
+    if device.type != "cuda" and (device.type != "cpu" or _cpu_package() != "torch_paged.kernels"):
         return 0
     with torch.cuda.device(device if device.type == "cuda" else -1):
         done: int = _package("torch_paged.kernels").warmup(device, *model, **options)
