@@ -122,16 +122,20 @@ class FunctionalKV(nn.Module):
         return _append_and_attend(query, key, value, caches[layer], batch, *self._layers[layer], options)
 
 
-def _check_batch(query: Tensor, batch: PagedBatch) -> None:
+def _tables(batch: PagedBatch, group: int, query: Tensor) -> tuple[Tensor, Tensor]:
+    """`batch.tables(group)` of a batch that has as many tokens as there are queries."""
     if not isinstance(batch, PagedBatch):
         raise TypeError(f"batch must be a PagedBatch, got {type(batch).__name__}")
-    if batch.cu_seqlens_q is not None:  # rows past its last are padding
-        return
-    rows, tokens = query.shape[0], batch.slot_mapping.shape[0]
-    if torch.compiler.is_compiling():
-        torch._check(rows == tokens)  # takes no message with sizes in it
-    elif rows != tokens:
-        raise ValueError(f"query must have a row for each of the batch's {tokens} tokens, got {rows}")
+    block_table, slot_mapping = batch.tables(group)
+    rows, tokens = query.shape[0], slot_mapping.shape[0]
+    if batch.cu_seqlens_q is None:  # else rows past its last are padding
+        if torch.compiler.is_compiling():
+            torch._check(rows == tokens)  # takes no message with sizes in it
+        else:
+            torch._check_value(
+                rows == tokens, lambda: f"query must have a row for each of the batch's {tokens} tokens, got {rows}"
+            )
+    return block_table, slot_mapping
 
 
 def _append_and_attend(
@@ -144,7 +148,7 @@ def _append_and_attend(
     sliding_window: int | None,
     options: dict[str, Any],
 ) -> Tensor:
-    _check_batch(query, batch)
+    block_table, slot_mapping = _tables(batch, group, query)
     key_cache, value_cache, *scales = tensors
     if scales:
         names = _SCALES[:2] if scales[0].dim() < 2 else _SCALES[2:]
@@ -154,7 +158,6 @@ def _append_and_attend(
             raise ValueError(
                 f"the layer's sliding_window is {sliding_window}, got sliding_window={options['sliding_window']}"
             )
-    block_table, slot_mapping = batch.tables(group)
     append_options = {name: options[name] for name in _SCALES if name in options}
     append(key, value, key_cache, value_cache, slot_mapping, **append_options)
     return attention(
