@@ -40,10 +40,8 @@ def parse(body: Any) -> Request:
     if unknown := body.keys() - KNOWN:
         raise ValueError(f"not supported: {', '.join(sorted(unknown))}")
     given = {name: value for name, value in body.items() if value is not None}
-    if given.get("n", 1) > MOST_SAMPLES:
-        raise ValueError(f"n must be at most {MOST_SAMPLES}, got {given['n']}")
     stop = given.get("stop", [])
-    return Request(
+    asked = Request(
         prompt=list(given["prompt"].encode()),
         max_new_tokens=given.get("max_tokens", 16),
         samples=given.get("n", 1),
@@ -53,6 +51,9 @@ def parse(body: Any) -> Request:
         namespace=given.get("user"),  # users do not find each other's prompts
         sampling=Sampling(**{"temperature": 1.0} | {name: given[name] for name in SAMPLING if name in given}),
     )
+    if asked.samples > MOST_SAMPLES:
+        raise ValueError(f"n must be at most {MOST_SAMPLES}, got {asked.samples}")
+    return asked
 
 
 def chunk(ident: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:

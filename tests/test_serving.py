@@ -486,6 +486,7 @@ def test_errors_say_what_was_expected(make, why):
             "sampling must be a Sampling, got {'temperature': 1}",
         ),
         (lambda: Request(prompt=[1], stop_strings=["x", 5]), r"stop_strings must be strings, got \('x', 5\)"),
+        (lambda: Request(prompt=[1], stop_strings=5), "stop_strings must be a list of strings, got 5"),
         (lambda: Request(prompt=[1], priority="high"), "priority must be a real number, got 'high'"),
         (lambda: Request(prompt=[1], namespace=[]), r"namespace must be hashable, got \[\]"),
         (lambda: submit([1, 2, 3]), r"request must be a Request, got \[1, 2, 3\]"),

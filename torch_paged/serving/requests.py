@@ -6,7 +6,7 @@ import dataclasses
 import math
 import numbers
 import secrets
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 from torch_paged.memory.arrays import as_integer, as_integers
@@ -107,6 +107,8 @@ class Request:
         _require(not isinstance(self.stop_strings, str), "stop_strings must be a list of strings", self.stop_strings)
         if not isinstance(self.sampling, Sampling):
             raise TypeError(f"sampling must be a Sampling, got {self.sampling!r}")
+        if not isinstance(self.stop_strings, Iterable):
+            raise TypeError(f"stop_strings must be a list of strings, got {self.stop_strings!r}")
         stop_strings = tuple(self.stop_strings)
         if not all(isinstance(stop, str) for stop in stop_strings):
             raise TypeError(f"stop_strings must be strings, got {stop_strings!r}")
