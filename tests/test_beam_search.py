@@ -190,7 +190,8 @@ def test_arguments_of_beam_search(weights):
             beam_search(cache, **dict(model=model) | defaults | options)
         assert cache.num_free_blocks == cache.num_blocks
     beams = beam_search(cache, model, **defaults)
-    assert beam_search(cache, model, **defaults | dict(prompt=torch.tensor(PROMPT))) == beams
+    for prompt in (torch.tensor(PROMPT), bytes(PROMPT)):
+        assert beam_search(cache, model, **defaults | dict(prompt=prompt)) == beams
 
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["in-turn", "ahead"])

@@ -265,6 +265,11 @@ def test_bad_prompts_are_refused(manager, arguments, error, match):
     assert snapshot(manager) == before
 
 
+def test_bytes_are_tokens(manager):
+    manager.free(run(manager, list(b"a prompt")))
+    assert manager.length(manager.add(b"a prompt")) == 4
+
+
 @pytest.mark.parametrize(
     ("breakage", "invariant_named"),
     [

@@ -14,13 +14,13 @@ Flags = NDArray[np.bool_]
 
 
 def as_integers(name: str, values: Any) -> Ints:
-    """A fresh int64 copy of a flat sequence, array or CPU tensor of integers."""
+    """A fresh int64 copy of a flat sequence, array or CPU tensor of integers; bytes are a sequence of them."""
     if type(values) is list and values and type(values[0]) is int:
         try:
             return np.array(array("q", values))  # faster than NumPy alone, which looks for other types first
         except (TypeError, OverflowError):
             pass  # said below
-    numbers = np.asarray(values)
+    numbers = np.frombuffer(values, np.uint8) if isinstance(values, bytes) else np.asarray(values)
     if numbers.ndim != 1:
         raise ValueError(f"{name} must be flat: [n] integers, got shape {list(numbers.shape)}")
     if numbers.dtype.kind not in "iu" and numbers.size:
