@@ -22,7 +22,8 @@ def as_integers(name: str, values: Any) -> Ints:
             pass  # said below
     numbers = np.frombuffer(values, np.uint8) if isinstance(values, bytes) else np.asarray(values)
     if numbers.ndim != 1:
-        raise ValueError(f"{name} must be flat: [n] integers, got shape {list(numbers.shape)}")
+        actual = f"shape {list(numbers.shape)}" if numbers.ndim else f"{values!r:.60}"
+        raise ValueError(f"{name} must be flat: [n] integers, got {actual}")
     if numbers.dtype.kind not in "iu" and numbers.size:
         raise TypeError(f"{name} must be integers, got {numbers.dtype} {numbers[:4].tolist()}")
     if numbers.dtype == np.uint64 and numbers.size and numbers.max() > np.iinfo(np.int64).max:
