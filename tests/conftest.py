@@ -22,11 +22,6 @@ DEVICES = [
 ]
 
 
-def pytest_configure(config):  # noqa: ARG001
-    if INTERPRETED:
-        import interpreter_fixes  # noqa: F401 - mends Triton's interpreter before any kernel is imported
-
-
 def pytest_collection_modifyitems(config, items):
     """Deselect what cannot run here; `-m gpu` without a GPU is left with nothing, which pytest calls a failure."""
     here = [item for item in items if _can_run(item)]

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from serving_fakes import VOCAB, assert_empty, expected, make_engine
+from serving_fakes import VOCAB, assert_empty, expected, make_cache, make_engine
 
-from torch_paged.serving import Request, Sampling
+from torch_paged.serving import Engine, Request, Sampling
 
 
 def submit(request, **options):
@@ -23,7 +23,7 @@ def test_a_stop_string_needs_decode():
     ("make", "why"),
     [
         (lambda: Request(prompt=[]), "prompt must have at least one token"),
-        (lambda: Request(prompt=[3, -1]), "prompt must be token ids of at least 0, got .*-1"),
+        (lambda: Request(prompt=[3, -1]), "prompt must be token ids of at least 0, got -1"),
         (lambda: Request(prompt=[1], max_new_tokens=0), "max_new_tokens must be at least 1, got 0"),
         (lambda: Request(prompt=[1], samples=0), "samples must be at least 1, got 0"),
         (lambda: Request(prompt=[1], stop_strings="x"), "stop_strings must be a list of strings, got 'x'"),
@@ -35,7 +35,8 @@ def test_a_stop_string_needs_decode():
         (lambda: Sampling(min_p=2), r"min_p must lie in \[0, 1\], got 2"),
         (lambda: Sampling(logprobs=-1), "logprobs must be at least 0, got -1"),
         (lambda: Request(prompt=[1], priority=10**400), "priority must be finite, got inf"),
-        (lambda: Request(prompt=[1], stop_tokens=5), r"stop_tokens must be flat: \[n\] integers, got shape \[\]"),
+        (lambda: Request(prompt=[1], stop_tokens=5), r"stop_tokens must be flat: \[n\] integers, got 5"),
+        (lambda: Request(prompt="Hello"), r"prompt must be flat: \[n\] integers, got 'Hello'"),
         (lambda: Sampling(seed=-(1 << 64)), "seed must be at least -9223372036854775808, got"),
         (lambda: submit(Request(prompt=[3, 97]), vocab_size=97), "prompt must be token ids below 97, got 97"),
         (lambda: make_engine(policy="hope"), "policy must be one of wait, recompute, swap, got 'hope'"),
@@ -62,8 +63,12 @@ def test_errors_say_what_was_expected(make, why):
             "sampling must be a Sampling, got {'temperature': 1}",
         ),
         (lambda: Request(prompt=[1], stop_strings=["x", 5]), r"stop_strings must be strings, got \('x', 5\)"),
+        (lambda: Request(prompt=[1], stop_strings=5), "stop_strings must be a list of strings, got 5"),
         (lambda: Request(prompt=[1], priority="high"), "priority must be a real number, got 'high'"),
         (lambda: Request(prompt=[1], namespace=[]), r"namespace must be hashable, got \[\]"),
+        (lambda: submit([1, 2, 3]), r"request must be a Request, got \[1, 2, 3\]"),
+        (lambda: Engine(make_cache(), None), "model must be callable, got None"),
+        (lambda: make_engine(decode="utf-8"), "decode must be callable, got 'utf-8'"),
         (lambda: make_engine(token_budget=1.5), "token_budget must be an integer, got 1.5"),
         (lambda: make_engine(max_running=2.0), "max_running must be an integer, got 2.0"),
         (lambda: make_engine(vocab_size="many"), "vocab_size must be an integer, got 'many'"),

@@ -208,7 +208,7 @@ class PagedKVCache(nn.Module):
         finds them.
 
         Args:
-            tokens: the prompt, on the host: a list, an integer array or a CPU tensor. None: nothing is looked up.
+            tokens: the prompt, on the host: a list, bytes, integer array or CPU tensor. None: nothing is looked up.
             namespace: any hashable value, None too; equal ones are the same. Sequences find prefixes of their own
                 namespace alone. What is not in the tokens but changes keys and values, such as an adapter's name,
                 belongs here.

@@ -14,17 +14,20 @@ Flags = NDArray[np.bool_]
 
 
 def as_integers(name: str, values: Any) -> Ints:
-    """A fresh int64 copy of a flat sequence, array or CPU tensor of integers."""
+    """A fresh int64 copy of a flat sequence, array or CPU tensor of integers; bytes are a sequence of them."""
     if type(values) is list and values and type(values[0]) is int:
         try:
             return np.array(array("q", values))  # faster than NumPy alone, which looks for other types first
         except (TypeError, OverflowError):
             pass  # said below
-    numbers = np.asarray(values)
+    numbers = np.frombuffer(values, np.uint8) if isinstance(values, bytes) else np.asarray(values)
     if numbers.ndim != 1:
-        raise ValueError(f"{name} must be flat: [n] integers, got shape {list(numbers.shape)}")
+        actual = f"shape {list(numbers.shape)}" if numbers.ndim else f"{values!r:.60}"
+        raise ValueError(f"{name} must be flat: [n] integers, got {actual}")
     if numbers.dtype.kind not in "iu" and numbers.size:
         raise TypeError(f"{name} must be integers, got {numbers.dtype} {numbers[:4].tolist()}")
+    if numbers.dtype == np.uint64 and numbers.size and numbers.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"{name} must be integers of 64 bits with a sign, got {numbers.max()}")
     return numbers.astype(np.int64)
 
 

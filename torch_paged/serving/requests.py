@@ -6,7 +6,7 @@ import dataclasses
 import math
 import numbers
 import secrets
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 from torch_paged.memory.arrays import as_integer, as_integers
@@ -103,10 +103,12 @@ class Request:
     def __post_init__(self) -> None:
         prompt = as_integers("prompt", self.prompt)
         _require(len(prompt) > 0, "prompt must have at least one token", prompt.tolist())
-        _require(prompt.min() >= 0, "prompt must be token ids of at least 0", prompt.min())
+        _require(prompt.min() >= 0, "prompt must be token ids of at least 0", int(prompt.min()))
         _require(not isinstance(self.stop_strings, str), "stop_strings must be a list of strings", self.stop_strings)
         if not isinstance(self.sampling, Sampling):
             raise TypeError(f"sampling must be a Sampling, got {self.sampling!r}")
+        if not isinstance(self.stop_strings, Iterable):
+            raise TypeError(f"stop_strings must be a list of strings, got {self.stop_strings!r}")
         stop_strings = tuple(self.stop_strings)
         if not all(isinstance(stop, str) for stop in stop_strings):
             raise TypeError(f"stop_strings must be strings, got {stop_strings!r}")
