@@ -1,8 +1,9 @@
 """A small Llama end to end on a CPU: ragged prompts in, greedy tokens out, beside Hugging Face transformers.
 
 `python benchmarks/cpu_llama.py --output benchmarks/results/cpu/llama.json`. 6 layers, 512 wide, 8/2 heads, vocabulary
-32,000, bf16, 16 prompts of 32 to 900 tokens, 64 new tokens each; random weights, the same for all. transformers is an
-optional peer, listed as absent where it cannot be imported. The first token of every prompt is compared.
+32,000, bf16, 16 prompts of 32 to 900 tokens, 64 new tokens each; random weights, the same for all. What is compiled, ours and
+theirs, has its weights packed once (`freezing`). transformers is an optional peer, listed as absent where it cannot be
+imported. The first token of every prompt is compared.
 """
 
 import argparse
@@ -17,12 +18,15 @@ from typing import Any
 
 import torch
 from cpu_timing import machine
+from torch import Tensor
+from torch._inductor import config as inductor
+from torch.nn import functional as F
 from transformers_llama import as_llama
 
-from torch_paged import PagedKVCache, ops, unbacked
+from torch_paged import PagedBatch, PagedKVCache, ops, unbacked
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from model import Config, Decoder
+from model import Config, Decoder, rotary, rotate
 
 CONFIG = Config(dim=512, num_layers=6, num_heads=8, num_kv_heads=2, head_dim=64, ffn_dim=1408, vocab_size=32000)
 NEW_TOKENS = 64
@@ -34,6 +38,25 @@ def prompts() -> list[list[int]]:
     return [torch.randint(3, CONFIG.vocab_size, (n,), generator=generator).tolist() for n in lengths]
 
 
+class LastRows(Decoder):
+    """The last layer attends and feeds forward in the rows alone whose logits matter."""
+
+    def forward(self, tokens: Tensor, batch: Any) -> Tensor:
+        hidden = self.embedding(tokens)
+        rotation = rotary(batch.positions, self.config, hidden.dtype)
+        *layers, last = self.layers
+        for layer in layers:
+            hidden = layer(hidden, rotation, batch)
+        normed, attention, rows = last.attention_norm(hidden), last.attention, batch.last_token
+        projections = (attention.query, normed[rows]), (attention.key, normed), (attention.value, normed)
+        query, key, value = (project(x).unflatten(-1, (-1, self.config.head_dim)) for project, x in projections)
+        query, key = rotate(query, tuple(part[rows] for part in rotation)), rotate(key, rotation)
+        attended = attention.kv(query, key, value, batch._replace(cu_seqlens_q=None))  # one query for each sequence
+        hidden = hidden[rows] + attention.output(attended.flatten(-2))
+        hidden = hidden + last.feed_forward(last.feed_forward_norm(hidden))
+        return F.linear(self.norm(hidden), self.embedding.weight)
+
+
 class Paged:
     """torch_paged: all prompts in one ragged call, then a token of every sequence at a time."""
 
@@ -41,9 +64,13 @@ class Paged:
         torch.manual_seed(0)
         sizes = dict(max_seqs=16, max_seq_len=1024, num_blocks=1024, dtype=torch.bfloat16, device="cpu")
         self.cache = PagedKVCache(CONFIG.num_layers, CONFIG.num_kv_heads, CONFIG.head_dim, **sizes)
-        self.weights = Decoder(CONFIG, self.cache.layers).bfloat16()
-        torch.nn.init.normal_(self.weights.embedding.weight, std=0.05)
-        self.model = torch.compile(self.weights, fullgraph=True) if compiled else self.weights
+        self.weights = weights = LastRows(CONFIG, self.cache.layers).bfloat16()
+        torch.nn.init.normal_(weights.embedding.weight, std=0.05)
+
+        def greedy(tokens: Tensor, batch: PagedBatch) -> Tensor:
+            return weights(tokens, batch).argmax(-1)
+
+        self.next_tokens = torch.compile(greedy, fullgraph=True) if compiled else greedy
 
     def __call__(self) -> list[list[int]]:
         cache = self.cache
@@ -53,7 +80,7 @@ class Paged:
         steps = []
         for _ in range(NEW_TOKENS):
             batch = cache.prepare(seqs, counts)
-            tokens, counts = self.model(unbacked(tokens), batch).argmax(-1), 1
+            tokens, counts = self.next_tokens(unbacked(tokens), batch), 1
             cache.commit(batch)
             steps.append(tokens)
         for seq in seqs:
@@ -61,11 +88,12 @@ class Paged:
         return torch.stack(steps, 1).tolist()
 
 
-def padded_generate(model: Any) -> list[list[int]]:
+def padded_generate(model: Any, **options: Any) -> list[list[int]]:
     longest = max(map(len, prompts()))
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts()])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts()])
-    out = model.generate(ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
+    greedy = dict(max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
+    out = model.generate(ids, attention_mask=mask, **greedy, **options)
     return out[:, longest:].tolist()
 
 
@@ -117,6 +145,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--slow-rounds", type=int, default=1, help="of continuous batching")
     options = parser.parse_args()
+    inductor.freezing = inductor.cpp.enable_concat_linear = True  # for all that are compiled
     report: dict[str, Any] = {"machine": machine(), "package": ops._cpu_package(), "paths": {}}
     report |= {"rounds": options.rounds, "slow_rounds": options.slow_rounds}
     with torch.inference_mode():
@@ -124,17 +153,24 @@ def main() -> None:
         report["paths"]["paged"], first = timed(eager, options.rounds, None)
         report["paths"]["paged, compiled"], _ = timed(compiled, options.rounds, first)
     try:
-        peer = as_llama(CONFIG, eager.weights.state_dict(), most_tokens=2048).bfloat16()
+        peer, compiled_peer = (
+            as_llama(CONFIG, eager.weights.state_dict(), most_tokens=2048).bfloat16() for _ in range(2)
+        )
     except ImportError as error:
         report["absent"] = f"transformers: {error}"
     else:
-        with torch.inference_mode():
-            report["paths"]["transformers generate, padded"], _ = timed(
-                lambda: padded_generate(peer), options.rounds, first
-            )
-        report["paths"]["transformers continuous batching"], _ = timed(
-            lambda: continuous_batching(peer), options.slow_rounds, first
-        )
+        compiled_peer.forward = torch.compile(compiled_peer.forward, fullgraph=True)
+        calls = {
+            "generate, padded": (lambda: padded_generate(peer), options.rounds),
+            "generate, padded, compiled, static cache": (
+                lambda: padded_generate(compiled_peer, cache_implementation="static"),
+                options.rounds,
+            ),
+            "continuous batching": (lambda: continuous_batching(peer), options.slow_rounds),
+        }
+        for name, (call, rounds) in calls.items():
+            with torch.inference_mode(name != "continuous batching"):
+                report["paths"][f"transformers {name}"], _ = timed(call, rounds, first)
     print(table(report))
     if options.output:
         options.output.write_text(json.dumps(report, indent=1) + "\n")

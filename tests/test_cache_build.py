@@ -1,6 +1,7 @@
 """Building a PagedKVCache: sizes, what is refused, and what holds for it as an nn.Module."""
 
 import copy
+import mmap
 import os
 import pickle
 from pathlib import Path
@@ -157,6 +158,14 @@ def test_a_cache_on_a_cpu_asks_for_large_pages():
         elif inside and first == "VmFlags:":
             flags = rest
     assert "hg" in flags, flags
+
+
+def test_a_cache_on_a_cpu_begins_where_a_page_does():
+    cache = PagedKVCache(2, 8, 128, num_blocks=65, max_seqs=2, max_seq_len=64, dtype=torch.float32, device="cpu")
+    for tensor in (part for layer in cache.layers for part in layer.tensors()):
+        assert tensor.data_ptr() % mmap.PAGESIZE == 0
+        assert tensor.shape == (65, 16, 8, 128) and tensor.transpose(1, 2).is_contiguous()
+        tensor.fill_(1)  # to its very end
 
 
 def test_tiny_caches_have_no_whole_page_to_ask_for():

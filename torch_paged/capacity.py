@@ -23,18 +23,26 @@ def empty_cache(
 
     The operators take any strides; this layout makes each head's part of a block one stretch of memory.
     """
-    cache = torch.empty(num_blocks, num_heads, block_size, head_dim, dtype=dtype, device=device)
-    if device.type == "cpu" and type(cache) is Tensor:
-        _ask_for_large_pages(cache.data_ptr(), cache.nbytes)
-    return cache.transpose(1, 2)
+    shape = num_blocks, num_heads, block_size, head_dim
+    size = num_blocks * num_heads * block_size * head_dim * dtype.itemsize
+    if device.type == "cpu" and size >= _LARGE_PAGE:
+        return _in_large_pages(size).view(dtype).view(shape).transpose(1, 2)
+    return torch.empty(shape, dtype=dtype, device=device).transpose(1, 2)
 
 
-def _ask_for_large_pages(address: int, size: int) -> None:
-    """Scattered blocks in small pages cost the processor more to find: a hint to systems that have larger ones."""
+def _in_large_pages(size: int) -> Tensor:
+    """Bytes that begin where a page does, with a hint to systems that have larger pages.
+
+    Scattered blocks cost the processor a search for each page that they touch: a block's part should not lie in two.
+    """
+    room = torch.empty(size + _LARGE_PAGE, dtype=torch.uint8, device="cpu")
+    if type(room) is not Tensor:  # a fake one has no address
+        return room[:size]
+    start = -room.data_ptr() % _LARGE_PAGE
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        start, end = -(-address // _LARGE_PAGE) * _LARGE_PAGE, (address + size) // _LARGE_PAGE * _LARGE_PAGE
-        if start < end:
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_HUGEPAGE)
+        whole = size // _LARGE_PAGE * _LARGE_PAGE
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(room.data_ptr() + start), ctypes.c_size_t(whole), mmap.MADV_HUGEPAGE)
+    return room[start : start + size]
 
 
 def empty_scales(num_blocks: int, block_size: int, num_heads: int, device: torch.device) -> Tensor:

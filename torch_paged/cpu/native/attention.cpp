@@ -49,11 +49,8 @@ struct Chunk {
   const char* rows[TILE_CHUNK];
   float scales[TILE_CHUNK];
 
-  Chunk() {
-    for (const char*& row : rows) row = zeros.bytes;
-  }
-
-  void find(const Cache& cache, const Attention& a, const Unit& u, int64_t first, int count) {
+  // `count` of `chunk` rows; behind the last stand rows of zeros.
+  void find(const Cache& cache, const Attention& a, const Unit& u, int64_t first, int count, int chunk) {
     const int64_t size = size_of(cache.type), step = cache.strides[1] * size;
     int64_t column = first / a.block_size, slot = first % a.block_size;
     for (int i = 0; i < count; column++, slot = 0) {
@@ -67,7 +64,7 @@ struct Chunk {
       }
       for (; i < end; i++, row += step) rows[i] = row;
     }
-    for (int i = count; i % W; i++) rows[i] = zeros.bytes, scales[i] = 0;
+    for (int i = count; i < chunk; i++) rows[i] = zeros.bytes, scales[i] = 0;
   }
 };
 
@@ -92,25 +89,25 @@ void load_query(const Attention& a, const Unit& u, const State& s) {
   else load_rows<Dot, bf16>(a, u, s);
 }
 
-// A chunk of keys of one KV head.
-struct Step {
+// A chunk of one KV head's keys and values.
+struct HeadChunk {
   Chunk keys, values;
   int64_t first;
   int count, head;
 
-  // Step number `i`. The heads take turns: in memory they stand side by side, so it is read in long runs.
+  // Number `i` of the unit's. The heads take turns: in memory they stand side by side, so it is read in long runs.
   void find(const Attention& a, const Unit& unit, int64_t i, int chunk) {
     head = int(i % unit.kv_heads);
     first = unit.first_key + i / unit.kv_heads * chunk;
     count = int(least(chunk, unit.end_key - first));
     const Unit u = unit.of_head(head);
-    keys.find(a.key, a, u, first, count);
-    values.find(a.value, a, u, first, count);
+    keys.find(a.key, a, u, first, count, chunk);
+    values.find(a.value, a, u, first, count, chunk);
   }
 };
 
-// How many steps ahead memory is asked: 64 KB of bf16 at a head dim of 128. More did not make reading any faster.
-constexpr int64_t AHEAD = 2, RING = AHEAD + 2;
+// How far ahead memory is asked: 64 KB of bf16 at a head dim of 128. More did not make reading any faster.
+constexpr int64_t AHEAD = 2, RING = AHEAD + 1;  // the one at work, and those that are asked for
 
 template <class Dot>
 struct Attend {
@@ -122,33 +119,33 @@ struct Attend {
   const Products<Dot>&for_keys = products<Dot>(a.key.type), &for_values = products<Dot>(a.value.type);
 
   void operator()() const {
-    Step steps[RING];
+    HeadChunk ring[RING];
     const int64_t chunks = unit.first_key < unit.end_key ? (unit.end_key - unit.first_key + chunk - 1) / chunk : 0;
     const int64_t count = chunks * unit.kv_heads;
-    for (int64_t i = 0; i < least(AHEAD, count); i++) start(steps[i], i);
+    for (int64_t i = 0; i < least(AHEAD, count); i++) start(ring[i], i);
     const State states(a, unit, Dot::PER_LANE);
     for (int64_t h = 0; h < unit.kv_heads; h++) load_query<Dot>(a, unit.of_head(h), states.of_head(h));
     for (int64_t i = 0; i < count; i++) {
-      const Step& step = steps[i % RING];
-      Step* const ahead = i + AHEAD < count ? &steps[(i + AHEAD) % RING] : nullptr;
+      const HeadChunk& now = ring[i % RING];
+      HeadChunk* const ahead = i + AHEAD < count ? &ring[(i + AHEAD) % RING] : nullptr;
       if (ahead) ahead->find(a, unit, i + AHEAD, chunk);
-      take(step, ahead, unit.of_head(step.head), states.of_head(step.head));
+      take(now, ahead, unit.of_head(now.head), states.of_head(now.head));
     }
     for (int64_t h = 0; h < unit.kv_heads; h++) finish(a, unit.of_head(h), states.of_head(h));
   }
 
-  void start(Step& step, int64_t i) const {
-    step.find(a, unit, i, chunk);
-    for (int i = 0; i < step.count; i++) prefetch(step.keys.rows[i], key_bytes);
-    for (int i = 0; i < step.count; i++) prefetch(step.values.rows[i], value_bytes);
+  void start(HeadChunk& first, int64_t i) const {
+    first.find(a, unit, i, chunk);
+    for (int key = 0; key < first.count; key++) prefetch(first.keys.rows[key], key_bytes);
+    for (int key = 0; key < first.count; key++) prefetch(first.values.rows[key], value_bytes);
   }
 
-  // What the step `ahead` reads is prefetched meanwhile.
-  void take(const Step& step, const Step* ahead, const Unit& u, const State& s) const {
-    const Chunk &keys = step.keys, &values = step.values;
+  // What lies `ahead` is prefetched meanwhile.
+  void take(const HeadChunk& now, const HeadChunk* ahead, const Unit& u, const State& s) const {
+    const Chunk &keys = now.keys, &values = now.values;
     // Rows before `begin` stand before all these keys; for those from `end` on they are out of the window.
-    const int begin = a.causal ? int(most(0, step.first - u.position) * a.group) : 0;
-    const int end = int(least(u.queries, step.first + step.count - 1 + a.window - u.position) * a.group);
+    const int begin = a.causal ? int(most(0, now.first - u.position) * a.group) : 0;
+    const int end = int(least(u.queries, now.first + now.count - 1 + a.window - u.position) * a.group);
     if (begin >= end) return;
     const int weight_lanes = chunk / Dot::PER_LANE;
     const float* query = s.query + int64_t(begin) * s.query_lanes;
@@ -156,21 +153,21 @@ struct Attend {
     float* weights = s.weights + int64_t(begin) * weight_lanes;
     float* out = s.out + int64_t(begin) * s.value_lanes;
     if (s.tiled()) {
-      for_keys.pack_keys(keys.rows, step.count, key_dim, s.packed);
+      for_keys.pack_keys(keys.rows, now.count, key_dim, s.packed);
       product<Dot>(query, s.query_lanes, end - begin, s.packed, (key_dim + Dot::PER_LANE - 1) / Dot::PER_LANE,
-                   step.count, nullptr, scores, chunk);
+                   now.count, nullptr, scores, chunk);
     } else {
-      for_keys.scores(query, s.query_lanes, end - begin, keys.rows, step.count, key_dim, scores, chunk,
+      for_keys.scores(query, s.query_lanes, end - begin, keys.rows, now.count, key_dim, scores, chunk,
                       ahead ? ahead->keys.rows : nullptr, key_bytes);
     }
-    soften_rows<Dot>(a, u, s, begin, end, step.first, step.count, a.key.scales ? keys.scales : nullptr,
+    soften_rows<Dot>(a, u, s, begin, end, now.first, now.count, a.key.scales ? keys.scales : nullptr,
                      a.value.scales ? values.scales : nullptr);
     if (s.tiled()) {
-      for_values.pack_values(values.rows, step.count, value_dim, s.packed);
-      product<Dot>(weights, weight_lanes, end - begin, s.packed, (step.count + Dot::PER_LANE - 1) / Dot::PER_LANE,
+      for_values.pack_values(values.rows, now.count, value_dim, s.packed);
+      product<Dot>(weights, weight_lanes, end - begin, s.packed, (now.count + Dot::PER_LANE - 1) / Dot::PER_LANE,
                    s.value_lanes, s.factors + begin, out, s.value_lanes);
     } else {
-      for_values.accumulate(weights, weight_lanes, end - begin, values.rows, step.count, value_dim, s.factors + begin,
+      for_values.accumulate(weights, weight_lanes, end - begin, values.rows, now.count, value_dim, s.factors + begin,
                             out, s.value_lanes, ahead ? ahead->values.rows : nullptr, value_bytes);
     }
   }
