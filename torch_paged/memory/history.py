@@ -10,7 +10,6 @@ from torch_paged.memory.arrays import Ints, expand
 from torch_paged.memory.step import Step
 
 if TYPE_CHECKING:
-    from torch_paged.memory.group import BlockGroup
     from torch_paged.memory.manager import MemoryManager
 
 
@@ -28,11 +27,12 @@ def remember(manager: MemoryManager, step: Step, tokens: Ints, advanced: int = 0
     follows = (s.handle[step.rows] == step.handles) & (s.known[step.rows] == step.start)
     if group.window is not None:  # what is new goes on from the block before, and begins in one that must be there
         follows &= group.first[step.rows] <= np.maximum(step.start // size - 1, 0)
-    if not follows.any():
+    num_following = np.count_nonzero(follows)
+    if not num_following:
         return
     token_rows, positions = _places(step, advanced)
     rows, start, end = step.rows, step.start, step.end + advanced
-    if not follows.all():
+    if num_following < len(rows):
         kept = np.isin(token_rows, rows[follows])
         token_rows, positions, tokens = token_rows[kept], positions[kept], tokens[kept]
         rows, start, end = rows[follows], start[follows], end[follows]
@@ -66,36 +66,62 @@ def enter(manager: MemoryManager, rows: Ints, columns: Ints) -> None:
     """
     s, trie, group = manager.sequences, manager.trie, manager.groups[0]
     entries = rows * s.width + columns
-    blocks = group.flat_table[entries].astype(np.int64)
-    keys = trie.keys_of(manager.tokens[blocks])
+    keys = trie.keys_of(manager.tokens[group.flat_table[entries]])
     before = group.cached.node[group.flat_table[entries - 1]].tolist()
-    last, node = (-1, -1), -1
+    last_row, last_column, node = -1, -1, -1
     left: set[int] = set()
-    places = zip(rows.tolist(), columns.tolist(), blocks.tolist(), keys, before, strict=True)
-    for row, column, block, key, parent in places:
+    new: list[int] = []  # which of the places
+    nodes: list[int] = []  # theirs
+    places = zip(rows.tolist(), columns.tolist(), keys, before, strict=True)
+    for place, (row, column, key, above) in enumerate(places):
         if row in left:
             continue
-        above = (s.namespace[row],) if column == 0 else node if (row, column - 1) == last else parent
-        last, node = (row, column), trie.enter(above, key)
-        if not _put(manager, group, row, column, block, node):
+        parent = node if row == last_row and column == last_column + 1 else above
+        last_row, last_column = row, column
+        node, is_new = trie.enter(parent if column else (s.namespace[row],), key)
+        if is_new:
+            new.append(place)
+            nodes.append(node)
+            continue
+        _put(manager, rows[new], columns[new], nodes)
+        new, nodes = [], []
+        if not _join(manager, row, column, node):
             s.known[row] = -1
             left.add(row)
+    if len(new) == len(rows):
+        _put(manager, rows, columns, nodes)
+    else:
+        _put(manager, rows[new], columns[new], nodes)
+
+
+def _put(manager: MemoryManager, rows: Ints, columns: Ints, nodes: list[int]) -> None:
+    """Enter the blocks at these places as those of nodes that have none, where windows have not left them behind."""
+    numbers = np.array(nodes, dtype=np.int64)
+    for group in manager.groups:
+        if group.window is not None:
+            kept = group.first[rows] <= columns
+            rows, columns, numbers = rows[kept], columns[kept], numbers[kept]
+        group.cached.put(numbers, group.table[rows, columns].astype(np.int64), columns)
+
+
+def _join(manager: MemoryManager, row: int, column: int, node: int) -> bool:
+    """Enter the blocks of a place as those of its node, or exchange them for the ones that are.
+
+    False, and nothing is changed: the first group's is another one, and others hold this one too.
+    """
+    for group in manager.groups:
+        if group.first[row] > column:
             continue
-        for other in manager.groups[1:]:
-            if other.first[row] <= column:
-                _put(manager, other, row, column, int(other.table[row, column]), node)
-
-
-def _put(manager: MemoryManager, group: BlockGroup, row: int, column: int, own: int, node: int) -> bool:
-    """Enter a group's block as that of its node, or exchange it for the one that is. False: others hold it too."""
-    twin = group.cached.block_of(node)
-    if twin < 0:
-        group.cached.put(node, own, column)
-    elif twin != own:
-        if group.pool.refcount[own] > 1:
-            return False
-        group.pool.retain(np.array([twin]))
-        group.table[row, column] = twin
-        group.pool.release(np.array([own]))
-        manager.sequences.renew_stamps(np.array([row]))
+        own, twin = int(group.table[row, column]), group.cached.block_of(node)
+        if twin < 0:
+            group.cached.put(np.array([node]), np.array([own]), np.array([column]))
+        elif twin != own:
+            if group.pool.refcount[own] > 1:
+                if group is manager.groups[0]:
+                    return False
+                continue
+            group.pool.retain(np.array([twin]))
+            group.table[row, column] = twin
+            group.pool.release(np.array([own]))
+            manager.sequences.renew_stamps(np.array([row]))
     return True

@@ -52,7 +52,7 @@ class Sequences:
         self._next_handle = np.arange(max_seqs, dtype=np.int64)
         self._free_rows = list(range(max_seqs))[::-1]
         self._order = np.arange(max_seqs)
-        self._last_list: list[Any] = []
+        self._last_content = b""
         self._last_found = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
         self._seen = np.zeros(num_rows, dtype=np.int64)
 
@@ -66,27 +66,27 @@ class Sequences:
         return len(self._free_rows)
 
     def find(self, seqs: Any) -> tuple[Ints, Ints]:
-        """Handles and rows of distinct live sequences, not to be written to.
+        """Handles and rows of distinct live sequences, which the next call may return again: not to be written to.
 
         Raises:
             TypeError: `seqs` are not integers.
             ValueError: one is unknown, was freed, or occurs twice.
         """
-        # A decode loop passes one list again and again, and comparing lists is far cheaper than converting one. But
-        # [1.0] equals [1].
-        known = type(seqs) is list and seqs == self._last_list and (not seqs or type(seqs[0]) is int)
+        handles = as_integers("seqs", seqs)
+        content = handles.tobytes()
+        known = content == self._last_content  # a decode loop passes the same ones again and again
         if known:
             handles, rows = self._last_found
         else:
-            handles = as_integers("seqs", seqs)
             rows = handles & self._row_mask
         alive = self.handle[rows] == handles
         if np.count_nonzero(alive) < len(alive):
             raise ValueError(self._why_not_alive(int(handles[~alive][0])))
         if not known:
             self._check_distinct(handles, rows)
-            if type(seqs) is list:
-                self._last_list, self._last_found = seqs.copy(), (handles, rows)
+            if len(handles) > 1:  # not for a single one, which is asked about between steps
+                handles.flags.writeable = rows.flags.writeable = False
+                self._last_content, self._last_found = content, (handles, rows)
         return handles, rows
 
     def find_some(self, seqs: Any) -> tuple[Ints, Ints]:
