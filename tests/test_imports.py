@@ -77,7 +77,7 @@ def test_imports_run_one_way(path):
 
 
 def test_scheduling_knows_no_torch():
-    host = {"requests", "text", "waiting", "residents", "plan", "scheduler", "stream"}
+    host = {"requests", "text", "waiting", "residents", "plan", "scheduler", "stream", "writers"}
     for name in host:
         modules = set(imported(PACKAGE / "serving" / f"{name}.py"))
         assert not any(module.split(".")[0] == "torch" for module in modules)

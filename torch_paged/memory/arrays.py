@@ -56,6 +56,13 @@ def as_counts(counts: Any, num_seqs: int) -> int | Ints:
     return lowest if lowest == each.max() else each
 
 
+def distinct(values: Ints) -> Ints:
+    """The different ones, ascending: a `np.unique` for short arrays."""
+    ordered = np.sort(values)
+    repeated = (ordered[1:] == ordered[:-1]).nonzero()[0]
+    return np.delete(ordered, repeated) if len(repeated) else ordered
+
+
 def expand(first: Ints, last: Ints) -> tuple[Ints, Ints]:
     """The half-open ranges `[first[i], last[i])` one after another, none of them negative.
 

@@ -82,19 +82,20 @@ class Sequences:
         alive = self.handle[rows] == handles
         if np.count_nonzero(alive) < len(alive):
             raise ValueError(self._why_not_alive(int(handles[~alive][0])))
-        if not known:
+        if not known and len(handles) > 1:  # a single one may be asked about between two steps
             self._check_distinct(handles, rows)
-            if len(handles) > 1:  # not for a single one, which is asked about between steps
-                handles.flags.writeable = rows.flags.writeable = False
-                self._last_content, self._last_found = content, (handles, rows)
+            handles.flags.writeable = rows.flags.writeable = False
+            self._last_content, self._last_found = content, (handles, rows)
         return handles, rows
 
     def find_some(self, seqs: Any) -> tuple[Ints, Ints]:
         """As `find`, for a single sequence's handle too."""
-        return self.find([seqs] if np.ndim(seqs) == 0 else seqs)
+        return self.find(seqs if isinstance(seqs, list) or np.ndim(seqs) else [seqs])
 
     def find_one(self, seq: int) -> int:
         """The row of one live sequence; raises as `find` does."""
+        if type(seq) is int and self.handle[seq & self._row_mask] == seq:
+            return seq & self._row_mask
         return int(self.find([seq])[1][0])
 
     def _why_not_alive(self, handle: int) -> str:
