@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from torch_paged.memory.arrays import Ints, expand
+from torch_paged.memory.records import Records
 from torch_paged.memory.step import Step
 
-if TYPE_CHECKING:
-    from torch_paged.memory.manager import MemoryManager
 
-
-def remember(manager: MemoryManager, step: Step, tokens: Ints, advanced: int = 0) -> None:
+def remember(records: Records, step: Step, tokens: Ints, advanced: int = 0) -> None:
     """Note the tokens of a committed step, and enter the blocks that they fill into the prefix cache.
 
     The steps of a sequence come in order, but it may have been changed since the commit. A sequence is skipped that
@@ -23,7 +19,7 @@ def remember(manager: MemoryManager, step: Step, tokens: Ints, advanced: int = 0
         tokens: int64 [num_tokens + advanced * n], those of the step in the order of the batch, then those of each
             advanced step.
     """
-    s, size, group = manager.sequences, manager.block_size, manager.groups[0]
+    s, size, group = records.sequences, records.block_size, records.groups[0]
     follows = (s.handle[step.rows] == step.handles) & (s.known[step.rows] == step.start)
     if group.window is not None:  # what is new goes on from the block before, and begins in one that must be there
         follows &= group.first[step.rows] <= np.maximum(step.start // size - 1, 0)
@@ -38,13 +34,13 @@ def remember(manager: MemoryManager, step: Step, tokens: Ints, advanced: int = 0
         rows, start, end = rows[follows], start[follows], end[follows]
     columns = positions // size
     blocks = group.flat_table[token_rows * s.width + columns]
-    manager.flat_tokens[(blocks - columns) * size + positions] = tokens
+    records.flat_tokens[(blocks - columns) * size + positions] = tokens
     s.known[rows] = end
     first, last = start // size, end // size
     filled = (first < last).nonzero()[0]
     if len(filled):
         owners, columns = expand(first[filled], last[filled])
-        enter(manager, rows[filled[owners]], columns)
+        enter(records, rows[filled[owners]], columns)
 
 
 def _places(step: Step, advanced: int) -> tuple[Ints, Ints]:
@@ -58,15 +54,15 @@ def _places(step: Step, advanced: int) -> tuple[Ints, Ints]:
     return rows, positions
 
 
-def enter(manager: MemoryManager, rows: Ints, columns: Ints) -> None:
+def enter(records: Records, rows: Ints, columns: Ints) -> None:
     """Enter the full blocks at these places of the tables, row by row; what is left out before them is in the trie.
 
     Where another block with the same tokens is there already, the sequence gets that one for its own. If others hold
     its own as well, which may follow it with blocks in the trie, it stays as it is and is not followed any more.
     """
-    s, trie, group = manager.sequences, manager.trie, manager.groups[0]
+    s, trie, group = records.sequences, records.trie, records.groups[0]
     entries = rows * s.width + columns
-    keys = trie.keys_of(manager.tokens[group.flat_table[entries]])
+    keys = trie.keys_of(records.tokens[group.flat_table[entries]])
     before = group.cached.node[group.flat_table[entries - 1]].tolist()
     last_row, last_column, node = -1, -1, -1
     left: set[int] = set()
@@ -83,33 +79,33 @@ def enter(manager: MemoryManager, rows: Ints, columns: Ints) -> None:
             new.append(place)
             nodes.append(node)
             continue
-        _put(manager, rows[new], columns[new], nodes)
+        _put(records, rows[new], columns[new], nodes)
         new, nodes = [], []
-        if not _join(manager, row, column, node):
+        if not _join(records, row, column, node):
             s.known[row] = -1
             left.add(row)
     if len(new) == len(rows):
-        _put(manager, rows, columns, nodes)
+        _put(records, rows, columns, nodes)
     else:
-        _put(manager, rows[new], columns[new], nodes)
+        _put(records, rows[new], columns[new], nodes)
 
 
-def _put(manager: MemoryManager, rows: Ints, columns: Ints, nodes: list[int]) -> None:
+def _put(records: Records, rows: Ints, columns: Ints, nodes: list[int]) -> None:
     """Enter the blocks at these places as those of nodes that have none, where windows have not left them behind."""
     numbers = np.array(nodes, dtype=np.int64)
-    for group in manager.groups:
+    for group in records.groups:
         if group.window is not None:
             kept = group.first[rows] <= columns
             rows, columns, numbers = rows[kept], columns[kept], numbers[kept]
         group.cached.put(numbers, group.table[rows, columns].astype(np.int64), columns)
 
 
-def _join(manager: MemoryManager, row: int, column: int, node: int) -> bool:
+def _join(records: Records, row: int, column: int, node: int) -> bool:
     """Enter the blocks of a place as those of its node, or exchange them for the ones that are.
 
     False, and nothing is changed: the first group's is another one, and others hold this one too.
     """
-    for group in manager.groups:
+    for group in records.groups:
         if group.first[row] > column:
             continue
         own, twin = int(group.table[row, column]), group.cached.block_of(node)
@@ -117,11 +113,11 @@ def _join(manager: MemoryManager, row: int, column: int, node: int) -> bool:
             group.cached.put(np.array([node]), np.array([own]), np.array([column]))
         elif twin != own:
             if group.pool.refcount[own] > 1:
-                if group is manager.groups[0]:
+                if group is records.groups[0]:
                     return False
                 continue
             group.pool.retain(np.array([twin]))
             group.table[row, column] = twin
             group.pool.release(np.array([own]))
-            manager.sequences.renew_stamps(np.array([row]))
+            records.sequences.renew_stamps(np.array([row]))
     return True

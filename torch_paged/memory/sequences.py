@@ -130,13 +130,22 @@ class Sequences:
                 f"cannot {action} sequence {self.handle[row]} while one of its steps is open: commit or roll back first"
             )
 
-    def require_length(self, handles: Ints, length: Ints) -> None:
-        """Raise ValueError if one of these sequences would grow past `max_seq_len`."""
-        if len(length) and length.max() > self.max_seq_len:
-            worst = length.argmax()
+    def grown(self, handles: Ints, length: Ints, counts: int | Ints, ahead: int) -> tuple[Ints, Ints]:
+        """Lengths of sequences with so many tokens more, and with those `ahead` besides.
+
+        Raises ValueError if one of them would grow past `max_seq_len`.
+        """
+        most = max(ahead, counts if isinstance(counts, int) else int(counts.max()))
+        if most > self.max_seq_len:  # before a sum could overflow
+            raise ValueError(f"max_seq_len = {self.max_seq_len}: no sequence can get {most} tokens")
+        end = length + counts
+        reserved = end + ahead if ahead else end
+        if len(reserved) and reserved.max() > self.max_seq_len:
+            worst = reserved.argmax()
             raise ValueError(
-                f"max_seq_len = {self.max_seq_len}: sequence {handles[worst]} would have {length[worst]} tokens"
+                f"max_seq_len = {self.max_seq_len}: sequence {handles[worst]} would have {reserved[worst]} tokens"
             )
+        return end, reserved
 
     def open_rows(self, count: int) -> Ints:
         """Take `count` free rows for new, empty sequences. `require_rows` first."""
