@@ -61,6 +61,7 @@ class Residents:
         self._unlimited = np.full_like(self._sizes, np.iinfo(np.int64).max // 2)
         self._running_rows = 0  # of the cache, those of forks to come included
         self._swapped_rows = 0
+        self._refused: tuple[Sample, Blocks] | None = None  # who did not fit last, and the room that there was
         self._crowded = False  # since one gave way, none has ended: who is let in would be the next to give way
 
     @property
@@ -125,6 +126,8 @@ class Residents:
         if head is None or (self._crowded and self.running) or not self._has_rows(head):
             return [], nothing
         room = self._room(head) - outstanding
+        if self._refused is not None and self._refused[0] is head and (room <= self._refused[1]).all():
+            return [], nothing
         needed = self._swap_in(head, room, in_flight) if head.seq >= 0 else self._add(head, room, in_flight)
         if needed is None:
             return [], nothing
@@ -134,6 +137,10 @@ class Residents:
         self._others.append(head)
         self.changed = True
         return [head, *self.part_forks(head)], needed
+
+    def look_again(self) -> None:
+        """Prompts were read: whoever did not fit may share their blocks."""
+        self._refused = None
 
     def _room(self, head: Sample) -> Blocks:
         """Blocks of each group that admission may give to the head of the queue."""
@@ -171,6 +178,7 @@ class Residents:
         needed = self.blocks(head.length, cached) + len(head.forks)
         if (needed > room).any():
             self._cache.free(seq)
+            self._refused = head, room
             return None
         head.seq, head.cached = seq, cached
         return needed

@@ -216,6 +216,8 @@ class Scheduler:
         self.open_plans.popleft()
         for reason, samples in plan.write(drawn, logprobs).items():
             self.finish(samples, reason)
+        if plan.chunks:
+            self._residents.look_again()
         for sample, _, _, _ in plan.chunks:
             if sample.finish_reason is None:
                 self._residents.part_forks(sample)
