@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from torch_paged.memory.arrays import Ints, expand
+from torch_paged.memory.group import BlockGroup
 from torch_paged.memory.records import Records
 from torch_paged.memory.step import Step
+
+
+class Exchange(NamedTuple):
+    """A sequence's `own` block and its `twin`, which has the same tokens and is in the prefix cache."""
+
+    row: int
+    column: int
+    own: int
+    twin: int
 
 
 def remember(records: Records, step: Step, tokens: Ints, advanced: int = 0) -> None:
@@ -68,9 +80,10 @@ def enter(records: Records, rows: Ints, columns: Ints) -> None:
     left: set[int] = set()
     new: list[int] = []  # which of the places
     nodes: list[int] = []  # theirs
+    exchanges: list[list[Exchange]] = [[] for _ in records.groups]
     places = zip(rows.tolist(), columns.tolist(), keys, before, strict=True)
     for place, (row, column, key, above) in enumerate(places):
-        if row in left:
+        if left and row in left:
             continue
         parent = node if row == last_row and column == last_column + 1 else above
         last_row, last_column = row, column
@@ -79,15 +92,18 @@ def enter(records: Records, rows: Ints, columns: Ints) -> None:
             new.append(place)
             nodes.append(node)
             continue
-        _put(records, rows[new], columns[new], nodes)
-        new, nodes = [], []
-        if not _join(records, row, column, node):
+        if new:
+            _put(records, rows[new], columns[new], nodes)
+            new, nodes = [], []
+        if not _join(records, row, column, node, exchanges):
             s.known[row] = -1
             left.add(row)
-    if len(new) == len(rows):
-        _put(records, rows, columns, nodes)
-    else:
-        _put(records, rows[new], columns[new], nodes)
+    if new:
+        everywhere = len(new) == len(rows)  # as in most steps
+        _put(records, *((rows, columns) if everywhere else (rows[new], columns[new])), nodes)
+    for group, pairs in zip(records.groups, exchanges, strict=True):
+        if pairs:
+            _exchange(records, group, pairs)
 
 
 def _put(records: Records, rows: Ints, columns: Ints, nodes: list[int]) -> None:
@@ -100,24 +116,29 @@ def _put(records: Records, rows: Ints, columns: Ints, nodes: list[int]) -> None:
         group.cached.put(numbers, group.table[rows, columns].astype(np.int64), columns)
 
 
-def _join(records: Records, row: int, column: int, node: int) -> bool:
-    """Enter the blocks of a place as those of its node, or exchange them for the ones that are.
+def _join(records: Records, row: int, column: int, node: int, exchanges: list[list[Exchange]]) -> bool:
+    """Enter the blocks of a place as those of its node, or note that they are exchanged for the ones that are.
 
     False, and nothing is changed: the first group's is another one, and others hold this one too.
     """
-    for group in records.groups:
+    for index, group in enumerate(records.groups):
         if group.first[row] > column:
             continue
         own, twin = int(group.table[row, column]), group.cached.block_of(node)
         if twin < 0:
             group.cached.put(np.array([node]), np.array([own]), np.array([column]))
-        elif twin != own:
-            if group.pool.refcount[own] > 1:
-                if group is records.groups[0]:
-                    return False
-                continue
-            group.pool.retain(np.array([twin]))
-            group.table[row, column] = twin
-            group.pool.release(np.array([own]))
-            records.sequences.renew_stamps(np.array([row]))
+        elif twin != own and group.pool.refcount[own] == 1:
+            exchanges[index].append(Exchange(row, column, own, twin))
+        elif twin != own and index == 0:
+            return False
     return True
+
+
+def _exchange(records: Records, group: BlockGroup, exchanges: list[Exchange]) -> None:
+    """Give sequences the blocks of the prefix cache for their own, which nobody else holds."""
+    rows, columns, own, twins = np.array(exchanges).T
+    blocks, times = np.unique(twins, return_counts=True)
+    group.pool.retain(blocks, times)
+    group.table[rows, columns] = twins
+    group.pool.release(own)
+    records.sequences.renew_stamps(np.unique(rows))

@@ -101,8 +101,8 @@ class BlockPool:
         self.refcount[blocks] = 0
         self._push(blocks)
 
-    def retain(self, blocks: Ints, times: int = 1) -> None:
-        """Add `times` references to each of these distinct blocks, which are referenced or in the prefix cache."""
+    def retain(self, blocks: Ints, times: int | Ints = 1) -> None:
+        """Add `times` references, of each or for all, to distinct blocks that are referenced or in the prefix cache."""
         unreferenced = blocks[self.refcount[blocks] == 0]
         if len(unreferenced):
             waiting = self._ticket[unreferenced] >= 0
