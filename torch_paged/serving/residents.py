@@ -30,6 +30,7 @@ class Residents:
 
     Attributes:
         queue: of those that wait.
+        writers: the running samples that decode, as far as `parts` has looked.
         preemptions: how often a running sample gave way.
         changed: whether `parts` has to look at the running samples again: some have come, or have read all they had to,
             or a step has drawn the last token of some.
@@ -41,7 +42,7 @@ class Residents:
         self.queue = WaitingQueue(patience)
         self.preemptions = 0
         self.changed = False
-        self._writers = Writers.of([])
+        self.writers = Writers.of([])
         self._others: list[Sample] = []  # the other running ones
         self._readers: list[Sample] = []  # of these, see `parts`
         self._cache = cache
@@ -67,7 +68,7 @@ class Residents:
     @property
     def running(self) -> list[Sample]:
         """In no order."""
-        return [*self._writers.samples, *self._others]
+        return [*self.writers.samples, *self._others]
 
     def parts(self) -> tuple[Writers, list[Sample]]:
         """The running samples that decode, and those that have something of their prompts to read, the least key first.
@@ -76,19 +77,19 @@ class Residents:
         """
         if self.changed:
             self.changed = False
-            leaving = self._writers.at_limit(self._writers.steps)
+            leaving = self.writers.at_limit(self.writers.steps)
             joining = [sample for sample in self._others if sample.decodes]
             self._others = [sample for sample in self._others if not sample.decodes]
-            self._others += [self._writers.samples[place] for place in leaving]
-            self._writers = self._writers.followed_by(leaving, joining)
+            self._others += [self.writers.samples[place] for place in leaving]
+            self.writers = self.writers.followed_by(leaving, joining)
             readers = [sample for sample in self._others if sample.forks or sample.cached + 1 < len(sample.tokens)]
             self._readers = sorted(readers, key=lambda sample: sample.key)
-        return self._writers, self._readers
+        return self.writers, self._readers
 
     def start_over(self) -> None:
         """A step was undone: `parts` has to look at everybody again."""
         self._others = self.running
-        self._writers = Writers.of([])
+        self.writers = Writers.of([])
         self.changed = True
 
     def blocks(self, tokens: Any, cached: int = 0) -> Blocks:
@@ -283,9 +284,9 @@ class Residents:
         self._forget_gone()
 
     def _forget_gone(self) -> None:
-        gone = [place for place, sample in enumerate(self._writers.samples) if sample.state != "running"]
+        gone = [place for place, sample in enumerate(self.writers.samples) if sample.state != "running"]
         if gone:
-            self._writers = self._writers.followed_by(gone, [])
+            self.writers = self.writers.followed_by(gone, [])
         self._others = [sample for sample in self._others if sample.state == "running"]
         self._readers = [sample for sample in self._readers if sample.state == "running"]
 

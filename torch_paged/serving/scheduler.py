@@ -135,7 +135,7 @@ class Scheduler:
         if ending:
             self._residents.end(ending)
             for plan in self.open_plans:
-                plan.writers.whole = False
+                plan.writers.whole &= plan.writers is self._residents.writers
 
     def fail(self, error: BaseException) -> None:
         """End everything with an error."""

@@ -36,7 +36,7 @@ class Writers:
         next_tokens: what the step after the last completed one reads; None: it is not known yet.
         steps: how many were opened, undone ones not counted.
         completed: how many of these were completed.
-        whole: whether none has ended since.
+        whole: False where some may have ended since.
     """
 
     samples: list[Sample]
@@ -50,7 +50,7 @@ class Writers:
     steps: int = 0
     completed: int = 0
     whole: bool = True
-    _last_step: int = 0
+    _last_step: int = 0  # `steps` when the first of them comes to its limit
 
     def __post_init__(self) -> None:
         self._last_step = int((self.limits - self.first).min(initial=sys.maxsize)) - 1
@@ -70,9 +70,9 @@ class Writers:
         )
 
     def followed_by(self, leaving: Sequence[int], joining: list[Sample]) -> Writers:
-        """Those that go on when some leave, whose places the last ones take, and others join, behind the last.
+        """Those that go on when some leave and others join.
 
-        `leaving`: places, ascending. So few rows of the batch change.
+        The last ones take the places of those that leave (ascending), so that few rows of the batch change.
         """
         others = Writers.of(joining)
         places = as_integers("places", _without(range(len(self)), leaving))
@@ -81,13 +81,13 @@ class Writers:
             next_tokens = [*_without(self.next_tokens, leaving), *others.next_tokens]
         return Writers(
             [*_without(self.samples, leaving), *joining],
-            np.concatenate([self.seqs[places], others.seqs]),
-            np.concatenate([self.limits[places], others.limits]),
-            np.concatenate([self.first[places] + self.steps, others.first]),
-            [*_without(self.histories, leaving), *others.histories],
-            self.stop_tokens | others.stop_tokens,
-            self.plain and others.plain,
-            next_tokens,
+            seqs=np.concatenate([self.seqs[places], others.seqs]),
+            limits=np.concatenate([self.limits[places], others.limits]),
+            first=np.concatenate([self.first[places] + self.steps, others.first]),
+            histories=[*_without(self.histories, leaving), *others.histories],
+            stop_tokens=self.stop_tokens | others.stop_tokens,
+            plain=self.plain and others.plain,
+            next_tokens=next_tokens,
         )
 
     def __len__(self) -> int:
@@ -130,8 +130,10 @@ class Writers:
             return
         for tokens, token in zip(self.histories, drawn, strict=True):
             tokens.append(token)
-        stopping = not self.stop_tokens.isdisjoint(drawn)
-        for place in range(len(self)) if stopping else self.at_limit(step):
+        ending = {*self.at_limit(step)}  # perhaps
+        if not self.stop_tokens.isdisjoint(drawn):
+            ending |= {place for place, token in enumerate(drawn) if token in self.stop_tokens}
+        for place in sorted(ending):
             _look_at(self.samples[place], ended)
 
 
