@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from torch_paged.memory.arrays import Ints, expand
+from torch_paged.memory.arrays import Ints, as_integers, expand
 from torch_paged.memory.group import BlockGroup
 from torch_paged.memory.records import Records
 from torch_paged.memory.step import Step
@@ -78,8 +78,7 @@ def enter(records: Records, rows: Ints, columns: Ints) -> None:
     before = group.cached.node[group.flat_table[entries - 1]].tolist()
     last_row, last_column, node = -1, -1, -1
     left: set[int] = set()
-    new: list[int] = []  # which of the places
-    nodes: list[int] = []  # theirs
+    new: dict[int, int] = {}  # nodes, by the places that lead to them
     exchanges: list[list[Exchange]] = [[] for _ in records.groups]
     places = zip(rows.tolist(), columns.tolist(), keys, before, strict=True)
     for place, (row, column, key, above) in enumerate(places):
@@ -89,31 +88,30 @@ def enter(records: Records, rows: Ints, columns: Ints) -> None:
         last_row, last_column = row, column
         node, is_new = trie.enter(parent if column else (s.namespace[row],), key)
         if is_new:
-            new.append(place)
-            nodes.append(node)
+            new[place] = node
             continue
-        if new:
-            _put(records, rows[new], columns[new], nodes)
-            new, nodes = [], []
+        _put(records, rows, columns, new)
         if not _join(records, row, column, node, exchanges):
             s.known[row] = -1
             left.add(row)
-    if new:
-        everywhere = len(new) == len(rows)  # as in most steps
-        _put(records, *((rows, columns) if everywhere else (rows[new], columns[new])), nodes)
+    _put(records, rows, columns, new)
     for group, pairs in zip(records.groups, exchanges, strict=True):
         if pairs:
             _exchange(records, group, pairs)
 
 
-def _put(records: Records, rows: Ints, columns: Ints, nodes: list[int]) -> None:
-    """Enter the blocks at these places as those of nodes that have none, where windows have not left them behind."""
-    numbers = np.array(nodes, dtype=np.int64)
+def _put(records: Records, rows: Ints, columns: Ints, new: dict[int, int]) -> None:
+    """Enter the blocks of new nodes, where windows have not left them behind, and EMPTY `new`."""
+    if not new:
+        return
+    places, nodes = as_integers("places", list(new)), as_integers("nodes", list(new.values()))
+    new.clear()
+    rows, columns = rows[places], columns[places]
     for group in records.groups:
         if group.window is not None:
             kept = group.first[rows] <= columns
-            rows, columns, numbers = rows[kept], columns[kept], numbers[kept]
-        group.cached.put(numbers, group.table[rows, columns].astype(np.int64), columns)
+            rows, columns, nodes = rows[kept], columns[kept], nodes[kept]
+        group.cached.put(nodes, group.table[rows, columns].astype(np.int64), columns)
 
 
 def _join(records: Records, row: int, column: int, node: int, exchanges: list[list[Exchange]]) -> bool:
