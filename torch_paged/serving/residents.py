@@ -148,7 +148,8 @@ class Residents:
         if not self.running:
             return self._unlimited  # what does not fit even so fits never
         if self._policy == "wait":
-            promised = self._most_blocks([*self.running, head])
+            promised = self.blocks(self.writers.limits[:, None] - 1).sum(axis=0)
+            promised = promised + sum(map(self._most_blocks, [*self._others, head]))
             return self._unlimited if (promised <= self._sizes - self._reserve).all() else -self._unlimited
         room: Blocks = np.array([group.num_free_blocks for group in self._cache.groups]) - self._reserve
         return room
@@ -197,11 +198,9 @@ class Residents:
         self._swapped_rows -= _rows(head)
         return np.full_like(self._sizes, 1 + len(head.forks))
 
-    def _most_blocks(self, samples: list[Sample]) -> Blocks:
-        """Blocks of each group that samples and their forks may come to hold."""
-        limits = np.array([sample.limit - 1 for sample in samples])
-        most: Blocks = np.array([_rows(sample) for sample in samples]) @ self.blocks(limits[:, None])
-        return most
+    def _most_blocks(self, sample: Sample) -> Blocks:
+        """Blocks of each group that a sample and its forks may come to hold."""
+        return self.blocks(sample.limit - 1) * _rows(sample)
 
     def part_forks(self, sample: Sample) -> list[Sample]:
         """The forks of a sample whose prompt is in the cache but for its last token: they run from now on."""
