@@ -74,8 +74,8 @@ class Writers:
 
         The last ones take the places of those that leave (ascending), so that few rows of the batch change.
         """
-        others = Writers.of(joining)
-        places = as_integers("places", _without(range(len(self)), leaving))
+        others = Writers.of(joining) if joining else _NOBODY
+        places = as_integers("places", _without(range(len(self)), leaving)) if leaving else slice(None)
         next_tokens = None
         if self.next_tokens is not None and others.next_tokens is not None and self.steps == self.completed:
             next_tokens = [*_without(self.next_tokens, leaving), *others.next_tokens]
@@ -135,6 +135,9 @@ class Writers:
             ending |= {place for place, token in enumerate(drawn) if token in self.stop_tokens}
         for place in sorted(ending):
             _look_at(self.samples[place], ended)
+
+
+_NOBODY = Writers.of([])
 
 
 def write(sample: Sample, token: int, logprobs: TokenLogprobs | None, ended: Ended) -> None:
