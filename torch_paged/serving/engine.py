@@ -190,7 +190,8 @@ class Engine:
             return before.drawn.tokens
         padded = len(plan.batch.positions)
         known = plan.tokens()
-        host = torch.tensor(known + [0] * (padded - len(known)), dtype=torch.int64, device="cpu")
+        host = torch.zeros(padded, dtype=torch.int64, device="cpu")
+        host.numpy()[: len(known)] = known
         tokens = to_device(host, self._device)
         if before is None:
             return tokens
