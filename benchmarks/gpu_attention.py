@@ -10,7 +10,6 @@ CUDA graph, over inputs rotated so that none is still in the L2 cache. `--smoke`
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -25,9 +24,6 @@ import triton
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-if os.environ.get("TRITON_INTERPRET") == "1":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-    import interpreter_fixes  # noqa: F401
 
 from attention_cases import CASES, ODD, ODD_PREFILL, Arguments, Case, make
 from gpu_peers import PEERS, absent

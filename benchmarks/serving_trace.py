@@ -143,8 +143,7 @@ def serve(
 
     def counting(tokens: torch.Tensor, batch: Any) -> torch.Tensor:
         nonlocal read
-        plan = engine._scheduler.open_plans[-1]
-        read += plan.counts * len(plan.samples) if isinstance(plan.counts, int) else sum(plan.counts)
+        read += engine._scheduler.open_plans[-1].num_tokens
         return model(tokens, batch)
 
     if way != "paged":

@@ -1,4 +1,4 @@
-"""A small OpenAI-compatible server of the demo model: `python examples/server.py`, then for instance
+r"""A small OpenAI-compatible server of the demo model: `python examples/server.py`, then for instance
 
     curl localhost:8000/v1/completions -H "Content-Type: application/json" \
         -d '{"prompt": "def main(", "max_tokens": 40, "temperature": 0.5, "stream": true}'
@@ -40,10 +40,8 @@ def parse(body: Any) -> Request:
     if unknown := body.keys() - KNOWN:
         raise ValueError(f"not supported: {', '.join(sorted(unknown))}")
     given = {name: value for name, value in body.items() if value is not None}
-    if given.get("n", 1) > MOST_SAMPLES:
-        raise ValueError(f"n must be at most {MOST_SAMPLES}, got {given['n']}")
     stop = given.get("stop", [])
-    return Request(
+    asked = Request(
         prompt=list(given["prompt"].encode()),
         max_new_tokens=given.get("max_tokens", 16),
         samples=given.get("n", 1),
@@ -53,6 +51,9 @@ def parse(body: Any) -> Request:
         namespace=given.get("user"),  # users do not find each other's prompts
         sampling=Sampling(**{"temperature": 1.0} | {name: given[name] for name in SAMPLING if name in given}),
     )
+    if asked.samples > MOST_SAMPLES:
+        raise ValueError(f"n must be at most {MOST_SAMPLES}, got {asked.samples}")
+    return asked
 
 
 def chunk(ident: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
@@ -157,7 +158,8 @@ def make_app(engine: Engine) -> Starlette:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", default=8000, type=int)
     parser.add_argument("--blocks", default=512, type=int, help="of 16 tokens")

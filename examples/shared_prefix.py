@@ -5,6 +5,7 @@ blocks in the prefix cache; those after it find them there, and keep them once f
 in a namespace of its own, where nothing can be found: they must write the same bytes.
 """
 
+import argparse
 import time
 from pathlib import Path
 
@@ -91,6 +92,7 @@ def serve(shared: bool) -> tuple[list[bytes], MemoryStats, float]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     alone, without, seconds_without = serve(shared=False)
     together, stats, seconds = serve(shared=True)
     for question, text in zip(QUESTIONS, together, strict=True):

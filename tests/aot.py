@@ -74,7 +74,6 @@ class Kernel(NamedTuple):
     pending: int  # asynchronous copies that may still be under way while a tile is computed
     instructions: dict[str, int]  # how many of each kind that `_SASS` or `_AMDGCN` names
     pipelined_loops: int  # loops of Hopper's machine code that wait for one product while the next is under way
-    pipelined_spills: int  # spilled and reloaded registers in these loops
 
 
 class _AbsentDevice(DriverBase):
@@ -195,7 +194,6 @@ def _read(compiled: Any) -> Kernel:
     copies = [int(n) for n in re.findall(r"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x", ttgir)]
     pending = [int(n) for n in re.findall(r"ttg\.async_wait .*?num = (\d+)", ttgir)]
     registers, code, patterns = _amd(compiled) if "amdgcn" in compiled.asm else _nvidia(compiled)
-    loops = _pipelined_loops(code)
     return Kernel(
         name=compiled.metadata.name,
         identity=compiled.hash,
@@ -205,8 +203,7 @@ def _read(compiled: Any) -> Kernel:
         buffers=min(copies, default=0),
         pending=max(pending, default=0),
         instructions={name: len(re.findall(pattern, code, re.MULTILINE)) for name, pattern in patterns.items()},
-        pipelined_loops=len(loops),
-        pipelined_spills=len(re.findall(_SASS["spill"], "".join(loops))),
+        pipelined_loops=len(_pipelined_loops(code)),
     )
 
 

@@ -2,10 +2,13 @@
 
 import os
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait by spinning keep other processes from working
+
 import pytest
 import torch
 
-from torch_paged import ops
+from torch_paged import cache as cache_module
+from torch_paged import ops, staging
 from torch_paged.cpu.choice import EAGER, NATIVE
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -17,11 +20,6 @@ DEVICES = [
     pytest.param(("cpu", "torch_paged.kernels"), id="interpreter", marks=pytest.mark.interpreter),
     pytest.param(("cuda", None), id="cuda", marks=pytest.mark.gpu),
 ]
-
-
-def pytest_configure(config):  # noqa: ARG001
-    if INTERPRETED:
-        import interpreter_fixes  # noqa: F401 - mends Triton's interpreter before any kernel is imported
 
 
 def pytest_collection_modifyitems(config, items):
@@ -66,3 +64,12 @@ def device(request, monkeypatch):
     elif package == NATIVE and ops._cpu_package() != NATIVE:
         pytest.skip("no native kernels here: no C++ compiler, or TORCH_PAGED_CPU=eager")
     return device
+
+
+@pytest.fixture(params=["in-place", "upload"])
+def either_way(request, monkeypatch):
+    """Written straight into host tensors, and sent through a buffer as to a GPU."""
+    if request.param == "upload":
+        monkeypatch.setattr(
+            cache_module, "Staging", lambda *args, **options: staging.Staging(*args, **(options | {"in_place": False}))
+        )

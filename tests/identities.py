@@ -145,6 +145,19 @@ def serve_in_layout(heads, kv_heads, dim, value_dim, block_size, head_major, lat
         torch_paged.copy_blocks(caches, torch.full((3,), -1)[first : first + 2].view(1, 2))
 
 
+def serve_long(heads, kv_heads, dim, value_dim, block_size, head_major):
+    """Prompts of many tokens, of a few sequences."""
+    slots = (9, kv_heads, block_size) if head_major else (9, block_size, kv_heads)
+    caches = [torch.empty(*slots, width, dtype=DTYPE) for width in (dim, value_dim)]
+    key_cache, value_cache = [cache.transpose(1, 2) for cache in caches] if head_major else caches
+    for (queries, seqs), ragged in itertools.product([(2048, 1), (20000, 3), (100000, 1)], (False, True)):
+        query = torch.empty(queries - queries % seqs, heads, dim, dtype=DTYPE)
+        table, bounds = torch.zeros(seqs, 5, dtype=torch.int32), torch.zeros(seqs + 1, dtype=torch.int32)
+        torch_paged.attention(
+            query, key_cache, value_cache, table, table[:, 0], cu_seqlens_q=bounds if ragged else None
+        )
+
+
 def serve_with(heads, kv_heads, dim, value_dim, block_size, options, head_major):
     """Attention, append and rotary_append with `options` of `warmup`, of any values, in one layout."""
     cache_dtype, scales = options.get("cache_dtype", DTYPE), options.get("scales")
@@ -155,7 +168,7 @@ def serve_with(heads, kv_heads, dim, value_dim, block_size, options, head_major)
         return cache.transpose(1, 2) if head_major else cache
 
     caches = empty(dim), empty(value_dim)
-    for first, rows in itertools.product((0, 1), (1, 2, 5, 64)):
+    for first, (rows, seqs) in itertools.product((0, 1), ((1, 1), (2, 1), (5, 1), (64, 1), (9, 9), (128, 128))):
         per_head = torch.ones(heads + first)[first:]
         scale = {"scalar": torch.ones(2)[first], "head": torch.ones(kv_heads + first)[first:]}.get(scales)
         written = {f"{side}_scale": scale for side in ("key", "value")}
@@ -167,9 +180,9 @@ def serve_with(heads, kv_heads, dim, value_dim, block_size, options, head_major)
         if "rotary_dim" in options:
             angles = torch.zeros(9, options["rotary_dim"] // 2)
             torch_paged.rotary_append(query, key, value, angles, angles, ids, *caches, ids, **written)
-        for bounds in (None, torch.tensor([0, rows], dtype=torch.int32)):
+        for bounds in (None, torch.arange(seqs + 1, dtype=torch.int32) * (rows // seqs)):
             torch_paged.attention(
-                query, *caches, torch.zeros(1, 5, dtype=torch.int32), torch.tensor([5], dtype=torch.int32),
+                query, *caches, torch.zeros(seqs, 5, dtype=torch.int32), torch.full((seqs,), 5, dtype=torch.int32),
                 cu_seqlens_q=bounds, sliding_window=(7, 16)[first] if "sliding_window" in options else None,
                 softcap=2.0 + first if "softcap" in options else 0.0,
                 alibi_slopes=per_head if "alibi_slopes" in options else None,
@@ -200,6 +213,8 @@ def missing(model, device):
         serve(*model, project)
     for head_major, latent in itertools.product((False, True), (False, True) if value_dim < dim else (False,)):
         serve_in_layout(*model, head_major, latent)
+    for head_major in (False, True):
+        serve_long(*model, head_major)
     return len(warm), compiled - warm
 
 

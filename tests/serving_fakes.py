@@ -1,10 +1,12 @@
-"""A model without weights that reads all it knows from the cache, and what it must write."""
+"""A model without weights that reads all it knows from the cache, what it must write, and engines over it."""
 
 import torch
 
 from torch_paged import PagedKVCache
+from torch_paged.serving import Engine
 
 VOCAB = 97
+PROMPTS = [[5, 17, 3], [11] * 9, list(range(1, 31)), [8], [2, 4, 6, 8, 10, 12, 14], list(range(60, 40, -1))]
 
 
 def make_cache(**options):
@@ -73,3 +75,22 @@ def expected(prompt, count, stop=()):
     while len(tokens) < len(prompt) + count and not (len(tokens) > len(prompt) and tokens[-1] in stop):
         tokens.append(sum(token * weight(i) for i, token in enumerate(tokens)) % VOCAB)
     return tokens[len(prompt) :]
+
+
+def decode(tokens):
+    """One character a token."""
+    return "".join(chr(32 + token) for token in tokens)
+
+
+def make_engine(cache=None, **options):
+    cache = make_cache() if cache is None else cache
+    model = FakeModel(cache)
+    return Engine(cache, model, **options), cache, model
+
+
+def assert_empty(engine, cache):
+    assert engine.load[:3] == (0, 0, 0)
+    residents = engine._scheduler._residents
+    assert (residents._running_rows, residents._swapped_rows) == (0, 0)
+    cache.check_integrity()
+    assert cache.num_free_blocks == cache.num_blocks

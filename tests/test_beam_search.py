@@ -175,9 +175,23 @@ def test_a_search_that_fails_leaves_nothing_behind(weights, fault):
 
 def test_arguments_of_beam_search(weights):
     cache, model = paged(weights)
-    for prompt, beams, count in ([], 1, 1), ([1], 0, 1), ([1], 1, 0):
-        with pytest.raises(ValueError, match=r"beam_search needs .* got len\(prompt\)="):
-            beam_search(cache, model, prompt, num_beams=beams, max_new_tokens=count)
+    defaults = dict(prompt=PROMPT, num_beams=2, max_new_tokens=3)
+    for options, error, why in [
+        (dict(prompt=[]), ValueError, "prompt must have at least one token"),
+        (dict(prompt="abc"), ValueError, r"prompt must be flat: \[n\] integers"),
+        (dict(num_beams=0), ValueError, "num_beams must be at least 1, got 0"),
+        (dict(num_beams=2.5), TypeError, "num_beams must be an integer, got 2.5"),
+        (dict(max_new_tokens=0), ValueError, "max_new_tokens must be at least 1, got 0"),
+        (dict(stop_tokens=5), ValueError, "stop_tokens must be flat"),
+        (dict(model=lambda tokens, _: torch.zeros(len(tokens), 256)), ValueError, "of the rows batch.last_token"),
+        (dict(model=lambda *_: None), TypeError, "the model must return logits .* got NoneType"),
+    ]:
+        with pytest.raises(error, match=why):
+            beam_search(cache, **dict(model=model) | defaults | options)
+        assert cache.num_free_blocks == cache.num_blocks
+    beams = beam_search(cache, model, **defaults)
+    for prompt in (torch.tensor(PROMPT), bytes(PROMPT)):
+        assert beam_search(cache, model, **defaults | dict(prompt=prompt)) == beams
 
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["in-turn", "ahead"])

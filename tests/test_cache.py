@@ -6,8 +6,7 @@ import pickle
 import pytest
 import torch
 
-from torch_paged import cache as cache_module
-from torch_paged import staging, steps
+from torch_paged import staging, steps, unbacked
 from torch_paged.cache import PagedKVCache
 from torch_paged.memory import OutOfBlocks
 
@@ -20,15 +19,6 @@ def make_cache(device="cpu", **options):
     for tensor in sum(cache.tensors(), ()):
         tensor.fill_(math.nan)
     return cache
-
-
-@pytest.fixture(params=["in-place", "upload"])
-def either_way(request, monkeypatch):
-    """Written straight into host tensors, and sent through a buffer as to a GPU."""
-    if request.param == "upload":
-        monkeypatch.setattr(
-            cache_module, "Staging", lambda *args, **options: staging.Staging(*args, **(options | {"in_place": False}))
-        )
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -195,3 +185,28 @@ def test_batches_that_are_no_open_step():
     cache.commit(batch, [1, 2, 3])
     with pytest.raises(ValueError, match="the batch is no open step of this cache"):
         cache.commit(batch)
+
+
+@pytest.mark.parametrize("rows", [(6, 6, 6), (8, 8, 8), (8, 4, 4), (2, 4, 4)], ids=str)
+def test_layers_want_the_rows_of_the_batch(rows):
+    """More of them would be taken for other queries of the same sequences. Compiled, whatever the compiler says."""
+    cache = make_cache()
+    batch = cache.prepare([cache.add(), cache.add()], 2)
+    sizes = zip(rows, ((HEADS, DIM), (KV_HEADS, DIM), (KV_HEADS, VALUE_DIM)), strict=True)
+    query, key, value = (torch.randn(count, *size) for count, size in sizes)
+    with pytest.raises(ValueError, match=f"query must have a row for each of the batch's 4 tokens, got {rows[0]}"):
+        cache.layers[0](query, key, value, batch)
+    compiled = torch.compile(cache.layers[0], fullgraph=True, backend="aot_eager")
+    with pytest.raises((ValueError, RuntimeError, AssertionError)):
+        compiled(*map(unbacked, (query, key, value)), batch)
+    with pytest.raises(TypeError, match="batch must be a PagedBatch, got Tensor"):
+        cache.layers[0](batch.slot_mapping, query, key, value)
+
+
+def test_ragged_batches_may_be_padded_by_hand():
+    cache = make_cache()
+    batch = cache.prepare([cache.add(), cache.add()], [2, 1])
+    rows = [torch.randn(8, *size) for size in ((HEADS, DIM), (KV_HEADS, DIM), (KV_HEADS, VALUE_DIM))]
+    output = cache.layers[0](*rows, batch)
+    exact = cache.layers[0](*(each[:3] for each in rows), batch)
+    assert torch.equal(output, torch.cat([exact, torch.zeros(5, HEADS, VALUE_DIM)]))

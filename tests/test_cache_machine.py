@@ -5,7 +5,7 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from test_cache import either_way  # noqa: F401 - a fixture
+from memory_model import Keys
 
 from torch_paged import OutOfBlocks, OutOfSwapSpace, append, transfer
 from torch_paged import steps as steps_module
@@ -38,15 +38,11 @@ class User:
             sliding_window=windows,
         )
         self.random = np.random.default_rng(0)
-        self.keys, self.tokens, self.namespace, self.outside = {}, {}, {}, set()
+        self.keys, self.tokens, self.namespace, self.outside = Keys(), {}, {}, set()
         self.seen = dict.fromkeys(["fault", "out of blocks", "out of swap space", "found", "swapped in"], 0)
 
     def keys_of(self, seq):
-        keys, key = [], self.namespace[seq]
-        for token in self.tokens[seq]:
-            key = self.keys.setdefault((key, token), len(self.keys))
-            keys.append(key)
-        return keys
+        return self.keys.of(self.namespace[seq], self.tokens[seq])
 
     def some(self, seqs):
         seqs = sorted(seqs)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_groups import make_cache
+from cache_twins import make_cache
 
 from torch_paged import calibrate_scales, quantise_cache, reference
 from torch_paged.serving import Engine, Request, Sampling, beam_search

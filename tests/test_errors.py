@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+import torch_paged
+
 ops = torch.ops.paged
 INT32 = torch.int32
 
@@ -158,25 +160,25 @@ METADATA = {
 }  # fmt: skip
 
 VALUES = {
-    "lens-negative": (attention(seq_lens=torch.tensor([8, -2, 1], dtype=INT32)), IndexError, r"seq_lens must be 0 to 8, got -2 at \[1\]"),
-    "lens-too-large": (attention(seq_lens=torch.tensor([8, 5, 9], dtype=INT32)), IndexError, r"seq_lens must be 0 to 8, got 9 at \[2\]"),
-    "block-negative": (attention(block_table=torch.tensor([[0, -1], [2, 3], [4, 0]], dtype=INT32)), IndexError, r"block_table must be 0 to 4, got -1 at \[0, 1\]"),
-    "block-too-large": (attention(block_table=torch.tensor([[0, 1], [2, 5], [4, 0]], dtype=INT32)), IndexError, r"block_table must be 0 to 4, got 5 at \[1, 1\]"),
+    "lens-negative": (attention(seq_lens=torch.tensor([8, -2, 1], dtype=INT32)), IndexError, r"seq_lens must be 0 to max_blocks_per_seq .* = 8, got -2 at \[1\]"),
+    "lens-too-large": (attention(seq_lens=torch.tensor([8, 5, 9], dtype=INT32)), IndexError, r"seq_lens must be 0 to max_blocks_per_seq .* = 8, got 9 at \[2\]"),
+    "block-negative": (attention(block_table=torch.tensor([[0, -1], [2, 3], [4, 0]], dtype=INT32)), IndexError, r"block_table must be 0 to num_blocks - 1 = 4, got -1 at \[0, 1\]"),
+    "block-too-large": (attention(block_table=torch.tensor([[0, 1], [2, 5], [4, 0]], dtype=INT32)), IndexError, r"block_table must be 0 to num_blocks - 1 = 4, got 5 at \[1, 1\]"),
     "bounds-start": (attention(cu_seqlens_q=torch.tensor([1, 1, 2, 3], dtype=INT32)), IndexError, "cu_seqlens_q must start at 0, got 1"),
     "bounds-decrease": (attention(cu_seqlens_q=torch.tensor([0, 2, 1, 3], dtype=INT32)), IndexError, r"cu_seqlens_q must be non-decreasing, got a step of -1 at \[1\]"),
     "bounds-wrap": (attention(cu_seqlens_q=torch.tensor([0, 2**31 - 1, -(2**31), 3], dtype=INT32)), IndexError, "cu_seqlens_q must be non-decreasing"),
     "bounds-end": (attention(cu_seqlens_q=torch.tensor([0, 1, 2, 4], dtype=INT32)), IndexError, "cu_seqlens_q must end at or before num_tokens = 3, got 4"),
-    "slot": (append(slot_mapping=torch.tensor([0, 20, 3])), IndexError, r"slot_mapping must be below 20, got 20 at \[1\]"),
-    "position": (rotary(positions=torch.tensor([0, 8, 1])), IndexError, r"positions must be 0 to 7, got 8 at \[1\]"),
-    "position-negative": (rotary(positions=torch.tensor([0, 2, -1])), IndexError, r"positions must be 0 to 7, got -1 at \[2\]"),
-    "rotary-slot": (rotary(slot_mapping=torch.tensor([0, 20, 3])), IndexError, r"slot_mapping must be below 20, got 20 at \[1\]"),
-    "window-block": (attention(block_table=torch.tensor([[9, 7], [9, 5], [4, 0]], dtype=INT32), sliding_window=1), IndexError, r"block_table must be 0 to 4, got 7 at \[0, 1\]"),
-    "pair-source": (copy_blocks([[1, 0], [5, 2]]), IndexError, r"block_pairs must be below 5, got 5 at \[1, 0\]"),
-    "pair-destination": (copy_blocks([[1, 0], [0, 9]]), IndexError, r"block_pairs must be below 5, got 9 at \[1, 1\]"),
+    "slot": (append(slot_mapping=torch.tensor([0, 20, 3])), IndexError, r"slot_mapping must be below num_blocks .* = 20, got 20 at \[1\]"),
+    "position": (rotary(positions=torch.tensor([0, 8, 1])), IndexError, r"positions must be 0 to num_positions - 1 = 7, got 8 at \[1\]"),
+    "position-negative": (rotary(positions=torch.tensor([0, 2, -1])), IndexError, r"positions must be 0 to num_positions - 1 = 7, got -1 at \[2\]"),
+    "rotary-slot": (rotary(slot_mapping=torch.tensor([0, 20, 3])), IndexError, r"slot_mapping must be below num_blocks .* = 20, got 20 at \[1\]"),
+    "window-block": (attention(block_table=torch.tensor([[9, 7], [9, 5], [4, 0]], dtype=INT32), sliding_window=1), IndexError, r"block_table must be 0 to num_blocks - 1 = 4, got 7 at \[0, 1\]"),
+    "pair-source": (copy_blocks([[1, 0], [5, 2]]), IndexError, r"block_pairs must be below num_blocks = 5, got 5 at \[1, 0\]"),
+    "pair-destination": (copy_blocks([[1, 0], [0, 9]]), IndexError, r"block_pairs must be below num_blocks = 5, got 9 at \[1, 1\]"),
     "pair-twice": (copy_blocks([[0, 2], [1, 2]]), ValueError, "block_pairs must name each destination once, got 2 more than once"),
     "pair-chain": (copy_blocks([[0, 2], [2, 3]]), ValueError, "block_pairs must not copy from a destination, got 2 as both"),
-    "gather-block": (gather(blocks=torch.tensor([0, 5])), IndexError, r"blocks must be below 5, got 5 at \[1\]"),
-    "scatter-block": (scatter(blocks=torch.tensor([7, 0])), IndexError, r"blocks must be below 5, got 7 at \[0\]"),
+    "gather-block": (gather(blocks=torch.tensor([0, 5])), IndexError, r"blocks must be below num_blocks = 5, got 5 at \[1\]"),
+    "scatter-block": (scatter(blocks=torch.tensor([7, 0])), IndexError, r"blocks must be below num_blocks = 5, got 7 at \[0\]"),
     "scatter-twice": (scatter(blocks=torch.tensor([3, 3])), ValueError, "blocks must name each block once, got 3 more than once"),
 }  # fmt: skip
 
@@ -272,6 +274,34 @@ def test_grad_is_refused_with_advice(call, name):
         op(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (attention(), "query"),
+        (merge(), "lse_b"),
+        (append(), "value"),
+        (rotary(), "cos"),
+        (copy_blocks([[0, 1]]), "caches"),
+    ],
+)
+def test_tangents_are_refused_with_advice(call, name):
+    """Of forward mode, under no_grad too, which does not end it: they would be lost in silence."""
+    op, arguments = call
+    tensor = arguments[name][0] if name == "caches" else arguments[name]
+
+    def run(tensor):
+        value = [tensor, *arguments[name][1:]] if name == "caches" else tensor
+        return op(**arguments | {name: value})
+
+    with (
+        torch.no_grad(),
+        pytest.raises(NotImplementedError, match=f"has no forward derivative, but {name}.*unpack_dual"),
+    ):
+        torch.func.jvp(run, (tensor,), (torch.ones_like(tensor),))
+    with torch.autograd.forward_ad.dual_level():
+        run(tensor)
+
+
 def test_unused_table_entries_are_not_validated():
     """Past a sequence's keys, and in the whole row of a sequence without a query."""
     op, arguments = attention(
@@ -280,3 +310,24 @@ def test_unused_table_entries_are_not_validated():
         cu_seqlens_q=torch.tensor([0, 1, 1, 3], dtype=INT32),
     )
     assert op(**arguments).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "match"),
+    [
+        (dict(num_heads=3), ValueError, "num_heads must be a multiple of num_kv_heads, got 3 and 2"),
+        (dict(head_dim=8), ValueError, "head_dim and value_head_dim must be 16 to 512"),
+        (dict(dtype=torch.float64), TypeError, "query must be float32 or"),
+        (dict(cache_dtype=torch.int8), ValueError, "key_cache of int8 needs key_scale or key_scale_cache, got neither"),
+        (dict(scales="head"), ValueError, "key_scale must be None with an unquantised float32 key_cache"),
+        (dict(sliding_window=True, causal=False), ValueError, "sliding_window needs causal=True"),
+        (dict(rotary_dim=5), ValueError, "rotary_dim must be even, got 5"),
+        (dict(rotary_dim=64), ValueError, "cos must have 1 to head_dim / 2 = 16 columns"),
+    ],
+)
+def test_warmup_refuses_what_no_operator_serves(changes, error, match):
+    model = dict(num_heads=4, num_kv_heads=2, head_dim=32, dtype=torch.float32, device="cpu")
+    with pytest.raises(error, match=match):
+        torch_paged.warmup(**model | changes)
+    for scales in ("scalar", "head", "token"):
+        torch_paged.warmup(**model | dict(device="meta", cache_dtype=torch.int8, scales=scales, rotary_dim=32))

@@ -109,8 +109,8 @@ def test_rows_past_int32():
 
 
 WRONG = {
-    "block": (dict(block_table=[[0, 1], [2, 5]]), r"block_table must be 0 to 4, got 5 at \[1, 1\]"),
-    "length": (dict(seq_lens=[3, 9]), r"seq_lens must be 0 to 8, got 9 at \[1\]"),
+    "block": (dict(block_table=[[0, 1], [2, 5]]), r"block_table must be 0 to num_blocks - 1 = 4, got 5 at \[1, 1\]"),
+    "length": (dict(seq_lens=[3, 9]), r"seq_lens must be 0 to max_blocks_per_seq .* = 8, got 9 at \[1\]"),
     "bounds": (dict(cu_seqlens_q=[0, 2, 1]), "cu_seqlens_q must be non-decreasing"),
 }
 
@@ -129,15 +129,15 @@ def test_debug_mode_checks_writes(monkeypatch):
     before = [cache.clone() for cache in caches]
     rows, staging = randn(1, 2, 32), torch.zeros(1, 2, 4, 2, 32, dtype=BF16, device="cuda")
     monkeypatch.setenv("TORCH_PAGED_DEBUG", "1")
-    with pytest.raises(IndexError, match=r"slot_mapping must be below 20, got 20 at \[0\]"):
+    with pytest.raises(IndexError, match=r"slot_mapping must be below num_blocks .* = 20, got 20 at \[0\]"):
         ops.append(rows, rows, *caches, ids([20]))
-    with pytest.raises(IndexError, match="block_pairs must be below 5, got 5"):
+    with pytest.raises(IndexError, match="block_pairs must be below num_blocks = 5, got 5"):
         ops.copy_blocks(caches, ids([[0, 5]]))
     with pytest.raises(ValueError, match="block_pairs must not copy from a destination, got 1 as both"):
         ops.copy_blocks(caches, ids([[0, 1], [1, 2]]))
-    with pytest.raises(IndexError, match="blocks must be below 5, got 7"):
+    with pytest.raises(IndexError, match="blocks must be below num_blocks = 5, got 7"):
         ops.gather_blocks(caches, ids([7]), staging)
-    with pytest.raises(IndexError, match="blocks must be below 5, got 7"):
+    with pytest.raises(IndexError, match="blocks must be below num_blocks = 5, got 7"):
         ops.scatter_blocks(staging, ids([7]), caches)
     assert all(map(torch.equal, caches, before))
 

@@ -1,6 +1,7 @@
 """Imports run one way, and the package loads cold without Triton, quickly."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -73,11 +74,25 @@ def test_imports_run_one_way(path):
     own = {name.split(".")[1] for name in imported(path) if name.startswith("torch_paged.")}
     assert own - {here} <= ALLOWED[here]
     outside = {name.split(".")[0] for name in imported(path)} - set(sys.stdlib_module_names) - {"torch_paged"}
-    assert outside <= {"memory": {"numpy"}, "kernels": {"torch", "triton"}}.get(here, {"torch", "numpy"})
+    assert outside <= {"memory": {"numpy"}, "kernels": {"torch", "triton", "numpy"}}.get(here, {"torch", "numpy"})
+
+
+def test_no_circles():
+    """No file needs one that needs it, for types neither: `prepare` raises CycleError and names the circle."""
+    names = {path: ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in PACKAGE.rglob("*.py")}
+    names = {path: name.removesuffix(".__init__") for path, name in names.items()}
+    files = set(names.values())
+    needs = {}
+    for path, name in names.items():
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        pairs = [(node.module, f"{node.module}.{alias.name}") for node in nodes for alias in node.names]
+        needs[name] = {inner if inner in files else outer for outer, inner in pairs} & files
+    assert "torch_paged.memory.records" in needs["torch_paged.memory.manager"]
+    graphlib.TopologicalSorter(needs).prepare()
 
 
 def test_scheduling_knows_no_torch():
-    host = {"requests", "text", "waiting", "residents", "plan", "scheduler", "stream"}
+    host = {"requests", "text", "waiting", "residents", "plan", "scheduler", "stream", "writers"}
     for name in host:
         modules = set(imported(PACKAGE / "serving" / f"{name}.py"))
         assert not any(module.split(".")[0] == "torch" for module in modules)

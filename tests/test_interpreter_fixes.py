@@ -7,10 +7,11 @@ import pytest
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
-import interpreter_fixes  # mends the interpreter
 import torch
 import triton
 import triton.language as tl
+
+from torch_paged.kernels import interpreter_fixes  # mends the interpreter
 
 pytestmark = pytest.mark.interpreter
 

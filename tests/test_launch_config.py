@@ -193,6 +193,27 @@ def test_warpgroups_share_their_code_where_prompts_are_short(queries, seqs, part
     assert launch.num_warps * parts == 8
 
 
+@pytest.mark.parametrize(
+    ("queries", "seqs", "heads", "rounds"),
+    [(2048, 1, 32, 1), (8192, 1, 32, 5), (8192, 1, 8, 1), (8192, 5, 32, 1), (32768, 1, 32, 6), (10**6, 3, 1, 6)],
+)
+def test_long_prompts_are_dealt_out_in_rounds(queries, seqs, heads, rounds):
+    problem = replace(PREFILL, num_tokens=queries, num_seqs=seqs, num_heads=heads, num_kv_heads=1, ragged=True)
+    prefill, decode = attention_launches(problem, DEVICES["sm_90"])
+    assert (prefill.rounds, decode.rounds) == (rounds, 1)
+    assert attention_launches(problem, DEVICES["sm_80"])[0].rounds == 1
+
+
+@pytest.mark.parametrize(("seqs", "programs", "warps"), [(15, 2, 4), (16, 4, 2), (64, 4, 2)])
+def test_many_sequences_of_8_bit_caches_have_more_and_smaller_programs(seqs, programs, warps):
+    e4m3 = Stored("e4m3", "head")
+    problem = replace(DECODE, num_tokens=seqs, num_seqs=seqs, features=Features(key=e4m3, value=e4m3, normalised=True))
+    (launch,) = attention_launches(problem, DEVICES["sm_90"])
+    assert (launch.programs, launch.num_warps) == (132 * programs, warps)
+    (plain,) = attention_launches(replace(problem, features=Features()), DEVICES["sm_90"])
+    assert (plain.programs, plain.num_warps) == (132 * 2, 4)
+
+
 def test_only_hopper_has_the_hopper_kernel(gpu):
     launches = attention_launches(replace(PREFILL, ragged=True), gpu)
     assert [launch.variant.copy_rows for launch in launches] == [16 if gpu.capability == 90 else 0, 0]

@@ -168,6 +168,25 @@ def test_bad_steps_are_refused(manager, seqs, counts, ahead, error, match):
     assert snapshot(manager) == before
 
 
+@pytest.mark.parametrize("seqs", [[0, 1.0], [False, True], [np.array([0, 1]), 1]], ids=["real", "bool", "array"])
+def test_what_is_refused_does_not_depend_on_what_came_before(manager, seqs):
+    """Even where it equals the sequences of the step before."""
+    filled(manager, 2, 3)
+    manager.rollback(manager.prepare([0, 1], 1))
+    with pytest.raises((TypeError, ValueError), match=r"seqs must be integers|inhomogeneous"):
+        manager.prepare(seqs, 1)
+
+
+def test_the_sequences_of_a_step_cannot_be_written_to(manager):
+    filled(manager, 2, 3)
+    step = manager.prepare([0, 1], 1)
+    for part in (step.handles, step.rows):
+        with pytest.raises(ValueError, match="read-only"):
+            part[0] = 1
+    assert manager.length(0) == 3, "the question is not remembered in their place"
+    assert manager.sequences.find([0, 1])[0] is step.handles
+
+
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [

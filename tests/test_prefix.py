@@ -251,6 +251,7 @@ def test_figures(manager):
     ("arguments", "error", "match"),
     [
         (([1.5],), TypeError, "tokens must be integers, got float64"),
+        (([1 << 63],), ValueError, "tokens must be integers of 64 bits with a sign, got 9223372036854775808"),
         (([[1]],), ValueError, r"tokens must be flat: \[n\] integers, got shape \[1, 1\]"),
         (([1] * 33,), ValueError, "max_seq_len = 32: the prompt has 33 tokens"),
         (([1], ["a"]), TypeError, r"namespace must be hashable, got \['a'\]"),
@@ -262,6 +263,11 @@ def test_bad_prompts_are_refused(manager, arguments, error, match):
     with pytest.raises(error, match=match):
         manager.add(*arguments)
     assert snapshot(manager) == before
+
+
+def test_bytes_are_tokens(manager):
+    manager.free(run(manager, list(b"a prompt")))
+    assert manager.length(manager.add(b"a prompt")) == 4
 
 
 @pytest.mark.parametrize(

@@ -60,3 +60,23 @@ def test_nothing_compiles_while_serving():
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert len(re.findall(r"[1-9]\d* compiled, 0 lacking", done.stdout)) == 31
+
+
+_INTERPRET = """
+import torch
+
+import torch_paged
+from torch_paged import reference, testing
+
+inputs = testing.attention_inputs([2, 3], [9, 5], num_heads=2, num_kv_heads=1, head_dim=16, block_size=4)
+inputs = inputs._replace(**{name: getattr(inputs, name).bfloat16() for name in ("query", "key_cache", "value_cache")})
+exact = inputs.call(reference.attention)
+torch.testing.assert_close(inputs.call(torch_paged.attention), exact, rtol=0.02, atol=0.02)
+"""
+
+
+def test_interpreting_needs_the_variable_alone():
+    """Also where none of these tests is loaded."""
+    pytest.importorskip("triton")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", _INTERPRET], env=environment, check=True)

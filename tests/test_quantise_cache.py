@@ -73,3 +73,40 @@ def test_attention_over_a_quantised_cache_is_close(dtype, kind, device):
     close = inputs._replace(key_cache=caches[0], value_cache=caches[1]).call(attention, **scales)
     error = ((close - exact).norm() / exact.norm()).item()
     assert error < {torch.float8_e4m3fn: 0.06, torch.float8_e5m2: 0.12, torch.int8: 0.03}[dtype]
+
+
+CACHE, SLOTS = torch.randn(3, 4, 2, 16), torch.tensor([0, 5, -1])
+
+
+@pytest.mark.parametrize(
+    ("cache", "slots", "dtype", "error", "match"),
+    [
+        (CACHE, SLOTS, torch.float16, TypeError, "dtype must be float8_e4m3fn, float8_e5m2 or int8, got torch.float16"),
+        (CACHE.to(torch.float8_e5m2), SLOTS, torch.int8, TypeError, "cache must be float32, float16 or bfloat16, got"),
+        (CACHE[0], SLOTS, torch.int8, ValueError, r"cache must be \[num_blocks, .*\], got \[4, 2, 16\]"),
+        (CACHE, SLOTS.int(), torch.int8, TypeError, r"slots must be int64 \[n\], got torch.int32 \[3\]"),
+        (CACHE, SLOTS + 7, torch.int8, IndexError, r"slots must be below num_blocks \* block_size = 12, got 12"),
+    ],
+)
+@pytest.mark.parametrize("function", [calibrate_scales, quantise_cache])
+def test_caches_that_cannot_be_quantised(function, cache, slots, dtype, error, match):
+    with pytest.raises(error, match=match):
+        function(cache, slots, dtype)
+
+
+def test_negative_slots_are_skipped():
+    cache = CACHE.clone()
+    cache[-1, -1] = 1e9  # what an index of -1 would find
+    assert torch.equal(calibrate_scales(cache, SLOTS, torch.int8), calibrate_scales(cache, SLOTS[:2], torch.int8))
+    for with_it, without in zip(*(quantise_cache(cache, each, torch.int8) for each in (SLOTS, SLOTS[:2])), strict=True):
+        assert torch.equal(with_it, without)
+
+
+def test_lengths_that_no_table_holds():
+    table = torch.zeros(2, 3, dtype=torch.int32)
+    for lens, got in ([4, 13], 13), ([-1, 4], -1):
+        with pytest.raises(IndexError, match=rf"seq_lens must be 0 to .* = 12, got {got}"):
+            slots_in_use(table, torch.tensor(lens, dtype=torch.int32), 4)
+    for options, name in (dict(block_size=0), "block_size"), (dict(block_size=4, sliding_window=0), "sliding_window"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+            slots_in_use(table, torch.zeros(2, dtype=torch.int32), **options)

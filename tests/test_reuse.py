@@ -214,6 +214,8 @@ def test_swap_space_is_limited():
         ([1.5, 2.5], TypeError, "tokens must be integers, got float64"),
         (torch.ones(2, 1, dtype=torch.int64), ValueError, r"tokens must be flat: \[n\] integers, got shape \[2, 1\]"),
         ([1], ValueError, "tokens must be the 2 tokens of the step, got 1"),
+        (7, ValueError, r"tokens must be flat: \[n\] integers, got 7"),
+        (iter([1, 2]), ValueError, "tokens must be flat"),
     ],
 )
 def test_a_commit_of_bad_tokens_changes_nothing(tokens, error, match):

@@ -94,7 +94,8 @@ def test_a_stream(served):
         ({"prompt": "x", "user": {}}, "namespace must be hashable, got {}"),
         ({"prompt": "x", "logprobs": 1.5}, "logprobs must be an integer, got 1.5"),
         ({"prompt": "x", "n": 10**12}, "n must be at most 16, got 1000000000000"),
-        ({"prompt": "x", "stop": 5}, "not iterable"),
+        ({"prompt": "x", "n": "2"}, "samples must be an integer, got '2'"),
+        ({"prompt": "x", "stop": 5}, "stop_strings must be a list of strings, got 5"),
         ({"prompt": "x", "stop": [5]}, "stop_strings must be strings, got"),
     ],
 )

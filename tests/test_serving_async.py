@@ -117,3 +117,21 @@ def test_leaving_cancels_what_is_under_way():
 
     asyncio.run(main())
     assert cache.num_free_blocks == cache.num_blocks
+
+
+def test_it_serves_within_one_async_with():
+    engine, cache = make_engine()
+
+    async def main():
+        async with AsyncEngine(engine) as serving:
+            with pytest.raises(RuntimeError, match="cannot be entered twice at once"):
+                async with serving:
+                    pass
+            first = await collect(serving, [9])
+        with pytest.raises(RuntimeError, match="serves within `async with` alone"):
+            await collect(serving, [9])
+        async with serving:
+            return first, await collect(serving, [9])
+
+    assert asyncio.run(main()) == (expected([9], 12), expected([9], 12))
+    assert cache.num_free_blocks == cache.num_blocks

@@ -30,7 +30,7 @@ def attention(
     num_blocks, block_size = key_cache.shape[:2]
     limit = width * block_size
     lens = seq_lens.long()  # sums and limits may exceed 32 bits
-    _all_inside(lens, (lens < 0) | (lens > limit), "seq_lens", f"0 to {limit}")
+    _all_inside(lens, (lens < 0) | (lens > limit), "seq_lens", f"0 to max_blocks_per_seq * block_size = {limit}")
     used = (lens + block_size - 1) // block_size
     counts = torch.full_like(lens, query.shape[0] // max(num_seqs, 1))
     if cu_seqlens_q is not None:
@@ -45,7 +45,7 @@ def attention(
     if sliding_window is not None:
         first = (lens - counts).clamp(min=0) - (sliding_window - 1)  # key that the first query with any sees
         wrong &= columns >= first[:, None] // block_size
-    _all_inside(table, wrong, "block_table", f"0 to {num_blocks - 1}")
+    _all_inside(table, wrong, "block_table", f"0 to num_blocks - 1 = {num_blocks - 1}")
 
 
 def merge_attention(*tensors: Tensor) -> None:
@@ -62,7 +62,7 @@ def append(
 ) -> None:
     """IndexError for a slot past the cache; negative slots are skipped."""
     num_slots = key_cache.shape[0] * key_cache.shape[1]
-    _all_inside(slot_mapping, slot_mapping >= num_slots, "slot_mapping", f"below {num_slots}")
+    _all_inside(slot_mapping, slot_mapping >= num_slots, "slot_mapping", f"below num_blocks * block_size = {num_slots}")
 
 
 def rotary_append(
@@ -79,7 +79,7 @@ def rotary_append(
 ) -> None:
     """As for `append`, and IndexError for a position that `cos` has no row for."""
     outside = (positions < 0) | (positions >= cos.shape[0])
-    _all_inside(positions, outside, "positions", f"0 to {cos.shape[0] - 1}")
+    _all_inside(positions, outside, "positions", f"0 to num_positions - 1 = {cos.shape[0] - 1}")
     append(key, value, key_cache, value_cache, slot_mapping, **options)
 
 
@@ -121,7 +121,7 @@ def _query_counts(cu_seqlens_q: Tensor, num_tokens: int) -> Tensor:
 
 
 def _block_ids(ids: Tensor, wrong: Tensor, name: str, caches: Sequence[Tensor]) -> None:
-    _all_inside(ids, wrong, name, f"below {caches[0].shape[0]}")
+    _all_inside(ids, wrong, name, f"below num_blocks = {caches[0].shape[0]}")
 
 
 def _distinct(ids: Tensor, name: str, what: str) -> None:

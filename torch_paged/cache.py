@@ -9,17 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from torch_paged.batch import PagedBatch
-from torch_paged.capacity import blocks_in, group_limits, up_to
+from torch_paged.capacity import blocks_of_groups, group_limits
 from torch_paged.functional import copy_blocks
 from torch_paged.layers import FunctionalKV, PagedKVLayer
-from torch_paged.layout import (
-    LayerGroup,
-    check_buckets,
-    check_quantisation,
-    check_windows,
-    group_layers,
-    layer_tensors,
-)
+from torch_paged.layout import DTYPES, LayerGroup, Stored, check_buckets, check_stored, check_windows, group_layers
 from torch_paged.memory import MemoryManager, MemoryStats
 from torch_paged.memory.arrays import as_integer
 from torch_paged.quantise import calibrate_scales
@@ -28,8 +21,6 @@ from torch_paged.steps import OpenSteps
 from torch_paged.swapping import Swapping
 from torch_paged.token_feed import TokenFeed
 from torch_paged.transfer import Transfer
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class PagedKVCache(nn.Module):
@@ -104,45 +95,21 @@ class PagedKVCache(nn.Module):
         swap_space: int | None = None,
     ) -> None:
         super().__init__()
-        if dtype not in _DTYPES:
-            raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
-        stored, scales = check_quantisation(dtype, cache_dtype, scales)
-        if (num_blocks is None) == (memory is None):
-            raise ValueError(f"exactly one of num_blocks and memory must be given, got {num_blocks=}, {memory=}")
         device = torch.empty(0, device=device).device  # with its index, where that was left to the current device
-        num_layers = as_integer("num_layers", num_layers, at_least=1)
-        num_kv_heads = as_integer("num_kv_heads", num_kv_heads, at_least=1)
-        head_dim = as_integer("head_dim", head_dim, at_least=1)
-        value_head_dim = head_dim if value_head_dim is None else as_integer("value_head_dim", value_head_dim, 1)
-        self.block_size = block_size = as_integer("block_size", block_size, at_least=1)
+        stored = check_stored(num_kv_heads, head_dim, value_head_dim, dtype, cache_dtype, scales)
+        windows = check_windows(sliding_window, as_integer("num_layers", num_layers, at_least=1))
+        self.block_size = as_integer("block_size", block_size, at_least=1)
         self.max_seqs = as_integer("max_seqs", max_seqs, at_least=1)
         self.max_seq_len = as_integer("max_seq_len", max_seq_len, at_least=1)
-        windows = check_windows(sliding_window, num_layers)
         self._groups = group_layers(windows, self.max_seq_len)
-        per_layer = self.kv_bytes(1, 1, num_kv_heads, head_dim, value_head_dim, dtype=stored)
-        per_layer += 2 * num_kv_heads * torch.float32.itemsize if scales == "token" else 0
-        self._bytes_per_token = [len(layers) * per_layer for layers in self._groups.values()]
-        block_bytes = [block_size * each for each in self._bytes_per_token]
-        limits = group_limits(list(self._groups), block_size, self.max_seqs, self.max_seq_len)
-        if memory is not None:
-            sizes = blocks_in(memory, block_bytes, limits, device)
-        else:
-            sizes = up_to(as_integer("num_blocks", num_blocks, at_least=1), limits)
-        self._manager = MemoryManager(sizes, block_size, self.max_seqs, self.max_seq_len, list(self._groups))
+        self._bytes_per_token = [len(layers) * stored.bytes_per_token for layers in self._groups.values()]
+        block_bytes = [self.block_size * each for each in self._bytes_per_token]
+        limits = group_limits(list(self._groups), self.block_size, self.max_seqs, self.max_seq_len)
+        sizes = blocks_of_groups(num_blocks, memory, block_bytes, limits, device)
+        self._manager = MemoryManager(sizes, self.block_size, self.max_seqs, self.max_seq_len, list(self._groups))
         self.num_blocks, self.device = sizes[0], device
-        group_of = {layer: group for group, members in enumerate(self._groups.values()) for layer in members}
-        with torch.inference_mode(False):  # whatever mode this runs under, the buffers can be written in any
-            dims = head_dim, value_head_dim
-            layers = [
-                PagedKVLayer(
-                    layer_tensors(sizes[group], block_size, num_kv_heads, dims, stored, scales, device),
-                    dtype=dtype,
-                    group=group,
-                    sliding_window=windows[layer],
-                )
-                for layer, group in sorted(group_of.items())
-            ]
-        self.layers = nn.ModuleList(layers)
+        self.layers = self._build_layers(stored, sizes, windows, dtype)
+        layers = self._paged_layers()
         caches = [[t for i in members for t in layers[i].blocks()] for members in self._groups.values()]
         self._staging = Staging(self._manager, device, check_buckets(buckets))
         self._feed = TokenFeed(self._manager)
@@ -153,6 +120,21 @@ class PagedKVCache(nn.Module):
         # Copying nothing tells a GPU where the caches lie: later copies can be captured in a graph.
         for each in caches:
             copy_blocks(each, torch.empty(0, 2, dtype=torch.int64, device=device))
+
+    def _build_layers(
+        self, stored: Stored, sizes: list[int], windows: list[int | None], dtype: torch.dtype
+    ) -> nn.ModuleList:
+        group_of = {layer: group for group, members in enumerate(self._groups.values()) for layer in members}
+        with torch.inference_mode(False):  # whatever mode this runs under, the buffers can be written in any
+            return nn.ModuleList(
+                PagedKVLayer(
+                    stored.allocate(sizes[group], self.block_size, self.device),
+                    dtype=dtype,
+                    group=group,
+                    sliding_window=windows[layer],
+                )
+                for layer, group in sorted(group_of.items())
+            )
 
     @staticmethod
     def kv_bytes(
@@ -208,7 +190,7 @@ class PagedKVCache(nn.Module):
         finds them.
 
         Args:
-            tokens: the prompt, on the host: a list, an integer array or a CPU tensor. None: nothing is looked up.
+            tokens: the prompt, on the host: a list, bytes, integer array or CPU tensor. None: nothing is looked up.
             namespace: any hashable value, None too; equal ones are the same. Sequences find prefixes of their own
                 namespace alone. What is not in the tokens but changes keys and values, such as an adapter's name,
                 belongs here.
@@ -366,7 +348,7 @@ class PagedKVCache(nn.Module):
             TypeError: this cache is quantised itself, or `dtype` is none of these.
             ValueError: it holds no tokens to go by: its sequences are swapped out or freed, or there were none.
         """
-        if self.layers[0].key_cache.dtype not in _DTYPES:
+        if self.layers[0].key_cache.dtype not in DTYPES:
             raise TypeError(f"calibrate needs an unquantised cache, got one of {self.layers[0].key_cache.dtype}")
         if dtype not in (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8):
             raise TypeError(f"dtype must be float8_e4m3fn, float8_e5m2 or int8, got {dtype}")

@@ -65,6 +65,21 @@ def window_blocks(window: int, block_size: int, max_seqs: int, max_seq_len: int)
     return max_seqs * min((window - 2) // block_size + 4, width) + width
 
 
+def blocks_of_groups(
+    num_blocks: int | None,
+    memory: int | float | None,
+    block_bytes: Sequence[int],
+    limits: Sequence[int | None],
+    device: torch.device,
+) -> list[int]:
+    """How many blocks each group gets: `num_blocks`, or what fits into `memory`, but none more than its limit."""
+    if (num_blocks is None) == (memory is None):
+        raise ValueError(f"exactly one of num_blocks and memory must be given, got {num_blocks=}, {memory=}")
+    if memory is None:
+        return up_to(as_integer("num_blocks", num_blocks, at_least=1), limits)
+    return blocks_in(memory, block_bytes, limits, device)
+
+
 def blocks_in(
     memory: int | float, block_bytes: Sequence[int], limits: Sequence[int | None], device: torch.device
 ) -> list[int]:

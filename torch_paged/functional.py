@@ -3,8 +3,8 @@
 Shapes use these letters: T tokens, H query heads, Hk key-value heads (H is a multiple of Hk), D and Dv the head dims
 of keys and values (16 to 512, or 576 and 512), S sequences, N blocks, B block size.
 All functions raise TypeError, ValueError or NotImplementedError for wrong dtypes, shapes, strides, devices and options
-before anything is written, and NotImplementedError for an argument that requires grad while grad mode is on. Ids and
-lengths out of range are an IndexError on CPU, and on a GPU with `TORCH_PAGED_DEBUG=1`.
+before anything is written, and NotImplementedError for an argument that requires grad while grad mode is on, or has a
+tangent of forward mode. Ids and lengths out of range are an IndexError on CPU, and on a GPU with `TORCH_PAGED_DEBUG=1`.
 """
 
 from collections.abc import Callable, Sequence
@@ -63,6 +63,11 @@ def attention(
 
     Returns:
         Contiguous [T, H, Dv] in query's dtype.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, stride, device or option that does not fit.
+        IndexError: a length or a used block out of range, or `cu_seqlens_q` does not begin at 0, decreases or ends past
+            T (on CPU, and on a GPU in debug mode).
     """
     result: Tensor = _ops.attention(
         query,
@@ -106,6 +111,8 @@ def attention_with_lse(
 ) -> tuple[Tensor, Tensor]:
     """`attention`, and the logarithm of each row's softmax denominator, for `merge_attention`.
 
+    Arguments and errors are the same.
+
     Returns:
         The output, [T, H, Dv], and lse, float32 [T, H], to base e; -inf for a row that sees no key.
     """
@@ -141,6 +148,9 @@ def merge_attention(output_a: Tensor, lse_a: Tensor, output_b: Tensor, lse_b: Te
 
     Returns:
         The output, contiguous [T, H, Dv] in output_a's dtype, and its lse, float32 [T, H].
+
+    Raises:
+        TypeError, ValueError: a dtype, shape or device that does not fit.
     """
     output, lse = _ops.merge_attention(output_a, lse_a, output_b, lse_b)
     return output, lse
@@ -172,6 +182,11 @@ def append(
         slot_mapping: int64 [n], n <= T: block * B + offset. Negative: skip. Rows of key past n are not written.
         key_scale, value_scale: float32, 0-dim or [Hk], of a quantised cache; None with float8: 1.
         key_scale_cache, value_scale_cache: float32 [N, B, Hk] instead, MUTATED.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, stride or device that does not fit, or scales that do not go with the
+            cache's dtype.
+        IndexError: a slot past the cache (on CPU, and on a GPU in debug mode).
     """
     _ops.append(
         key,
@@ -220,6 +235,10 @@ def rotary_append(
 
     Returns:
         The rotated query, contiguous [T, H, D].
+
+    Raises:
+        TypeError, ValueError: as in `append`.
+        IndexError: a slot or a position out of range (on CPU, and on a GPU in debug mode).
     """
     rotated: Tensor = _ops.rotary_append(
         query,
@@ -248,7 +267,9 @@ def copy_blocks(caches: Sequence[Tensor], block_pairs: Tensor) -> None:
         block_pairs: int64 [n, 2] of (source, destination); a row with a negative entry is skipped.
 
     Raises:
+        TypeError, ValueError: a dtype, shape or device that does not fit.
         ValueError: a destination occurs twice or is also a source (on CPU, and on a GPU in debug mode).
+        IndexError: a block past the caches (likewise).
     """
     _ops.copy_blocks(caches, block_pairs)
 
@@ -263,6 +284,10 @@ def gather_blocks(caches: Sequence[Tensor], blocks: Tensor, out: Tensor) -> None
         blocks: int64 [n]; a negative entry leaves its row of `out` as it is.
         out: contiguous, n rows of as many bytes as a block has in all caches together; uint8, or the dtype that all
             caches share. MUTATED.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, stride or device that does not fit.
+        IndexError: a block past the caches (on CPU, and on a GPU in debug mode).
     """
     _ops.gather_blocks(caches, blocks, out)
 
@@ -276,7 +301,9 @@ def scatter_blocks(source: Tensor, blocks: Tensor, caches: Sequence[Tensor]) -> 
         caches: as in `gather_blocks`, MUTATED.
 
     Raises:
+        TypeError, ValueError: as in `gather_blocks`.
         ValueError: a block occurs twice (on CPU, and on a GPU in debug mode).
+        IndexError: a block past the caches (likewise).
     """
     _ops.scatter_blocks(source, blocks, caches)
 
@@ -320,6 +347,9 @@ def warmup(
 
     Returns:
         How many kinds of batches were run; 0 on CPU.
+
+    Raises:
+        TypeError, ValueError: no operator serves such a model, on whatever device.
     """
     device = torch.device(device)
     if scales not in (None, "scalar", "head", "token"):

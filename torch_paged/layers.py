@@ -68,7 +68,9 @@ class PagedKVLayer(nn.Module):
             [num_tokens, num_heads, value_head_dim]; zeros in padding.
 
         Raises:
-            ValueError: `sliding_window` is given, and is not the layer's.
+            TypeError: `batch` is no PagedBatch.
+            ValueError: query, key and value do not have the batch's rows; `sliding_window` is given, and is not the
+                layer's.
         """
         return _append_and_attend(query, key, value, self.tensors(), batch, self.group, self.sliding_window, options)
 
@@ -120,6 +122,22 @@ class FunctionalKV(nn.Module):
         return _append_and_attend(query, key, value, caches[layer], batch, *self._layers[layer], options)
 
 
+def _tables(batch: PagedBatch, group: int, query: Tensor) -> tuple[Tensor, Tensor]:
+    """`batch.tables(group)` of a batch that has as many tokens as there are queries."""
+    if not isinstance(batch, PagedBatch):
+        raise TypeError(f"batch must be a PagedBatch, got {type(batch).__name__}")
+    block_table, slot_mapping = batch.tables(group)
+    rows, tokens = query.shape[0], slot_mapping.shape[0]
+    if batch.cu_seqlens_q is None:  # else rows past its last are padding
+        if torch.compiler.is_compiling():
+            torch._check(rows == tokens)  # takes no message with sizes in it
+        else:
+            torch._check_value(
+                rows == tokens, lambda: f"query must have a row for each of the batch's {tokens} tokens, got {rows}"
+            )
+    return block_table, slot_mapping
+
+
 def _append_and_attend(
     query: Tensor,
     key: Tensor,
@@ -130,6 +148,7 @@ def _append_and_attend(
     sliding_window: int | None,
     options: dict[str, Any],
 ) -> Tensor:
+    block_table, slot_mapping = _tables(batch, group, query)
     key_cache, value_cache, *scales = tensors
     if scales:
         names = _SCALES[:2] if scales[0].dim() < 2 else _SCALES[2:]
@@ -139,7 +158,6 @@ def _append_and_attend(
             raise ValueError(
                 f"the layer's sliding_window is {sliding_window}, got sliding_window={options['sliding_window']}"
             )
-    block_table, slot_mapping = batch.tables(group)
     append_options = {name: options[name] for name in _SCALES if name in options}
     append(key, value, key_cache, value_cache, slot_mapping, **append_options)
     return attention(

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch_paged.capacity import empty_cache, empty_scales
 from torch_paged.memory.arrays import as_integer, as_integers
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _QUANTISED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 
 
@@ -30,10 +31,51 @@ class LayerGroup(NamedTuple):
     num_free_blocks: int
 
 
-def check_quantisation(
-    dtype: torch.dtype, cache_dtype: torch.dtype | None, scales: str | None
-) -> tuple[torch.dtype, str | None]:
-    """What is stored, and its scales."""
+class Stored(NamedTuple):
+    """What a layer keeps of each token.
+
+    Attributes:
+        num_kv_heads: its heads.
+        head_dim, value_head_dim: numbers of a key and of a value.
+        dtype: of these numbers.
+        scales: "token": besides, one for each head and key, and value; "static": one for each head in all; None: none.
+    """
+
+    num_kv_heads: int
+    head_dim: int
+    value_head_dim: int
+    dtype: torch.dtype
+    scales: str | None
+
+    @property
+    def bytes_per_token(self) -> int:
+        scales = 2 * torch.float32.itemsize if self.scales == "token" else 0
+        return self.num_kv_heads * ((self.head_dim + self.value_head_dim) * self.dtype.itemsize + scales)
+
+    def allocate(self, num_blocks: int, block_size: int, device: torch.device) -> dict[str, Tensor]:
+        """A layer's tensors by their names."""
+        tensors = {}
+        for side, dim in (("key", self.head_dim), ("value", self.value_head_dim)):
+            shape = num_blocks, block_size, self.num_kv_heads
+            tensors[f"{side}_cache"] = empty_cache(*shape, dim, self.dtype, device)
+            if self.scales == "token":
+                tensors[f"{side}_scale_cache"] = empty_scales(*shape, device)
+            if self.scales == "static":
+                tensors[f"{side}_scale"] = torch.ones(self.num_kv_heads, dtype=torch.float32, device=device)
+        return tensors
+
+
+def check_stored(
+    num_kv_heads: int,
+    head_dim: int,
+    value_head_dim: int | None,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype | None,
+    scales: str | None,
+) -> Stored:
+    """What is stored by arguments of these names."""
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
     stored = dtype if cache_dtype is None else cache_dtype
     if stored != dtype and stored not in _QUANTISED:
         names = ", ".join(str(each).removeprefix("torch.") for each in _QUANTISED)
@@ -42,7 +84,11 @@ def check_quantisation(
         raise ValueError(f"scales must be 'token', 'static' or None, got {scales!r}")
     if scales is not None and stored == dtype:
         raise ValueError(f"scales must be None with an unquantised cache of {stored}, got {scales!r}")
-    return stored, "token" if scales is None and stored == torch.int8 else scales
+    num_kv_heads = as_integer("num_kv_heads", num_kv_heads, at_least=1)
+    head_dim = as_integer("head_dim", head_dim, at_least=1)
+    value_head_dim = head_dim if value_head_dim is None else as_integer("value_head_dim", value_head_dim, at_least=1)
+    scales = "token" if scales is None and stored == torch.int8 else scales
+    return Stored(num_kv_heads, head_dim, value_head_dim, stored, scales)
 
 
 def check_windows(sliding_window: int | Sequence[int | None] | None, num_layers: int) -> list[int | None]:
@@ -69,23 +115,3 @@ def group_layers(windows: list[int | None], max_seq_len: int) -> dict[int | None
     seen = [None if window is None or window >= max_seq_len else window for window in windows]
     ordered = sorted(set(seen), key=lambda window: -max_seq_len if window is None else -window)
     return {window: tuple(i for i, other in enumerate(seen) if other == window) for window in ordered}
-
-
-def layer_tensors(
-    num_blocks: int,
-    block_size: int,
-    num_kv_heads: int,
-    head_dims: tuple[int, int],
-    stored: torch.dtype,
-    scales: str | None,
-    device: torch.device,
-) -> dict[str, Tensor]:
-    """A layer's tensors by their names; `head_dims` of keys and values."""
-    tensors = {}
-    for side, dim in zip(("key", "value"), head_dims, strict=True):
-        tensors[f"{side}_cache"] = empty_cache(num_blocks, block_size, num_kv_heads, dim, stored, device)
-        if scales == "token":
-            tensors[f"{side}_scale_cache"] = empty_scales(num_blocks, block_size, num_kv_heads, device)
-        if scales == "static":
-            tensors[f"{side}_scale"] = torch.ones(num_kv_heads, dtype=torch.float32, device=device)
-    return tensors

@@ -7,7 +7,7 @@ a function of the operator's name in `torch_paged.cpu` or `torch_paged.kernels`,
 import importlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import ModuleType
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from torch_paged import bounds, checks
 from torch_paged.options import PLAIN, AttentionOptions
@@ -186,6 +187,8 @@ def _guard(op: Any, device: str = "", kernel: Callable[..., Any] | None = None) 
             for arg in (*args, *kwargs.values()):
                 if isinstance(arg, list) or getattr(arg, "requires_grad", False):
                     _refuse_grad(op, names, args, kwargs)
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(op, names, args, kwargs)
         if kernel and keyset.raw_repr() == direct:
             result = kernel(*args, **kwargs)
         else:
@@ -198,16 +201,29 @@ def _guard(op: Any, device: str = "", kernel: Callable[..., Any] | None = None) 
 
 
 def _refuse_grad(op: Any, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    tensors = []
-    for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
-        listed = isinstance(value, list)
-        tensors += [(f"{name}[{i}]", item) for i, item in enumerate(value)] if listed else [(name, value)]
-    for name, tensor in tensors:
-        if isinstance(tensor, Tensor) and tensor.requires_grad:
+    for name, tensor in _named_tensors(names, args, kwargs):
+        if tensor.requires_grad:
             raise NotImplementedError(
                 f"{op._schema.name} has no backward, but {name} requires grad: "
                 "call it under torch.no_grad() or torch.inference_mode(), or pass a detached tensor"
             )
+
+
+def _refuse_tangents(op: Any, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for name, tensor in _named_tensors(names, args, kwargs):
+        if forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                f"{op._schema.name} has no forward derivative, but {name} has a tangent: "
+                "pass its primal, see torch.autograd.forward_ad.unpack_dual"
+            )
+
+
+def _named_tensors(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, list):
+            yield from ((f"{name}[{i}]", item) for i, item in enumerate(value))
 
 
 def _mark_changed(value: Tensor | list[Tensor] | None) -> None:
@@ -233,7 +249,9 @@ def _package(name: str) -> ModuleType:
 
 def warmup(device: torch.device, *model: Any, **options: Any) -> int:
     """Compile the kernels for a model; on a device without Triton there is nothing to compile."""
-    if device.type == "cpu" and _cpu_package() != "torch_paged.kernels":
+    checks.warmup(*model, **options)
+    device = torch.empty(0, device=device).device  # says so if it is not there
+    if device.type != "cuda" and (device.type != "cpu" or _cpu_package() != "torch_paged.kernels"):
         return 0
     with torch.cuda.device(device if device.type == "cuda" else -1):
         done: int = _package("torch_paged.kernels").warmup(device, *model, **options)

@@ -29,7 +29,18 @@ def slots_in_use(block_table: Tensor, seq_lens: Tensor, block_size: int, sliding
 
     Returns:
         int64 [n], increasing: block * block_size + offset.
+
+    Raises:
+        ValueError: `block_size` or `sliding_window` is below 1.
+        IndexError: a length is negative, or more than the table holds.
     """
+    for name, size in (("block_size", block_size), ("sliding_window", sliding_window)):
+        if size is not None and size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+    limit = block_table.shape[1] * block_size
+    wrong = seq_lens[(seq_lens < 0) | (seq_lens > limit)]
+    if len(wrong):
+        raise IndexError(f"seq_lens must be 0 to max_blocks_per_seq * block_size = {limit}, got {int(wrong[0])}")
     positions = torch.arange(block_table.shape[1] * block_size, device=block_table.device)
     used = positions < seq_lens[:, None]
     if sliding_window is not None:
@@ -47,12 +58,18 @@ def calibrate_scales(cache: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor
 
     Args:
         cache: keys or values, fp32, fp16 or bf16 [num_blocks, block_size, num_kv_heads, head_dim].
-        slots: int64 [n], those to look at, as from `slots_in_use`.
+        slots: int64 [n], those to look at, as from `slots_in_use`; negative: skip.
         dtype: float8_e4m3fn, float8_e5m2 or int8.
 
     Returns:
         float32 [num_kv_heads], `key_scale` or `value_scale` of `append` and `attention`; 1 for a head of zeros.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype or shape.
+        IndexError: a slot past the cache.
     """
+    _check(cache, slots, dtype)
+    slots = slots[slots >= 0]
     peaks = torch.zeros(cache.shape[2], dtype=torch.float32, device=cache.device)
     for part in slots.split(_ROWS):
         if len(part):
@@ -68,14 +85,20 @@ def quantise_cache(
 
     Args:
         cache: keys or values, fp32, fp16 or bf16 [num_blocks, block_size, num_kv_heads, head_dim].
-        slots: int64 [n], those to copy, as from `slots_in_use`. Other slots of the copy hold zeros, of scale 1.
+        slots: int64 [n], those to copy, as from `slots_in_use`; negative: skip. Other slots of the copy hold zeros, of
+            scale 1.
         dtype: float8_e4m3fn, float8_e5m2 or int8.
         scale: float32, 0-dim or [num_kv_heads]; None: a scale for each token and head.
 
     Returns:
         The quantised cache, and its scale: the one given, or float32 [num_blocks, block_size, num_kv_heads], the
         `key_scale_cache` or `value_scale_cache` of `append` and `attention`.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype or shape.
+        IndexError: a slot past the cache.
     """
+    _check(cache, slots, dtype)
     quantised = torch.zeros_like(cache, dtype=torch.uint8).view(dtype)
     name = "_cache" if scale is None else ""
     if scale is None:
@@ -83,6 +106,21 @@ def quantise_cache(
     for part in slots.split(_ROWS):
         append(_rows(cache, part), None, quantised, None, part, **{f"key_scale{name}": scale})
     return quantised, scale
+
+
+def _check(cache: Tensor, slots: Tensor, dtype: torch.dtype) -> None:
+    if cache.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(f"cache must be float32, float16 or bfloat16, got {cache.dtype}")
+    if cache.dim() != 4:
+        raise ValueError(f"cache must be [num_blocks, block_size, num_kv_heads, head_dim], got {list(cache.shape)}")
+    if slots.dtype != torch.int64 or slots.dim() != 1:
+        raise TypeError(f"slots must be int64 [n], got {slots.dtype} {list(slots.shape)}")
+    if dtype not in (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8):
+        raise TypeError(f"dtype must be float8_e4m3fn, float8_e5m2 or int8, got {dtype}")
+    num_slots = cache.shape[0] * cache.shape[1]
+    past = slots[slots >= num_slots]
+    if len(past):
+        raise IndexError(f"slots must be below num_blocks * block_size = {num_slots}, got {int(past[0])}")
 
 
 def _rows(cache: Tensor, slots: Tensor) -> Tensor:

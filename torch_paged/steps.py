@@ -49,9 +49,9 @@ class OpenSteps:
         step = self._step_of(batch)
         advanced = as_integer("advanced", advanced, at_least=0)
         expected = len(step.positions) + advanced * len(step.rows)
-        if tokens is not None and len(tokens) != expected:
-            raise ValueError(f"tokens must be the {expected} tokens of the step, got {len(tokens)}")
         fetched = None if tokens is None else self._feed.fetch(tokens)
+        if fetched is not None and len(fetched[0]) != expected:
+            raise ValueError(f"tokens must be the {expected} tokens of the step, got {len(fetched[0])}")
         self._memory.commit(step, advanced)
         del self._open[id(batch)]
         if fetched is not None:

@@ -1,5 +1,10 @@
 """Triton implementations of the operators: for CUDA tensors, and for CPU tensors under TRITON_INTERPRET=1."""
 
+import os
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from torch_paged.kernels import interpreter_fixes  # noqa: F401
+
 from torch_paged.kernels.append import append
 from torch_paged.kernels.attention import attention
 from torch_paged.kernels.copy_blocks import copy_blocks

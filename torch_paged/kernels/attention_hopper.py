@@ -28,6 +28,7 @@ from torch_paged.kernels.hopper_loader import (
     span_of,
     stage_of,
     unit_of,
+    zero,
 )
 
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name from Triton 3.7 on, and before
@@ -43,17 +44,24 @@ def _lanes(PART: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def _num_programs():
+    """`gl.num_programs(0)`, likewise."""
+    return gl.inline_asm_elementwise("mov.b32 $0, %nctaid.x;", "=r", [], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def _fetch_query(query, query_strides, memory, PART: gl.constexpr, start, head, first_row, rows, V: gl.constexpr):
     """Starts copying this part's query rows of a unit: (query token, head of the group), packed."""
     DIM: gl.constexpr = V.head_dim
-    THREADS: gl.constexpr = DIM // 8  # of a row, 16 bytes each
+    THREADS: gl.constexpr = 8  # of a row, 16 bytes each time
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // THREADS, THREADS], [gl.num_warps(), 1], [1, 0])
-    lane = _lanes(PART, gl.SliceLayout(1, LAYOUT))
+    nothing = zero()
+    lane = _lanes(PART, gl.SliceLayout(1, LAYOUT)) + nothing
     packed = first_row % V.group + lane
     column = gl.arange(0, DIM, gl.SliceLayout(0, LAYOUT))
-    offsets = (packed // V.group).to(gl.int64) * query_strides[0] + (packed % V.group).to(gl.int64) * query_strides[1]
-    offsets += (start + first_row // V.group).to(gl.int64) * query_strides[0]
-    offsets += (head * V.group).to(gl.int64) * query_strides[1]
+    token_stride, head_stride = query_strides[0] + nothing, query_strides[1] + nothing
+    offsets = (packed // V.group).to(gl.int64) * token_stride + (packed % V.group).to(gl.int64) * head_stride
+    offsets += (start + first_row // V.group).to(gl.int64) * token_stride + (head * V.group).to(gl.int64) * head_stride
     pointers = query + offsets[:, None] + column[None, :]
     pointers = gl.max_contiguous(gl.multiple_of(pointers, [1, 16]), [1, DIM])
     _barrier()  # all warps have done with the rows before
@@ -99,14 +107,34 @@ def _mask(scores, tile, visible, keys, V: gl.constexpr):
 
 
 @gluon.jit
+def _columns(tile):
+    """`tile` with its columns apart that one thread holds, over which it shall not go one after another."""
+    return gl.reshape(tile, [tile.shape[0], tile.shape[1] // 8, 8])
+
+
+@gluon.jit
+def _of_rows(reduced, like):
+    return gl.convert_layout(reduced, like.type.layout, assert_trivial=True)
+
+
+@gluon.jit
+def _narrow(weights, like):
+    """`weights` in the 16 bits of `like`. By itself Triton 3.6 turns each pair around, and back before the product."""
+    FLOAT: gl.constexpr = "bf16x2" if like.dtype == gl.bfloat16 else "f16x2"
+    return gl.inline_asm_elementwise(
+        "cvt.rn." + FLOAT + ".f32 $0, $2, $1;", "=r,r,r", [weights], like.dtype, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
 def _softmax(scores, largest, total, scale, SOME_EMPTY: gl.constexpr):
     """Weights of a tile, in powers of two, with the new maximum and sum of each row and the factor of the old ones."""
-    larger = gl.maximum(largest, gl.max(scores, 1) * scale)
+    larger = gl.maximum(largest, _of_rows(gl.max(gl.max(_columns(scores), 1), 1), largest) * scale)
     # A row that has seen no key yet has no maximum to subtract: -inf - -inf would be NaN.
     shift = gl.where(larger == float("-inf"), 0.0, larger) if SOME_EMPTY else larger
     weights = gl.exp2(scores * scale - shift[:, None])
     decay = gl.exp2(largest - shift)
-    return weights, larger, total * decay + gl.sum(weights, 1), decay
+    return weights, larger, total * decay + _of_rows(gl.sum(gl.sum(_columns(weights), 1), 1), largest), decay
 
 
 @gluon.jit
@@ -134,7 +162,7 @@ def _tiles(
         output, weights = warpgroup_mma_wait(0, deps=(output, weights))
         _free(values_free, count, V)
         output = output * gl.convert_layout(decay, gl.SliceLayout(1, output.type.layout))[:, None]
-        weights = gl.convert_layout(later.to(weights.dtype), weights.type.layout)
+        weights = gl.convert_layout(_narrow(later, weights), weights.type.layout)
         count += 1
     return (largest, total, output), weights, count
 
@@ -152,98 +180,144 @@ def _store(base, row, values, valid, V: gl.constexpr):
 @gluon.jit
 def _write_sums(partial, largest, total, row, valid, V: gl.constexpr):
     """Writes (maximum, sum) pairs of the workspace, which stand behind all outputs."""
-    sums = partial + gl.num_programs(0) * (2 * V.block_m * V.value_dim)
+    sums = partial + _num_programs() * (2 * V.block_m * V.value_dim)
     gl.store(sums + 2 * row, largest, mask=valid)
     gl.store(sums + 2 * row + 1, total, mask=valid)
 
 
 @gluon.jit
-def _attend(PART: gl.constexpr, arguments, V: gl.constexpr):
-    """A part of the warps that multiply: attention of its rows of every unit in this program's piece."""
+def _write_partial(partial, state, slot, lane, valid, V: gl.constexpr):
+    """Leaves `state` in a slot of the workspace."""
+    largest, total, output = state
+    _write_sums(partial, largest, total, slot * V.block_m + lane, valid, V)
+    _store(partial + slot * V.block_m * V.value_dim, lane, output, valid, V)
+
+
+@gluon.jit
+def _write_output(output_rows, lse, state, first_row, row, valid, V: gl.constexpr):
+    """Writes the finished rows `first_row + row`."""
+    largest, total, output = state
+    gl.store(lse + first_row + row, (largest + gl.log2(total)) * LN_2, mask=valid)
+    factor = gl.convert_layout(1.0 / gl.where(total != 0, total, 1.0), gl.SliceLayout(1, output.type.layout))
+    _store(output_rows + first_row * V.value_dim, row, output * factor[:, None], valid, V)
+
+
+@gluon.jit
+def _hand_over(handoff, sequence, unit, first, last, key_tiles):
+    """Says what of a unit this program leaves to others, or did for them, and returns its slot; -1 if it is whole."""
+    program, programs = gl.program_id(0), _num_programs()
+    slot = 2 * program + (first == 0).to(gl.int32)
+    if (first == 0) & (last == key_tiles):
+        slot = -1
+    elif first == 0:
+        gl.store(handoff + programs + program, sequence)
+        gl.store(handoff + 2 * programs + program, unit)
+    else:
+        gl.store(handoff + program, gl.where(last == key_tiles, 2, 1))
+    return slot
+
+
+@gluon.jit
+def _first_tile(
+    query, buffers, barriers, first, count, masked, visible, keys, scale,
+    ROW: gl.constexpr, OUTPUT: gl.constexpr, V: gl.constexpr,
+):  # fmt: skip
+    """State of the rows before a unit's first tile is added to the output, and that tile's weights."""
+    _, key_buffers, _ = buffers
+    keys_free, keys_here, _, _ = barriers
+    LANES: gl.constexpr = ROWS * gl.num_warps()
     DIM: gl.constexpr = V.value_dim
-    OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, DIM, 16])
+    _await(keys_here, count, V)
+    _await_query()
+    scores = warpgroup_mma_wait(0, deps=(_scores(query, key_buffers, count, V),))
+    _free(keys_free, count, V)
+    if masked:
+        scores = _mask(scores, first, visible, keys, V)
+    nothing = gl.zeros([LANES], gl.float32, ROW)
+    weights, largest, total, _ = _softmax(scores, nothing - float("inf"), nothing, scale, True)
+    weights = gl.convert_layout(weights.to(key_buffers.dtype), gl.DotOperandLayout(0, OUTPUT, 2))
+    return (largest, total, gl.zeros([LANES, DIM], gl.float32, OUTPUT)), weights
+
+
+@gluon.jit
+def _last_product(state, weights, buffers, barriers, count, V: gl.constexpr):
+    """State of the rows with their last tile, whose number is `count`."""
+    _, _, value_buffers = buffers
+    _, _, values_free, values_here = barriers
+    largest, total, output = state
+    _await(values_here, count, V)
+    output = warpgroup_mma(weights, value_buffers.index(count % V.num_stages), output, is_async=True)
+    output, weights = warpgroup_mma_wait(0, deps=(output, weights))
+    _free(values_free, count, V)
+    return largest, total, output
+
+
+@gluon.jit
+def _attend(PART: gl.constexpr, arguments, V: gl.constexpr):
+    """A part of the warps that multiply: attention of its rows of every unit in this program's pieces."""
+    OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, V.value_dim, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, V.tile, 16]))
-    tensors, query_strides, scale, num_kv_heads, pieces, batch, buffers, barriers = arguments
-    query, output_rows, lse, partial, handoff = tensors
-    query_buffers, key_buffers, value_buffers = buffers
-    keys_free, keys_here, values_free, values_here = barriers
-    rows_here = query_buffers.index(PART)
+    tensors, query_strides, scale, num_kv_heads, pieces, rounds, batch, buffers, barriers = arguments
+    query, output, lse, partial, handoff = tensors
+    rows_here = buffers[0].index(PART)
     program = gl.program_id(0)
     lane = _lanes(PART, ROW)
     # Others may look in this program's first slot for a part: an empty one, unless it leaves one there.
     _write_sums(partial, lane * 0.0 - float("inf"), lane * 0.0, 2 * program * V.block_m + lane, lane >= 0, V)
     if PART == 0:
         gl.store(handoff + program, 0)
-        gl.store(handoff + gl.num_programs(0) + program, -1)
-    sequence, unit, begin, units, end_tile = piece_of(pieces)
-    start, queries, keys, tiles, head, first_row, rows = unit_of(sequence, unit, batch, V)
-    _fetch_query(query, query_strides, rows_here, PART, start, head, first_row, rows, V)
-    count = begin * 0
-    for index in range(units):
-        key_tiles = tiles_of_keys(first_row, rows, queries, keys, V)
-        first, last = span_of(index, begin, units, end_tile, key_tiles)
-        first_token = first_row // V.group
-        packed = first_row % V.group + lane
-        visible = visible_to(first_token + packed // V.group, queries, keys, V)
-        unmasked = visible_to(first_token, queries, keys, V) // V.tile  # tiles that every row sees whole
-        masked = gl.minimum(gl.maximum(unmasked, first + 1), last)
-
-        _await(keys_here, count, V)
-        _await_query()
-        scores = warpgroup_mma_wait(0, deps=(_scores(rows_here, key_buffers, count, V),))
-        _free(keys_free, count, V)
-        if first >= unmasked:
-            scores = _mask(scores, first, visible, keys, V)
-        nothing = gl.zeros([ROWS * gl.num_warps()], gl.float32, ROW)
-        weights, largest, total, _ = _softmax(scores, nothing - float("inf"), nothing, scale, True)
-        weights = gl.convert_layout(weights.to(key_buffers.dtype), gl.DotOperandLayout(0, OUTPUT, 2))
-        state = (largest, total, gl.zeros([ROWS * gl.num_warps(), DIM], gl.float32, OUTPUT))
-        state, weights, count = _tiles(
-            state, weights, rows_here, buffers, barriers, first + 1, masked, count, visible, keys, scale, False, V
-        )  # fmt: skip
-        state, weights, count = _tiles(
-            state, weights, rows_here, buffers, barriers, masked, last, count, visible, keys, scale, True, V
-        )  # fmt: skip
-
-        first_output = (start + first_token).to(gl.int64) * (num_kv_heads * V.group) + head * V.group
-        valid, whole = lane < rows, (first == 0) & (last == key_tiles)
-        if not whole:
-            if PART == 0:
-                if first == 0:
-                    gl.store(handoff + gl.num_programs(0) + program, sequence)
-                    gl.store(handoff + 2 * gl.num_programs(0) + program, unit)
-                else:
-                    gl.store(handoff + program, gl.where(last == key_tiles, 2, 1))
-        sequence, unit = next_unit(sequence, unit, tiles, num_kv_heads, batch, V)
+        gl.store(handoff + _num_programs() + program, -1)
+    count = num_kv_heads * 0
+    for turn in range(rounds if V.parts > 1 else 1):
+        sequence, unit, begin, units, end_tile = piece_of(pieces, turn, rounds)
         start, queries, keys, tiles, head, first_row, rows = unit_of(sequence, unit, batch, V)
-        _fetch_query(query, query_strides, rows_here, PART, start, head, first_row, rows, V)
+        if units > 0:
+            _fetch_query(query, query_strides, rows_here, PART, start, head, first_row, rows, V)
+        for index in range(units):
+            key_tiles = tiles_of_keys(first_row, rows, queries, keys, V)
+            first, last = span_of(index, begin, units, end_tile, key_tiles)
+            slot = _hand_over(handoff, sequence, unit, first, last, key_tiles)
+            first_token = first_row // V.group
+            packed = first_row % V.group + lane
+            visible = visible_to(first_token + packed // V.group, queries, keys, V)
+            unmasked = visible_to(first_token, queries, keys, V) // V.tile  # tiles that every row sees whole
+            masked = gl.minimum(gl.maximum(unmasked, first + 1), last)
+            state, weights = _first_tile(
+                rows_here, buffers, barriers, first, count, first >= unmasked, visible, keys, scale, ROW, OUTPUT, V
+            )
+            state, weights, count = _tiles(
+                state, weights, rows_here, buffers, barriers, first + 1, masked, count, visible, keys, scale, False, V
+            )  # fmt: skip
+            state, weights, count = _tiles(
+                state, weights, rows_here, buffers, barriers, masked, last, count, visible, keys, scale, True, V
+            )  # fmt: skip
 
-        largest, total, output = state
-        _await(values_here, count, V)
-        output = warpgroup_mma(weights, value_buffers.index(count % V.num_stages), output, is_async=True)
-        output, weights = warpgroup_mma_wait(0, deps=(output, weights))
-        _free(values_free, count, V)
-        count += 1
-        if whole:
-            row = packed // V.group * (num_kv_heads * V.group) + packed % V.group
-            gl.store(lse + first_output + row, (largest + gl.log2(total)) * LN_2, mask=valid)
-            factor = gl.convert_layout(1.0 / gl.where(total != 0, total, 1.0), gl.SliceLayout(1, OUTPUT))
-            _store(output_rows + first_output * DIM, row, output * factor[:, None], valid, V)
-        else:
-            slot = (2 * program + (first == 0).to(gl.int32)) * V.block_m
-            _write_sums(partial, largest, total, slot + lane, valid, V)
-            _store(partial + slot * DIM, lane, output, valid, V)
+            num_heads = (num_kv_heads + zero()) * V.group
+            first_output = (start + first_token).to(gl.int64) * num_heads + head * V.group
+            valid = lane < rows
+            sequence, unit = next_unit(sequence, unit, tiles, num_kv_heads, batch, V)
+            start, queries, keys, tiles, head, first_row, rows = unit_of(sequence, unit, batch, V)
+            if index < units - 1:
+                _fetch_query(query, query_strides, rows_here, PART, start, head, first_row, rows, V)
+            state = _last_product(state, weights, buffers, barriers, count, V)
+            count += 1
+            if slot < 0:
+                packed += zero()
+                row = packed // V.group * num_heads + packed % V.group
+                _write_output(output, lse, state, first_output, row, valid, V)
+            else:
+                _write_partial(partial, state, slot, lane, valid, V)
 
 
 @gluon.jit(
-    do_not_specialize=["num_tokens", "num_seqs", "num_kv_heads", "num_blocks", "max_keys", "table_stride"],
+    do_not_specialize=["num_tokens", "num_seqs", "num_kv_heads", "num_blocks", "max_keys", "rounds", "table_stride"],
     do_not_specialize_on_alignment=["block_table", "seq_lens", "cu_seqlens_q"],
 )
 def attention_hopper(
     query, key_map, value_map, block_table, seq_lens, cu_seqlens_q, pieces, output, lse, partial, handoff, scale,
-    num_tokens, num_seqs, num_kv_heads, num_blocks, max_keys, query_strides, table_stride, V: gl.constexpr,
+    num_tokens, num_seqs, num_kv_heads, num_blocks, max_keys, rounds, query_strides, table_stride, V: gl.constexpr,
 ):  # fmt: skip
-    """Grid: one persistent program per multiprocessor, each with the piece that `deal_pieces` gave it.
+    """Grid: one persistent program per multiprocessor, each with the pieces that `deal_pieces` gave it.
 
     key loader    | K0 | K1 | K2 | ...                                                as buffers become free
     value loader  | V0 | V1 | V2 | ...
@@ -271,11 +345,12 @@ def attention_hopper(
     barriers = (keys_free, keys_here, values_free, values_here)
     batch = (seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys)
     tensors = (query, output, lse, partial, handoff)
-    work = (block_table, table_stride, num_blocks, num_kv_heads, pieces, batch)
-    attend = (tensors, query_strides, scale, num_kv_heads, pieces, batch, buffers, barriers)
+    work = (block_table, table_stride, num_blocks, num_kv_heads, pieces, rounds, batch)
+    attend = (tensors, query_strides, scale, num_kv_heads, pieces, rounds, batch, buffers, barriers)
     load_keys = (key_map, buffers[1], keys_free, keys_here, work)
     load_values = (value_map, buffers[2], values_free, values_here, work)
-    # Behind the functions: warps of all but the first, and registers of their threads.
+    # Behind the functions: warps of all but the first, and registers of their threads. Ids of many blocks need more.
+    REGISTERS: gl.constexpr = [240, 24, 24] if V.tile // V.copy_rows <= 2 else [232, 40, 40]
     if V.parts == 1:
         gl.warp_specialize(
             [
@@ -295,5 +370,5 @@ def attention_hopper(
                 (load_tiles, (load_values, VALUE_DIM, V)),
             ],
             [4, 1, 1],
-            [232, 40, 40],
+            REGISTERS,
         )

@@ -11,7 +11,7 @@ from torch_paged.kernels.attention_hopper import attention_hopper
 from torch_paged.kernels.hopper_loader import COLUMNS
 from torch_paged.kernels.launch import Launcher
 from torch_paged.kernels.launch_config import AttentionLaunch
-from torch_paged.kernels.schedule import deal_pieces
+from torch_paged.kernels.rounds import begin_rounds, deal_pieces
 
 _MAX_MAPS = 1024
 _SWIZZLED = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
@@ -31,11 +31,14 @@ class HopperLauncher:
     """Takes the arguments of the general kernel, of calls that one `Launcher` could serve."""
 
     def __init__(self, launch: AttentionLaunch) -> None:
-        grid, constants = (launch.programs, 1, 1), dict(V=launch.variant)
-        self._deal = Launcher(deal_pieces, grid, constants, dict(num_warps=4))
+        self._programs, self._rounds, self._rows = launch.programs, launch.rounds, launch.variant.copy_rows
+        self._starts = (launch.rounds - 1) * launch.programs + 1
+        constants, few_warps = dict(V=launch.variant), dict(num_warps=4, maxnreg=64)
+        self._begin = Launcher(begin_rounds, (self._starts, 1, 1), constants, few_warps)
+        padded = dict(PROGRAMS=launch.padded_programs, **constants)
+        self._deal = Launcher(deal_pieces, (launch.programs, launch.rounds, 1), padded, few_warps)
         options = dict(num_warps=launch.num_warps, maxnreg=launch.max_registers)
-        self._attend = Launcher(attention_hopper, grid, constants, options)
-        self._programs, self._rows = launch.programs, launch.variant.copy_rows
+        self._attend = Launcher(attention_hopper, (launch.programs, 1, 1), constants, options)
         self._maps: dict[Any, TensorDescriptor] = {}
 
     def __call__(
@@ -43,12 +46,16 @@ class HopperLauncher:
         cu_seqlens_q: Tensor | None, output: Tensor, lse: Tensor, partial: Tensor, handoff: Tensor, scale: float,
         num_tokens: int, num_seqs: int, num_kv_heads: int, num_blocks: int, max_keys: int, query_strides: Any, *_: Any,
     ) -> None:  # fmt: skip
-        pieces = handoff.new_empty(5 * self._programs)
-        self._deal(seq_lens, cu_seqlens_q, pieces, num_tokens, num_seqs, num_kv_heads, max_keys)
+        batch = num_tokens, num_seqs, num_kv_heads, max_keys
+        starts = handoff.new_empty(self._starts, dtype=torch.int64)
+        if self._rounds > 1:
+            self._begin(seq_lens, cu_seqlens_q, starts, *batch, self._programs, self._rounds)
+        pieces = handoff.new_empty(5 * self._programs * self._rounds)
+        self._deal(seq_lens, cu_seqlens_q, starts, pieces, *batch)
         self._attend(
             query, self._map(key_cache), self._map(value_cache), block_table, seq_lens, cu_seqlens_q, pieces,
             output, lse, partial, handoff, scale, num_tokens, num_seqs, num_kv_heads, num_blocks, max_keys,
-            query_strides, block_table.stride(0),
+            self._rounds, query_strides, block_table.stride(0),
         )  # fmt: skip
 
     def _map(self, cache: Tensor) -> TensorDescriptor:

@@ -17,9 +17,15 @@ COLUMNS: gl.constexpr = gl.constexpr(64)  # of one copy: 128 bytes, as the swizz
 
 
 @gluon.jit
-def piece_of(pieces):
-    """What `deal_pieces` gave this program: sequence, unit, first tile, number of units, end in the last unit."""
-    piece = pieces + 5 * gl.program_id(0)
+def zero():
+    """0, which the compiler does not know: what it is added to is computed where it is used, and costs no registers."""
+    return gl.inline_asm_elementwise("mov.b32 $0, 0;", "=r", [], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def piece_of(pieces, turn, rounds):
+    """What `deal_pieces` gave this program in a round: sequence, unit, first tile, units, end in the last of them."""
+    piece = pieces + 5 * (gl.program_id(0) * rounds + turn + zero())
     return gl.load(piece), gl.load(piece + 1), gl.load(piece + 2), gl.load(piece + 3), gl.load(piece + 4)
 
 
@@ -27,7 +33,7 @@ def piece_of(pieces):
 def unit_of(sequence, unit, batch, V: gl.constexpr):
     """What a unit is: first token, queries, keys and units per head of its sequence, its head, first row and rows."""
     seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys = batch
-    start, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
+    start, queries = query_range(sequence, cu_seqlens_q, num_tokens + zero(), num_seqs, V)
     keys = key_count(sequence, seq_lens, num_seqs, max_keys)
     tiles = gl.maximum(query_tiles(queries, V), 1)
     first_row = unit % tiles * V.block_m
@@ -68,34 +74,35 @@ def load_tiles(arguments, DIM: gl.constexpr, V: gl.constexpr):
     below 0 are zeros too: its keys stand at the end of its rows (see `key_positions`).
     """
     source, buffers, free, here, work = arguments
-    block_table, table_stride, num_blocks, num_kv_heads, pieces, batch = work
+    block_table, table_stride, num_blocks, num_kv_heads, pieces, rounds, batch = work
     BLOCKS: gl.constexpr = V.tile // V.copy_rows
     PIECES: gl.constexpr = DIM // COLUMNS
     COUNT: gl.constexpr = V.num_stages * PIECES * BLOCKS
     ROWS: gl.constexpr = V.copy_rows
     slices = buffers._reinterpret(source.dtype, [COUNT, 1, ROWS, 1, COLUMNS], gl.NVMMASharedLayout(128, 16, 4))
-    sequence, unit, begin, units, end_tile = piece_of(pieces)
-    count = begin * 0
-    for index in range(units):
-        _, queries, keys, tiles, head, first_row, rows = unit_of(sequence, unit, batch, V)
-        first, last = span_of(index, begin, units, end_tile, tiles_of_keys(first_row, rows, queries, keys, V))
-        table = block_table + sequence.to(gl.int64) * table_stride
-        for tile in range(first, last):
-            ids = ()
-            for block in gl.static_range(BLOCKS):
-                position = tile * V.tile + block * V.copy_rows
-                ids += (gl.load(table + position // V.block_size, mask=position < keys, other=num_blocks),)  # type: ignore[assignment]
-            stage, phase = stage_of(count, V)
-            mbarrier.wait(free.index(stage), phase ^ 1)
-            mbarrier.expect(here.index(stage), V.tile * DIM * 2)
-            for block in gl.static_range(BLOCKS):
-                position = tile * V.tile + block * V.copy_rows
-                slot = position % V.block_size - gl.maximum(position + V.copy_rows - keys, 0)
-                for piece in gl.static_range(PIECES):
-                    copied = slices.index((stage * PIECES + piece) * BLOCKS + block)
-                    _copy(source, [ids[block], slot, head, piece * COLUMNS], here.index(stage), copied)
-            count += 1
-        sequence, unit = next_unit(sequence, unit, tiles, num_kv_heads, batch, V)
+    count = num_kv_heads * 0
+    for turn in range(rounds if V.parts > 1 else 1):
+        sequence, unit, begin, units, end_tile = piece_of(pieces, turn, rounds)
+        for index in range(units):
+            _, queries, keys, tiles, head, first_row, rows = unit_of(sequence, unit, batch, V)
+            first, last = span_of(index, begin, units, end_tile, tiles_of_keys(first_row, rows, queries, keys, V))
+            table = block_table + sequence.to(gl.int64) * table_stride
+            for tile in range(first, last):
+                ids = ()
+                for block in gl.static_range(BLOCKS):
+                    position = tile * V.tile + block * V.copy_rows
+                    ids += (gl.load(table + position // V.block_size, mask=position < keys, other=num_blocks),)  # type: ignore[assignment]
+                stage, phase = stage_of(count, V)
+                mbarrier.wait(free.index(stage), phase ^ 1)
+                mbarrier.expect(here.index(stage), V.tile * DIM * 2)
+                for block in gl.static_range(BLOCKS):
+                    position = tile * V.tile + block * V.copy_rows
+                    slot = position % V.block_size - gl.maximum(position + V.copy_rows - keys, 0)
+                    for piece in gl.static_range(PIECES):
+                        copied = slices.index((stage * PIECES + piece) * BLOCKS + block)
+                        _copy(source, [ids[block], slot, head, piece * COLUMNS], here.index(stage), copied)
+                count += 1
+            sequence, unit = next_unit(sequence, unit, tiles, num_kv_heads, batch, V)
 
 
 @gluon.jit

@@ -17,6 +17,7 @@ from torch_paged.kernels.launch_tiles import (
     max_registers,
     narrowest_piece,
     paging,
+    rounds,
     shares_tiles,
     tiles_of,
 )
@@ -70,6 +71,7 @@ class AttentionLaunch:
     num_warps: int
     max_registers: int | None  # of a thread; None leaves it to the compiler
     programs: int
+    rounds: int  # in which their work is dealt out (Hopper)
     unit_rows: int  # most rows that a unit holds
     combine_rows: int  # rows of a unit that one program combines
     combine_parts: int  # partial results that it reads at a time
@@ -132,11 +134,13 @@ def _launch(problem: Problem, device: Device, rows: int, above: int, upto: int) 
     variant = _variant(problem, device, tiles, rows, above, upto)
     combine_rows = 1 if tiles.rows <= 16 else 4
     slots = WORKSPACE_LIMIT // (2 * tiles.rows * (problem.value_dim + 2) * 4)
+    programs = max(1, min(device.multiprocessors * tiles.resident, slots))
     return AttentionLaunch(
         variant=variant,
         num_warps=tiles.num_warps,
         max_registers=HOPPER_REGISTERS if variant.copy_rows else max_registers(problem, device, tiles),
-        programs=max(1, min(device.multiprocessors * tiles.resident, slots)),
+        programs=programs,
+        rounds=rounds(problem, programs) if variant.copy_rows else 1,
         unit_rows=tiles.rows if problem.ragged else min(rows, tiles.rows),
         combine_rows=combine_rows,
         combine_parts=max(2, min(32, 4096 // variant.value_width)) if combine_rows == 1 else 1,

@@ -17,8 +17,6 @@ number `num_seqs` stands for the rows past `cu_seqlens_q[-1]`: queries without k
 import triton
 import triton.language as tl
 
-from torch_paged.kernels.attention_rows import tiles_of_keys
-
 SEQUENCES: tl.constexpr = tl.constexpr(128)  # read at a time by every program
 LAST_TILE: tl.constexpr = tl.constexpr(2**31 - 1)  # of any unit
 
@@ -91,7 +89,7 @@ def _sequence_work(
 
 @triton.jit
 def _position(offset, sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys, window, V: tl.constexpr):
-    """Unit and key tile that stand `offset` into the work of `sequence`."""
+    """The unit that stands `offset` into the work of `sequence`, and how far into that unit."""
     _, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
     keys = key_count(sequence, seq_lens, num_seqs, max_keys)
     tiles = query_tiles(queries, V)
@@ -111,7 +109,7 @@ def _position(offset, sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, ma
             low = tl.where(inside, middle, low)
             high = tl.where(inside, high, middle)
         offset -= _work(low, queries, keys, window, V)
-    return head * tiles + low, tl.cdiv(offset, V.group * V.tile).to(tl.int32)
+    return head * tiles + low, offset
 
 
 @triton.jit
@@ -136,28 +134,47 @@ def next_sequence(sequence, lane, cu_seqlens_q, num_tokens, num_seqs, V: tl.cons
 
 
 @triton.jit
-def deal(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V: tl.constexpr, window=0):
-    """Where this program's piece begins, how many units it touches, and the key tile at which the last of them ends."""
+def all_work(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V: tl.constexpr, window=0):
+    """Work of all sequences, and of the longest of their units."""
     lane = tl.arange(0, SEQUENCES)
-    # A ragged batch has a row more: what stands past the last sequence.
-    num_rows = num_seqs + 1 if V.ragged else num_seqs
     work = tl.zeros([SEQUENCES], tl.int64)
-    for first in range(0, num_rows, SEQUENCES):
-        more, _ = _sequence_work(
-            first + lane, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, window, V
+    longest = tl.zeros([SEQUENCES], tl.int64)
+    for first in range(0, _rows_of_batch(num_seqs, V), SEQUENCES):
+        sequence = first + lane
+        more, units = _sequence_work(
+            sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, window, V
         )
         work += more
-    total = tl.sum(work)
-    needed = tl.minimum(tl.maximum(tl.cdiv(total, V.least_work), 1), tl.num_programs(0))
-    # A little more than an equal share will do, and needs no 64-bit division; the last program has a little less.
-    share = (total.to(tl.float32) / needed.to(tl.float32) * 1.000001).to(tl.int64) + 1
-    begin = tl.minimum(share * tl.program_id(0), total)
-    end = tl.minimum(begin + share, total)
+        keys = key_count(sequence, seq_lens, num_seqs, max_keys).to(tl.int64)
+        longest = tl.maximum(longest, tl.where(units > 0, keys * V.group + V.unit_cost, 0))
+    return tl.sum(work), tl.max(longest)
 
-    before = total * 0
+
+@triton.jit
+def _rows_of_batch(num_seqs, V: tl.constexpr):
+    """Sequences, and in a ragged batch what stands past the last one."""
+    return num_seqs + 1 if V.ragged else num_seqs
+
+
+@triton.jit
+def tile_at(inside, V: tl.constexpr):
+    """The first key tile of a unit that is not before an offset into it."""
+    return tl.cdiv(inside, V.group * V.tile).to(tl.int32)
+
+
+@triton.jit
+def locate(begin, end, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V: tl.constexpr, window=0):
+    """What stands between two offsets of the row of all work.
+
+    Returns the sequence and unit at `begin` and how far inside it is, how many units are touched, and the key tile at
+    which the last of them ends.
+    """
+    lane = tl.arange(0, SEQUENCES)
+    num_rows = _rows_of_batch(num_seqs, V)
+    before = begin * 0
     begin_before = before
     end_before = before
-    begin_sequence = tl.program_id(0) * 0
+    begin_sequence = num_seqs * 0
     end_sequence = begin_sequence
     units = begin_sequence
     for first in range(0, num_rows, SEQUENCES):
@@ -174,42 +191,35 @@ def deal(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V
     # Work is 0 past the last sequence, which counts those rows as ended too.
     begin_sequence = tl.minimum(begin_sequence, num_rows)
     end_sequence = tl.minimum(end_sequence, num_rows)
-    begin_unit, begin_tile = _position(
+    begin_unit, inside = _position(
         begin - begin_before, begin_sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys, window, V
     )
-    end_unit, end_tile = _position(
+    end_unit, end_inside = _position(
         end - end_before, end_sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys, window, V
     )
     units += end_unit - begin_unit
     # A piece that ends between two units ends with the whole of the first.
+    end_tile = tile_at(end_inside, V)
     whole = end_tile == 0
-    return begin_sequence, begin_unit, begin_tile, units + 1 - whole.to(tl.int32), tl.where(whole, LAST_TILE, end_tile)
+    return begin_sequence, begin_unit, inside, units + 1 - whole.to(tl.int32), tl.where(whole, LAST_TILE, end_tile)
 
 
-@triton.jit(
-    do_not_specialize=["num_tokens", "num_seqs", "num_kv_heads", "max_keys"],
-    do_not_specialize_on_alignment=["seq_lens", "cu_seqlens_q"],
-)
-def deal_pieces(seq_lens, cu_seqlens_q, pieces, num_tokens, num_seqs, num_kv_heads, max_keys, V: tl.constexpr):
-    """Writes what `deal` says to `pieces`, int32 `[programs, 5]`, without units of which a program has no tile."""
-    sequence, unit, first, units, end_tile = deal(
-        seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V
+@triton.jit
+def equal_share(total, V: tl.constexpr):
+    """Begin and end of this program's piece, where each has one."""
+    needed = tl.minimum(tl.maximum(tl.cdiv(total, V.least_work), 1), tl.num_programs(0))
+    # A little more than an equal share will do, and needs no 64-bit division; the last program has a little less.
+    share = (total.to(tl.float32) / needed.to(tl.float32) * 1.000001).to(tl.int64) + 1
+    begin = tl.minimum(share * tl.program_id(0), total)
+    return begin, tl.minimum(begin + share, total)
+
+
+@triton.jit
+def deal(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V: tl.constexpr, window=0):
+    """Where this program's piece begins, how many units it touches, and the key tile at which the last of them ends."""
+    total, _ = all_work(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V, window)
+    begin, end = equal_share(total, V)
+    sequence, unit, inside, units, end_tile = locate(
+        begin, end, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V, window
     )
-    _, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
-    keys = key_count(sequence, seq_lens, num_seqs, max_keys)
-    tiles = tl.maximum(query_tiles(queries, V), 1)
-    first_row = unit % tiles * V.block_m
-    key_tiles = tiles_of_keys(first_row, tl.minimum(queries * V.group - first_row, V.block_m), queries, keys, V)
-    if (units > 0) & (first >= tl.minimum(tl.where(units == 1, end_tile, key_tiles), key_tiles)):
-        first = first * 0
-        units -= 1
-        unit += 1
-        if unit >= tiles * num_kv_heads:
-            unit = unit * 0
-            sequence = next_sequence(sequence, tl.arange(0, SEQUENCES), cu_seqlens_q, num_tokens, num_seqs, V)
-    piece = pieces + 5 * tl.program_id(0)
-    tl.store(piece, sequence)
-    tl.store(piece + 1, unit)
-    tl.store(piece + 2, first)
-    tl.store(piece + 3, units)
-    tl.store(piece + 4, end_tile)
+    return sequence, unit, tile_at(inside, V), units, end_tile

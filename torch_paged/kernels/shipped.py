@@ -31,8 +31,10 @@ SHIPPED_OPTIONS = {
     "e5m2": (Features(key=Stored("e5m2", "head"), value=Stored("e5m2", "head")), "fp16", 128),
     "int8-token": (Features(key=Stored("int8", "token"), value=Stored("int8", "token"), normalised=True), "bf16", 128),
 }
-_KINDS = (("decode", 8, False), ("prefill", 16384, False), ("mixed", 4096, True))
-_HOPPER_KINDS = (("short", 4096, False), ("long", 16384, True))  # whose kernel has two forms
+# Name, sequences, query tokens, whether ragged.
+_KINDS = (("decode", 8, 8, False), ("prefill", 8, 16384, False), ("mixed", 8, 4096, True))
+_HOPPER_KINDS = (("short", 8, 4096, False), ("long", 8, 16384, True))  # whose kernel has two forms
+_MANY = ("decode-of-many", 16, 16, False)  # served otherwise than a few are where caches hold 8-bit numbers
 
 
 def shipped_variants(device: Device) -> list[ShippedVariant]:
@@ -48,12 +50,13 @@ def shipped_variants(device: Device) -> list[ShippedVariant]:
 
 def shipped_option_variants(device: Device) -> list[ShippedVariant]:
     """The same for `SHIPPED_OPTIONS`."""
-    return [
+    found = [
         variant
         for name, (features, dtype, dim) in SHIPPED_OPTIONS.items()
-        for kind in _KINDS[:2]
+        for kind in (*_KINDS[:2], _MANY)
         for variant in _variants(device, f"{name}-", features, dtype, dim, 16, *kind)
     ]
+    return list({(variant.dtype, variant.launch): variant for variant in reversed(found)}.values())[::-1]
 
 
 def _variants(
@@ -64,12 +67,13 @@ def _variants(
     dim: int,
     block_size: int,
     kind: str,
+    num_seqs: int,
     num_tokens: int,
     ragged: bool,
 ) -> list[ShippedVariant]:
     problem = Problem(
         num_tokens=num_tokens,
-        num_seqs=8,
+        num_seqs=num_seqs,
         num_heads=32,
         num_kv_heads=8,
         head_dim=dim,

@@ -15,7 +15,7 @@ from torch_paged.kernels.copy_blocks import copy_blocks
 from torch_paged.kernels.device import device_of
 from torch_paged.kernels.gather_blocks import gather_blocks, scatter_blocks
 from torch_paged.kernels.launch_config import AttentionLaunch, attention_launches
-from torch_paged.kernels.launch_tiles import LONG, MANY_ROWS
+from torch_paged.kernels.launch_tiles import LONG, MANY_ROWS, MANY_UNITS
 from torch_paged.kernels.merge_attention import merge_attention
 from torch_paged.kernels.rotary_append import rotary_append
 from torch_paged.options import AttentionOptions
@@ -50,7 +50,7 @@ def warmup(
     ]
     token_major = [cache.contiguous() for cache in head_major]
     given = _options(num_heads, device, **options)
-    batches: list[tuple[_Model, Tensor, Tensor, int, bool]] = []
+    batches: list[tuple[_Model, Tensor, Tensor, int, int, bool]] = []
     for keys, values, ones in (head_major, token_major):
         model = _Model(num_heads, dtype, causal, _scaled(given, scales, ones[..., 0]))
         _write(model, keys, values)
@@ -107,27 +107,31 @@ def _scaled(options: AttentionOptions, kind: str | None, of_tokens: Tensor) -> A
     return options._replace(key_scale=scale, value_scale=scale)
 
 
-def _batch(model: _Model, keys: Tensor, values: Tensor, queries: int, ragged: bool) -> _Batch:
-    """Arguments of attention for one sequence with so many queries."""
-    table = torch.zeros(1, 1, dtype=torch.int32, device=keys.device)
-    bounds = torch.tensor([0, queries], dtype=torch.int32, device=keys.device) if ragged else None
-    query = torch.zeros(queries, model.num_heads, keys.shape[3], dtype=model.dtype, device=keys.device)
-    return query, keys, values, table, table[0], bounds
+def _batch(model: _Model, keys: Tensor, values: Tensor, sequences: int, queries: int, ragged: bool) -> _Batch:
+    """Arguments of attention for so many sequences, each with so many queries."""
+    table = torch.zeros(sequences, 1, dtype=torch.int32, device=keys.device)
+    starts = torch.arange(sequences + 1, dtype=torch.int32, device=keys.device) * queries
+    query = torch.zeros(sequences * queries, model.num_heads, keys.shape[3], dtype=model.dtype, device=keys.device)
+    return query, keys, values, table, table[:, 0], starts if ragged else None
 
 
-def _kinds(model: _Model, keys: Tensor, values: Tensor) -> list[tuple[int, bool]]:
-    """Numbers of queries, uniform and ragged, that between them need every launch there is."""
-    query, _, _, table, _, _ = _batch(model, keys, values, 1, False)
+def _kinds(model: _Model, keys: Tensor, values: Tensor) -> list[tuple[int, int, bool]]:
+    """Numbers of sequences and of their queries, uniform and ragged, that between them need every launch there is."""
+    query, _, _, table, _, _ = _batch(model, keys, values, 1, 1, False)
     problem = problem_of(query, keys, values, table, None, model.causal, model.options)
-    kinds: list[tuple[int, bool]] = []
+    kinds: list[tuple[int, int, bool]] = []
     known: set[AttentionLaunch] = set()
-    numbers = [*range(1, MANY_ROWS * keys.shape[2] // model.num_heads + 2), LONG]
-    for ragged, queries in itertools.product((False, True), numbers):
-        launches = attention_launches(replace(problem, num_tokens=queries, ragged=ragged), device_of(keys.device))
-        compiled = {replace(launch, unit_rows=0) for launch in launches}  # which decides a grid alone
+    few = range(1, MANY_ROWS * keys.shape[2] // model.num_heads + 2)
+    longer = [LONG << times for times in range(8)]  # the last of them are dealt out in rounds
+    batches = [(1, queries) for queries in (*few, *longer)] + [(MANY_UNITS, queries) for queries in few]
+    for ragged, (sequences, queries) in itertools.product((False, True), batches):
+        asked = replace(problem, num_seqs=sequences, num_tokens=sequences * queries, ragged=ragged)
+        launches = attention_launches(asked, device_of(keys.device))
+        # These decide grids alone.
+        compiled = {replace(launch, unit_rows=0, rounds=min(launch.rounds, 2)) for launch in launches}
         if not compiled <= known:
             known |= compiled
-            kinds.append((queries, ragged))
+            kinds.append((sequences, queries, ragged))
     return kinds
 
 

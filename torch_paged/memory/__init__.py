@@ -8,11 +8,12 @@ pool.py        BlockPool: reference counts, free blocks, blocks that wait for op
 sequences.py   Sequences: handles and lengths, one row a sequence
 group.py       BlockGroup: the blocks and tables of the layers with one window, what they share and release
 step.py        Step: what one prepare took, enough to commit it or to undo it
-stepping.py    prepare, commit and rollback, over all groups
-manager.py     MemoryManager: add, fork, truncate, free, and all of the above under one roof
+parcel.py      Parcel: what sequences that are swapped out leave with
+records.py     Records: all of the above under one roof
 history.py     the tokens of committed steps on their way into the prefix cache
 swap.py        sequences moved out of the cache and back
 inspection.py  MemoryStats, which slots hold tokens, and the integrity check
+manager.py     MemoryManager: add, fork, truncate, free; prepare, commit, rollback
 """
 
 from torch_paged.memory.errors import IntegrityError, OutOfBlocks, OutOfSwapSpace

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from array import array
+import struct
 from typing import Any
 
 import numpy as np
@@ -14,17 +14,20 @@ Flags = NDArray[np.bool_]
 
 
 def as_integers(name: str, values: Any) -> Ints:
-    """A fresh int64 copy of a flat sequence, array or CPU tensor of integers."""
+    """An int64 copy of a flat sequence, array or CPU tensor of integers, not to be written to; bytes are such a sequence."""
     if type(values) is list and values and type(values[0]) is int:
-        try:
-            return np.array(array("q", values))  # faster than NumPy alone, which looks for other types first
-        except (TypeError, OverflowError):
+        try:  # faster than NumPy alone, which looks for other types first
+            return np.frombuffer(struct.pack(f"{len(values)}q", *values), dtype=np.int64)
+        except struct.error:
             pass  # said below
-    numbers = np.asarray(values)
+    numbers = np.frombuffer(values, np.uint8) if isinstance(values, bytes) else np.asarray(values)
     if numbers.ndim != 1:
-        raise ValueError(f"{name} must be flat: [n] integers, got shape {list(numbers.shape)}")
+        actual = f"shape {list(numbers.shape)}" if numbers.ndim else f"{values!r:.60}"
+        raise ValueError(f"{name} must be flat: [n] integers, got {actual}")
     if numbers.dtype.kind not in "iu" and numbers.size:
         raise TypeError(f"{name} must be integers, got {numbers.dtype} {numbers[:4].tolist()}")
+    if numbers.dtype == np.uint64 and numbers.size and numbers.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"{name} must be integers of 64 bits with a sign, got {numbers.max()}")
     return numbers.astype(np.int64)
 
 
@@ -56,6 +59,13 @@ def as_counts(counts: Any, num_seqs: int) -> int | Ints:
     return lowest if lowest == each.max() else each
 
 
+def distinct(values: Ints) -> Ints:
+    """The different ones, ascending: a `np.unique` for short arrays."""
+    ordered = np.sort(values)
+    repeated = (ordered[1:] == ordered[:-1]).nonzero()[0]
+    return np.delete(ordered, repeated) if len(repeated) else ordered
+
+
 def expand(first: Ints, last: Ints) -> tuple[Ints, Ints]:
     """The half-open ranges `[first[i], last[i])` one after another, none of them negative.
 
@@ -64,6 +74,8 @@ def expand(first: Ints, last: Ints) -> tuple[Ints, Ints]:
         value: [total], the element. `expand([3, 7], [5, 8])` is `[0, 0, 1], [3, 4, 7]`.
     """
     counts = last - first
+    if np.count_nonzero(counts == 1) == len(counts):  # steps of decoding fill or begin one block here and there
+        return np.arange(len(counts)), first
     owner = np.repeat(np.arange(len(counts)), counts)
     ends = counts.cumsum()
     value = np.arange(len(owner)) + (first - ends + counts)[owner]

@@ -2,70 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
 
-from torch_paged.memory import inspection, stepping
-from torch_paged.memory.arrays import Ints, as_integer, as_integers
-from torch_paged.memory.group import BlockGroup, usable
-from torch_paged.memory.prefix import PrefixTrie
-from torch_paged.memory.sequences import Sequences
-from torch_paged.memory.step import Step
-from torch_paged.memory.swap import Parcel
+from torch_paged.memory import inspection
+from torch_paged.memory.arrays import Flags, Ints, as_counts, as_integer, as_integers, expand
+from torch_paged.memory.group import usable
+from torch_paged.memory.records import Records
+from torch_paged.memory.step import Copies, Growth, Step, Taken
 
 
-class MemoryManager:
-    """Blocks for up to `max_seqs` sequences of up to `max_seq_len` tokens.
+class MemoryManager(Records):
+    """The records, and what can be done to them.
 
     A step is `prepare`, then the model, then `commit` or `rollback`. Several steps may be open: those of one
     sequence are committed in order and rolled back in reverse order. Every method that raises has changed
     nothing. Before a step writes to a block that others reference as well, its caller makes the copies that
     `Step.taken` lists.
-
-    Layers that see equally far back form a group, with blocks and tables of its own. What is said of one group's blocks
-    holds for all: a sequence has as many in each, but for those that a window has left behind.
-
-    Attributes:
-        groups: the widest window first, no window being the widest. Who holds a block of another group holds that of
-            the first as well.
-        pool: the blocks of the first group.
-        trie: the prefix cache.
-        tokens: int64 [num_blocks, block_size], the tokens whose keys and values a block of the first group holds, as
-            far as known. They are written, and copied from block to block, where keys and values are.
-        sequences: the sequences.
-        steps: the open steps by their number, the oldest first.
-        parcels: of each sequence that is swapped out, what it left with.
     """
-
-    def __init__(
-        self,
-        num_blocks: int | Sequence[int],
-        block_size: int,
-        max_seqs: int,
-        max_seq_len: int,
-        windows: Sequence[int | None] = (None,),
-    ) -> None:
-        sizes = [num_blocks] if isinstance(num_blocks, int) else num_blocks
-        sizes = [as_integer("num_blocks", size, at_least=1) for size in sizes]
-        self.block_size = as_integer("block_size", block_size, at_least=1)
-        self.trie = PrefixTrie(self.block_size)
-        self.sequences = Sequences(
-            as_integer("max_seqs", max_seqs, at_least=1),
-            as_integer("max_seq_len", max_seq_len, at_least=1),
-            self.block_size,
-        )
-        self.groups = [
-            BlockGroup(number, window, size, self.block_size, self.trie, self.sequences)
-            for number, (window, size) in enumerate(zip(windows, sizes, strict=True))
-        ]
-        self.pool = self.groups[0].pool
-        self.tokens = np.zeros((sizes[0], self.block_size), dtype=np.int64)
-        self.flat_tokens = self.tokens.reshape(-1)
-        self.steps: dict[int, Step] = {}
-        self.parcels: dict[int, Parcel] = {}
-        self.tokens_looked_up = self.tokens_found = 0
 
     def add(self, tokens: Any = (), namespace: Hashable = None) -> int:
         """A new sequence's handle. It begins with what the prefix cache holds of `tokens`, the last one excepted.
@@ -179,12 +135,6 @@ class MemoryManager:
             if not namespaces or s.namespace[row] in namespaces:
                 s.known[row] = -1
 
-    @property
-    def num_outside(self) -> list[int]:
-        """Of each group, blocks whose contents are kept for sequences that are swapped out."""
-        parcels = {*self.parcels.values()}
-        return [sum(len(parcel.parts[index].blocks) for parcel in parcels) for index in range(len(self.groups))]
-
     def length(self, seq: int) -> int:
         """Tokens of `seq`, those of open steps included."""
         return int(self.sequences.length[self.sequences.find_one(seq)])
@@ -202,7 +152,49 @@ class MemoryManager:
             ValueError: an argument is out of its range, a sequence is swapped out, or would outgrow `max_seq_len`.
             OutOfBlocks: the pool cannot serve the step.
         """
-        return stepping.prepare(self, seqs, counts, ahead)
+        s, size = self.sequences, self.block_size
+        handles, rows = s.find(seqs)
+        if self.parcels:
+            s.require_inside(rows)
+        counts, ahead = as_counts(counts, len(rows)), as_integer("ahead", ahead, at_least=0)
+        start = s.length[rows]
+        end, reserved = s.grown(handles, start, counts, ahead)
+        before = s.num_blocks[rows]
+        after = np.maximum(before, (reserved + (size - 1)) // size)
+        growing = (after != before).nonzero()[0]
+        owners, new_columns = expand(before[growing], after[growing])
+        owners = growing[owners]
+        columns = start // size
+        entries = rows * s.width + columns  # of a flat table: where each sequence writes first
+        writers = [group.require(entries, start, len(owners)) for group in self.groups]
+        # Nothing was changed before this line, nothing is refused behind it.
+        taken = self._take(rows, entries, writers, owners, new_columns)
+        places, positions = entries, start
+        if not (isinstance(counts, int) and counts == 1):
+            token_owners, positions = expand(start, end)
+            columns = positions // size
+            places = rows[token_owners] * s.width + columns
+        offsets = positions - columns * size
+        slots = [group.flat_table[places].astype(np.int64) * size + offsets for group in self.groups]
+        s.num_blocks[rows], s.length[rows] = after, end
+        (number,) = {group.pool.open_step() for group in self.groups}
+        parts = [Taken(*each, where) for each, where in zip(taken, slots, strict=True)]
+        self.steps[number] = step = Step(number, handles, rows, counts, start, end, ahead, before, positions, parts)
+        return step
+
+    def _take(
+        self, rows: Ints, entries: Ints, writers: list[Ints], owners: Ints, columns: Ints
+    ) -> list[tuple[Copies, Growth]]:
+        """`BlockGroup.take` from every group."""
+        taken = []
+        for group, sharing in zip(self.groups, writers, strict=True):
+            taken.append(group.take(rows, entries, sharing, owners, columns))
+            if len(sharing):
+                self.sequences.renew_stamps(rows[sharing])
+        copies, _ = taken[0]
+        if len(copies.owners):
+            self.tokens[copies.blocks] = self.tokens[copies.sources]
+        return taken
 
     def commit(self, step: Step, advanced: int = 0) -> None:
         """End a step whose tokens stand, and with it `advanced` further tokens of each of its sequences.
@@ -214,7 +206,25 @@ class MemoryManager:
             ValueError: the step is not open; an earlier step of one of its sequences is; `advanced` exceeds
                 what was reserved, or a later step of one of the sequences is open and begins before it.
         """
-        stepping.commit(self, step, advanced)
+        s = self.sequences
+        self._require_open(step)
+        advanced = as_integer("advanced", advanced, at_least=0)
+        if advanced > step.ahead:
+            raise ValueError(f"advanced = {advanced}, but the step was prepared with ahead = {step.ahead}")
+        rows, start, end = step.rows, step.start, step.end
+        alive = step.alive(s)
+        if np.count_nonzero(alive) < len(alive):
+            rows, start, end = rows[alive], start[alive], end[alive]
+        self._require_all(s.committed[rows] == start, rows, "an earlier", "commit")
+        if advanced:
+            self._require_all(s.length[rows] == end, rows, "a later", "commit advanced tokens of")
+            end = end + advanced
+            s.length[rows] = end
+        s.committed[rows] = end
+        self._close(step)
+        for group, (copies, _, _) in zip(self.groups, step.taken, strict=True):
+            if len(copies.owners):
+                group.pool.release(copies.sources[alive[copies.owners]])
 
     def release_unseen(self, step: Step) -> None:
         """Release what the sequences of a step need no more now that it was committed: windows have moved on."""
@@ -234,7 +244,32 @@ class MemoryManager:
         Raises:
             ValueError: the step is not open, or a later step of one of its sequences is.
         """
-        stepping.rollback(self, step)
+        s = self.sequences
+        self._require_open(step)
+        alive = step.alive(s)
+        rows = step.rows[alive]
+        self._require_all(s.length[rows] == step.end[alive], rows, "a later", "roll back")
+        s.length[rows] = step.start[alive]
+        s.num_blocks[rows] = step.blocks_before[alive]
+        for group, taken in zip(self.groups, step.taken, strict=True):
+            group.undo(taken, step.rows, alive)
+        owners = np.concatenate([step.growth.owners, *(taken.copies.owners for taken in step.taken)])
+        s.renew_stamps(np.unique(step.rows[owners[alive[owners]]]))
+        self._close(step)
+
+    def _require_open(self, step: Step) -> None:
+        if self.steps.get(step.number) is not step:
+            raise ValueError(f"step {step.number} is not open: it was committed or rolled back before")
+
+    def _require_all(self, fine: Flags, rows: Ints, which: str, action: str) -> None:
+        if np.count_nonzero(fine) < len(fine):
+            seq = self.sequences.handle[rows[~fine][0]]
+            raise ValueError(f"cannot {action} this step: {which} step of sequence {seq} is open")
+
+    def _close(self, step: Step) -> None:
+        del self.steps[step.number]
+        for group in self.groups:
+            group.pool.close_step(step.number)
 
     def stats(self, *bytes_per_token: int) -> inspection.MemoryStats:
         """See `MemoryStats`; `bytes_per_token`: of the layers of each group."""

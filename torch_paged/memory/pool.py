@@ -6,7 +6,7 @@ from collections import deque
 
 import numpy as np
 
-from torch_paged.memory.arrays import Ints
+from torch_paged.memory.arrays import Ints, distinct
 from torch_paged.memory.errors import OutOfBlocks
 from torch_paged.memory.eviction import EvictionQueue
 from torch_paged.memory.prefix import CachedBlocks
@@ -101,8 +101,8 @@ class BlockPool:
         self.refcount[blocks] = 0
         self._push(blocks)
 
-    def retain(self, blocks: Ints, times: int = 1) -> None:
-        """Add `times` references to each of these distinct blocks, which are referenced or in the prefix cache."""
+    def retain(self, blocks: Ints, times: int | Ints = 1) -> None:
+        """Add `times` references, of each or for all, to distinct blocks that are referenced or in the prefix cache."""
         unreferenced = blocks[self.refcount[blocks] == 0]
         if len(unreferenced):
             waiting = self._ticket[unreferenced] >= 0
@@ -113,8 +113,12 @@ class BlockPool:
 
     def release(self, blocks: Ints) -> None:
         """Drop one reference for each entry of `blocks`, in which a block may occur several times."""
-        np.subtract.at(self.refcount, blocks, 1)
-        unreferenced = np.unique(blocks[self.refcount[blocks] == 0])
+        different = distinct(blocks)
+        if len(different) == len(blocks):
+            self.refcount[different] -= 1
+        else:
+            np.subtract.at(self.refcount, blocks, 1)
+        unreferenced = different[self.refcount[different] == 0]
         if not len(unreferenced):
             return
         if self._open_steps:

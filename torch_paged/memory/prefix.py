@@ -69,29 +69,30 @@ class PrefixTrie:
             node, child = child, likely[child]
         return np.array(path)
 
-    def enter(self, parent: Parent, key: bytes) -> int:
-        """The node below `parent` with these tokens. A new one must be held, or it stays for ever."""
-        pair = parent, key
-        node = self._nodes.get(pair)
-        if node is not None:
-            return node
-        if self._unused:
-            node = self._unused.pop()
+    def enter(self, parent: Parent, key: bytes) -> tuple[int, bool]:
+        """The node below `parent` with these tokens, and whether it is new: it must be held then, or it stays."""
+        pair, unused = (parent, key), self._unused
+        spare = unused[-1] if unused else len(self._keys)
+        node = self._nodes.setdefault(pair, spare)
+        if node != spare:
+            return node, False
+        if unused:
+            unused.pop()
             self._keys[node] = pair
         else:
-            node = len(self._keys)
             self._keys.append(pair)
             self._holders.append(0)
             self._likely.append(-1)
-        self._nodes[pair] = node
         if not isinstance(parent, tuple):
             self._holders[parent] += 1
             self._likely[parent] = node
-        return node
+        return node, True
 
-    def hold(self, node: int) -> None:
-        """Keep a node until `drop`."""
-        self._holders[node] += 1
+    def hold(self, nodes: Iterable[int]) -> None:
+        """Keep each of these nodes until `drop`."""
+        holders = self._holders
+        for node in nodes:
+            holders[node] += 1
 
     def drop(self, node: int) -> None:
         """End a `hold`; the node goes if nothing else keeps it, and with it those above that only led there."""
@@ -161,15 +162,14 @@ class CachedBlocks:
         blocks: Ints = np.frombuffer(self._block, dtype=np.int64)[nodes]
         return blocks
 
-    def put(self, node: int, block: int, column: int) -> None:
-        """Enter `block`, which is not in the cache, as that of a node without one."""
-        if node >= len(self._block):
-            self._reach_all()
-        self._block[node] = block
-        self._count += 1
-        self.node[block] = node
-        self.column[block] = column
-        self._trie.hold(node)
+    def put(self, nodes: Ints, blocks: Ints, columns: Ints) -> None:
+        """Enter distinct blocks, which are not in the cache, as those of nodes without one."""
+        self._reach_all()
+        np.frombuffer(self._block, dtype=np.int64)[nodes] = blocks
+        self._count += len(blocks)
+        self.node[blocks] = nodes
+        self.column[blocks] = columns
+        self._trie.hold(nodes.tolist())
 
     def remove(self, blocks: Ints) -> None:
         """Take distinct blocks out of the cache."""

@@ -52,7 +52,7 @@ class Sequences:
         self._next_handle = np.arange(max_seqs, dtype=np.int64)
         self._free_rows = list(range(max_seqs))[::-1]
         self._order = np.arange(max_seqs)
-        self._last_list: list[Any] = []
+        self._last_content = b""
         self._last_found = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
         self._seen = np.zeros(num_rows, dtype=np.int64)
 
@@ -66,35 +66,36 @@ class Sequences:
         return len(self._free_rows)
 
     def find(self, seqs: Any) -> tuple[Ints, Ints]:
-        """Handles and rows of distinct live sequences, not to be written to.
+        """Handles and rows of distinct live sequences, which the next call may return again: not to be written to.
 
         Raises:
             TypeError: `seqs` are not integers.
             ValueError: one is unknown, was freed, or occurs twice.
         """
-        # A decode loop passes one list again and again, and comparing lists is far cheaper than converting one. But
-        # [1.0] equals [1].
-        known = type(seqs) is list and seqs == self._last_list and (not seqs or type(seqs[0]) is int)
+        handles = as_integers("seqs", seqs)
+        content = handles.tobytes()
+        known = content == self._last_content  # a decode loop passes the same ones again and again
         if known:
             handles, rows = self._last_found
         else:
-            handles = as_integers("seqs", seqs)
             rows = handles & self._row_mask
         alive = self.handle[rows] == handles
         if np.count_nonzero(alive) < len(alive):
             raise ValueError(self._why_not_alive(int(handles[~alive][0])))
-        if not known:
+        if not known and len(handles) > 1:  # a single one may be asked about between two steps
             self._check_distinct(handles, rows)
-            if type(seqs) is list:
-                self._last_list, self._last_found = seqs.copy(), (handles, rows)
+            handles.flags.writeable = rows.flags.writeable = False
+            self._last_content, self._last_found = content, (handles, rows)
         return handles, rows
 
     def find_some(self, seqs: Any) -> tuple[Ints, Ints]:
         """As `find`, for a single sequence's handle too."""
-        return self.find([seqs] if np.ndim(seqs) == 0 else seqs)
+        return self.find(seqs if isinstance(seqs, list) or np.ndim(seqs) else [seqs])
 
     def find_one(self, seq: int) -> int:
         """The row of one live sequence; raises as `find` does."""
+        if type(seq) is int and self.handle[seq & self._row_mask] == seq:
+            return seq & self._row_mask
         return int(self.find([seq])[1][0])
 
     def _why_not_alive(self, handle: int) -> str:
@@ -129,13 +130,22 @@ class Sequences:
                 f"cannot {action} sequence {self.handle[row]} while one of its steps is open: commit or roll back first"
             )
 
-    def require_length(self, handles: Ints, length: Ints) -> None:
-        """Raise ValueError if one of these sequences would grow past `max_seq_len`."""
-        if len(length) and length.max() > self.max_seq_len:
-            worst = length.argmax()
+    def grown(self, handles: Ints, length: Ints, counts: int | Ints, ahead: int) -> tuple[Ints, Ints]:
+        """Lengths of sequences with so many tokens more, and with those `ahead` besides.
+
+        Raises ValueError if one of them would grow past `max_seq_len`.
+        """
+        most = max(ahead, counts if isinstance(counts, int) else int(counts.max()))
+        if most > self.max_seq_len:  # before a sum could overflow
+            raise ValueError(f"max_seq_len = {self.max_seq_len}: no sequence can get {most} tokens")
+        end = length + counts
+        reserved = end + ahead if ahead else end
+        if len(reserved) and reserved.max() > self.max_seq_len:
+            worst = reserved.argmax()
             raise ValueError(
-                f"max_seq_len = {self.max_seq_len}: sequence {handles[worst]} would have {length[worst]} tokens"
+                f"max_seq_len = {self.max_seq_len}: sequence {handles[worst]} would have {reserved[worst]} tokens"
             )
+        return end, reserved
 
     def open_rows(self, count: int) -> Ints:
         """Take `count` free rows for new, empty sequences. `require_rows` first."""

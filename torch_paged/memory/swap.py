@@ -2,57 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from torch_paged.memory.arrays import Ints, expand
 from torch_paged.memory.history import enter
-
-if TYPE_CHECKING:
-    from torch_paged.memory.manager import MemoryManager
-
+from torch_paged.memory.parcel import Parcel, Part
+from torch_paged.memory.records import Records
 
 _NONE = np.empty(0, dtype=np.int64)
-
-
-@dataclasses.dataclass(eq=False)
-class Part:
-    """One group's blocks that leave together, each once, however many of the sequences share it.
-
-    Attributes:
-        blocks: int64 [n], where they were.
-        rows: of each sequence outside, by its handle: which of the n blocks hold its tokens, in order.
-        content: what the caller kept of the n blocks.
-    """
-
-    blocks: Ints
-    rows: dict[int, Ints]
-    content: Any = None
-
-
-@dataclasses.dataclass(eq=False)
-class Parcel:
-    """What sequences that leave together leave with.
-
-    Attributes:
-        parts: of each group.
-        tokens: int64 [n, block_size], of the first group's n blocks, see `MemoryManager.tokens`.
-    """
-
-    parts: list[Part]
-    tokens: Ints
-
-    @property
-    def handles(self) -> list[int]:
-        """Of the sequences that are still outside."""
-        return list(self.parts[0].rows)
-
-    def forget(self, handle: int) -> None:
-        """One of them is back, or gone for good."""
-        for part in self.parts:
-            del part.rows[handle]
 
 
 class Landing(NamedTuple):
@@ -74,74 +33,74 @@ class Landing(NamedTuple):
         return np.concatenate([_NONE, *(blocks for _, _, blocks in self.moves)])
 
 
-def pack(manager: MemoryManager, seqs: Any) -> Parcel:
+def pack(records: Records, seqs: Any) -> Parcel:
     """What must be kept of these sequences for them to leave. Changes nothing."""
-    s = manager.sequences
+    s = records.sequences
     handles, rows = s.find_some(seqs)
     s.require_inside(rows)
     for row in rows.tolist():
         s.require_settled(row, "swap out")
-    filled = -(-s.length[rows] // manager.block_size)
+    filled = -(-s.length[rows] // records.block_size)
     parts = []
-    for group in manager.groups:
+    for group in records.groups:
         first = group.first[rows]
         blocks, places = np.unique(group.held(rows, first, filled), return_inverse=True)
         own = np.split(places, np.maximum(filled - first, 0).cumsum()[:-1])
         parts.append(Part(blocks, dict(zip(handles.tolist(), own, strict=False))))
-    return Parcel(parts, manager.tokens[parts[0].blocks])
+    return Parcel(parts, records.tokens[parts[0].blocks])
 
 
-def swap_out(manager: MemoryManager, parcel: Parcel) -> None:
+def swap_out(records: Records, parcel: Parcel) -> None:
     """Release the blocks of a parcel's sequences. Those in the prefix cache stay there until their space is needed."""
-    s = manager.sequences
+    s = records.sequences
     handles = parcel.handles
     _, rows = s.find(handles)
-    for group in manager.groups:
+    for group in records.groups:
         group.pool.release(group.held(rows, group.first[rows], s.num_blocks[rows]))
         group.table[rows] = -1
     s.num_blocks[rows] = 0
     s.outside[rows] = True
-    followed = (s.known[rows] == s.length[rows]) & (manager.groups[0].first[rows] == 0)  # back to the first token
+    followed = (s.known[rows] == s.length[rows]) & (records.groups[0].first[rows] == 0)  # back to the first token
     s.known[rows] = np.where(followed, s.known[rows], -1)
     s.renew_stamps(rows)
-    manager.parcels.update(dict.fromkeys(handles, parcel))
+    records.parcels.update(dict.fromkeys(handles, parcel))
 
 
-def unpack(manager: MemoryManager, seqs: Any) -> list[Landing]:
+def unpack(records: Records, seqs: Any) -> list[Landing]:
     """Take blocks of every group for sequences that are outside; the prefix cache may still hold some.
 
     Raises:
         ValueError: a sequence is not live, not outside, or occurs twice.
         OutOfBlocks: a pool cannot serve them. Nothing was changed.
     """
-    s = manager.sequences
+    s = records.sequences
     handles, rows = s.find_some(seqs)
     if not s.outside[rows].all():
         raise ValueError(f"sequence {handles[~s.outside[rows]][0]} was not swapped out")
     outside = dict(zip(handles.tolist(), rows.tolist(), strict=True))
-    paths = {handle: _path(manager, handle, row) for handle, row in outside.items()}
-    searches = [_Search(manager, index, outside, paths) for index in range(len(manager.groups))]
+    paths = {handle: _path(records, handle, row) for handle, row in outside.items()}
+    searches = [_Search(records, index, outside, paths) for index in range(len(records.groups))]
     for search in searches:
         search.require()
     landings = [search.take() for search in searches]
     for parcel, rows, blocks in landings[0].moves:
-        manager.tokens[blocks] = parcel.tokens[rows]
+        records.tokens[blocks] = parcel.tokens[rows]
     return landings
 
 
-def _path(manager: MemoryManager, handle: int, row: int) -> Ints:
+def _path(records: Records, handle: int, row: int) -> Ints:
     """The nodes of a sequence's full blocks, as far as the prefix cache knows them."""
-    s, parcel = manager.sequences, manager.parcels[handle]
-    full = parcel.parts[0].rows[handle][: max(int(s.known[row]), 0) // manager.block_size]
-    return manager.trie.path(s.namespace[row], parcel.tokens[full])
+    s, parcel = records.sequences, records.parcels[handle]
+    full = parcel.parts[0].rows[handle][: max(int(s.known[row]), 0) // records.block_size]
+    return records.trie.path(s.namespace[row], parcel.tokens[full])
 
 
 class _Search:
     """Which blocks of one group are still there for sequences about to come back, and which they lack."""
 
-    def __init__(self, manager: MemoryManager, index: int, outside: dict[int, int], paths: dict[int, Ints]) -> None:
-        self._group = group = manager.groups[index]
-        self._parcels = {handle: manager.parcels[handle] for handle in outside}
+    def __init__(self, records: Records, index: int, outside: dict[int, int], paths: dict[int, Ints]) -> None:
+        self._group = group = records.groups[index]
+        self._parcels = {handle: records.parcels[handle] for handle in outside}
         self._rows = {handle: parcel.parts[index].rows[handle] for handle, parcel in self._parcels.items()}
         self._place = {
             parcel: np.full(len(parcel.parts[index].blocks), -1, dtype=np.int64) for parcel in self._parcels.values()
@@ -181,17 +140,17 @@ class _Search:
         return Landing(tables, moves, self._found)
 
 
-def cancel(manager: MemoryManager, landings: list[Landing]) -> None:
+def cancel(records: Records, landings: list[Landing]) -> None:
     """Give back what `unpack` took. What it evicted from the prefix cache does not come back."""
-    for group, landing in zip(manager.groups, landings, strict=True):
+    for group, landing in zip(records.groups, landings, strict=True):
         group.pool.undo_allocate(landing.fresh)
         group.pool.release(landing.found)
 
 
-def swap_in(manager: MemoryManager, landings: list[Landing]) -> None:
+def swap_in(records: Records, landings: list[Landing]) -> None:
     """Give the sequences their blocks, which hold their tokens again."""
-    s = manager.sequences
-    for group, landing in zip(manager.groups, landings, strict=True):
+    s = records.sequences
+    for group, landing in zip(records.groups, landings, strict=True):
         for handle, blocks in landing.tables.items():
             row = s.find_one(handle)
             group.pool.retain(blocks)
@@ -201,19 +160,19 @@ def swap_in(manager: MemoryManager, landings: list[Landing]) -> None:
         group.pool.release(np.concatenate([landing.found, landing.fresh]))
     handles = list(landings[0].tables)
     for handle in handles:
-        manager.parcels.pop(handle).forget(handle)
+        records.parcels.pop(handle).forget(handle)
     _, rows = s.find(handles)
     s.outside[rows] = False
-    _enter_again(manager, rows)
+    _enter_again(records, rows)
 
 
-def _enter_again(manager: MemoryManager, rows: Ints) -> None:
+def _enter_again(records: Records, rows: Ints) -> None:
     """Enter full blocks that the prefix cache has evicted meanwhile."""
-    s = manager.sequences
-    full = np.maximum(s.known[rows], 0) // manager.block_size
+    s = records.sequences
+    full = np.maximum(s.known[rows], 0) // records.block_size
     owners, columns = expand(np.zeros_like(full), full)
     rows = rows[owners]
     left_out = np.zeros(len(rows), dtype=bool)
-    for group in manager.groups:
+    for group in records.groups:
         left_out |= (columns >= group.first[rows]) & ~group.cached.has(group.table[rows, columns].astype(np.int64))
-    enter(manager, rows[left_out], columns[left_out])
+    enter(records, rows[left_out], columns[left_out])

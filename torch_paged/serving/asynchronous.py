@@ -34,6 +34,8 @@ class AsyncEngine:
         self._driver: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> AsyncEngine:
+        if self._driver is not None:
+            raise RuntimeError("an AsyncEngine cannot be entered twice at once")
         self._driver = asyncio.create_task(self._drive())
         return self
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from torch_paged.batch import PagedBatch, unbacked
 from torch_paged.cache import PagedKVCache
-from torch_paged.serving.sampling import to_device
+from torch_paged.memory.arrays import as_integer, as_integers
+from torch_paged.serving.sampling import check_logits, to_device
 
 Model = Callable[[Tensor, PagedBatch], Tensor]
 
@@ -51,7 +52,7 @@ def beam_search(
     Args:
         cache: must have `num_beams` rows free. Nothing of the search stays in it but cached prefixes.
         model: as for `Engine`.
-        prompt: token ids, at least one.
+        prompt: token ids, at least one: any flat sequence, array or CPU tensor of integers.
         num_beams: at least 1.
         max_new_tokens: at least 1.
         stop_tokens: end a beam.
@@ -59,17 +60,19 @@ def beam_search(
         namespace: whose cached prefixes the prompt may use.
 
     Raises:
-        ValueError: an argument is out of its range, or a beam outgrows the cache's `max_seq_len`.
+        TypeError, ValueError: an argument is of another type or out of its range; a beam outgrows the cache's
+            `max_seq_len`; the logits have a wrong shape.
         OutOfBlocks: the beams do not fit into the free blocks.
     """
-    if not len(prompt) or num_beams < 1 or max_new_tokens < 1:
-        raise ValueError(
-            "beam_search needs a prompt of at least one token, and num_beams and max_new_tokens of at least 1, "
-            f"got {len(prompt)=}, {num_beams=}, {max_new_tokens=}"
-        )
-    search = _Search(num_beams, frozenset(stop_tokens), length_penalty, cache.device)
-    seqs = [cache.add(list(prompt), namespace)]
-    tokens = list(prompt)[cache.length(seqs[0]) :]
+    tokens = as_integers("prompt", prompt).tolist()
+    if not tokens:
+        raise ValueError("prompt must have at least one token, got []")
+    num_beams = as_integer("num_beams", num_beams, at_least=1)
+    max_new_tokens = as_integer("max_new_tokens", max_new_tokens, at_least=1)
+    stops = frozenset(as_integers("stop_tokens", stop_tokens).tolist())
+    search = _Search(num_beams, stops, length_penalty, cache.device)
+    seqs = [cache.add(tokens, namespace)]
+    del tokens[: cache.length(seqs[0])]
     try:
         for _ in range(max_new_tokens):
             parents = search.extend(_run(cache, model, seqs, tokens))
@@ -88,6 +91,7 @@ def _run(cache: PagedKVCache, model: Model, seqs: list[int], tokens: list[int]) 
     try:
         padding = [0] * (len(batch.positions) - len(tokens))
         logits = model(unbacked(to_device(torch.tensor(tokens + padding, device="cpu"), cache.device)), batch)
+        check_logits(logits, batch)
     except BaseException:
         cache.rollback(batch)
         raise

@@ -14,7 +14,7 @@ from torch_paged.cache import PagedKVCache
 from torch_paged.memory.arrays import as_integer
 from torch_paged.serving.plan import Plan
 from torch_paged.serving.requests import Generation, Request, Sample, TokenLogprobs
-from torch_paged.serving.sampling import Drawn, Rules, draw, rules_of, to_device
+from torch_paged.serving.sampling import Drawn, Rules, check_logits, draw, rules_of, to_device
 from torch_paged.serving.scheduler import Load, Scheduler
 from torch_paged.serving.stream import Piece, Stream
 from torch_paged.serving.text import Decode, TextStop
@@ -65,6 +65,10 @@ class Engine:
         ahead: bool | None = None,
         **options: Any,
     ) -> None:
+        if not callable(model):
+            raise TypeError(f"model must be callable, got {model!r}")
+        if decode is not None and not callable(decode):
+            raise TypeError(f"decode must be callable, got {decode!r}")
         self._scheduler = Scheduler(cache, **options)
         self._model = model
         self._decode = decode
@@ -88,8 +92,11 @@ class Engine:
         """Queue a request. One that can never fit is finished at once, see `Generation.error`.
 
         Raises:
+            TypeError: it is no Request.
             ValueError: it has stop strings, and the engine no `decode`; its prompt has tokens not below `vocab_size`.
         """
+        if not isinstance(request, Request):
+            raise TypeError(f"request must be a Request, got {request!r}")
         if request.stop_strings and self._decode is None:
             raise ValueError("stop_strings need an Engine with decode=, which turns tokens into text")
         if self._vocab_size is not None and max(request.prompt) >= self._vocab_size:
@@ -146,6 +153,7 @@ class Engine:
         If the model raises, so does this, and the step is undone: nothing is lost, and the next call tries again.
 
         Raises:
+            TypeError: the model does not return a tensor.
             ValueError: the logits have a wrong shape; or sequences of others take all rows of the cache.
         """
         while len(self._launched) > self._ahead:  # where the results of one could not be had
@@ -164,11 +172,7 @@ class Engine:
     def _launch(self, plan: Plan) -> _Launched:
         batch = plan.batch
         logits = self._model(unbacked(self._tokens(plan)), batch)
-        if logits.ndim != 2 or len(logits) != len(batch.last_token):
-            raise ValueError(
-                f"the model must return logits [num_seqs, vocab_size] of the rows batch.last_token, expected "
-                f"{len(batch.last_token)} rows, got shape {list(logits.shape)}"
-            )
+        check_logits(logits, batch)
         drawn = draw(logits, batch.seq_lens, self._rules_of(plan.samples, len(logits)))
         host = drawn.to_host()
         arrived = None
@@ -186,7 +190,8 @@ class Engine:
             return before.drawn.tokens
         padded = len(plan.batch.positions)
         known = plan.tokens()
-        host = torch.tensor(known + [0] * (padded - len(known)), dtype=torch.int64, device="cpu")
+        host = torch.zeros(padded, dtype=torch.int64, device="cpu")
+        host.numpy()[: len(known)] = known
         tokens = to_device(host, self._device)
         if before is None:
             return tokens

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import numbers
 import secrets
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 from torch_paged.memory.arrays import as_integer, as_integers
@@ -103,10 +103,12 @@ class Request:
     def __post_init__(self) -> None:
         prompt = as_integers("prompt", self.prompt)
         _require(len(prompt) > 0, "prompt must have at least one token", prompt.tolist())
-        _require(prompt.min() >= 0, "prompt must be token ids of at least 0", prompt.min())
+        _require(prompt.min() >= 0, "prompt must be token ids of at least 0", int(prompt.min()))
         _require(not isinstance(self.stop_strings, str), "stop_strings must be a list of strings", self.stop_strings)
         if not isinstance(self.sampling, Sampling):
             raise TypeError(f"sampling must be a Sampling, got {self.sampling!r}")
+        if not isinstance(self.stop_strings, Iterable):
+            raise TypeError(f"stop_strings must be a list of strings, got {self.stop_strings!r}")
         stop_strings = tuple(self.stop_strings)
         if not all(isinstance(stop, str) for stop in stop_strings):
             raise TypeError(f"stop_strings must be strings, got {stop_strings!r}")
@@ -153,14 +155,13 @@ class Sample:
             "error".
         error: what went wrong, with the finish reason "error".
         seq: its sequence in the cache, -1 without one.
-        length: tokens that exist, on the device or here.
         cached: tokens that the cache holds, those of launched steps included.
         forks: the samples that part from this one when its prompt is read, all but the last token.
     """
 
     __slots__ = (
-        "cached", "error", "finish_reason", "forks", "generation", "index", "key", "length", "limit", "logprobs",
-        "row", "seed", "seq", "state", "stop_tokens", "text", "tokens",
+        "cached", "error", "finish_reason", "forks", "generation", "index", "key", "limit", "logprobs", "row", "seed",
+        "seq", "state", "stop_tokens", "text", "tokens", "wants_logprobs",
     )  # fmt: skip
 
     def __init__(self, generation: Generation, index: int, seed: int) -> None:
@@ -169,13 +170,13 @@ class Sample:
         self.index = index
         self.seed = _signed(_mix(seed + index * 0x9E3779B97F4A7C15))
         self.tokens = list(request.prompt)
+        self.wants_logprobs = request.sampling.logprobs is not None
         self.logprobs: list[TokenLogprobs] = []
         self.text: TextStop | None = None
         self.finish_reason: str | None = None
         self.error: BaseException | None = None
         self.stop_tokens = frozenset(request.stop_tokens)
-        self.length = len(self.tokens)
-        self.limit = self.length + request.max_new_tokens
+        self.limit = len(self.tokens) + request.max_new_tokens
         self.cached = 0
         self.seq = -1
         self.row = -1
@@ -189,15 +190,29 @@ class Sample:
         return self.tokens[len(self.generation.request.prompt) :]
 
     @property
+    def length(self) -> int:
+        """Tokens that exist, on the device or here: who has read all that is known here has written one more."""
+        return max(len(self.tokens), self.cached + 1)
+
+    @property
     def unread(self) -> int:
         """Tokens that the next steps shall read. The last one of a prompt is left for each fork to read."""
         return self.length - self.cached - bool(self.forks)
 
-    def write(self, token: int, logprobs: TokenLogprobs | None) -> str | None:
-        """Append a token that was drawn; the reason to end, if there is one."""
+    @property
+    def decodes(self) -> bool:
+        """Whether it has read all but its last token, and writes further ones."""
+        return not self.forks and len(self.tokens) <= self.cached + 1 < self.limit
+
+    def write(self, token: int, logprobs: TokenLogprobs | None) -> None:
+        """Append a token that was drawn."""
         self.tokens.append(token)
-        if logprobs is not None and self.generation.request.sampling.logprobs is not None:
+        if logprobs is not None and self.wants_logprobs:
             self.logprobs.append(logprobs)
+
+    def reason_to_end(self) -> str | None:
+        """Look at the token appended last, once: the reason to end, if there is one."""
+        token = self.tokens[-1]
         if token in self.stop_tokens:
             return "stop"
         try:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch_paged.memory import OutOfBlocks
 from torch_paged.serving.requests import Sample
 from torch_paged.serving.waiting import WaitingQueue
+from torch_paged.serving.writers import Writers
 
 Blocks = NDArray[np.int64]  # of each group of layers
 _FAILED_SWAP = (RuntimeError, MemoryError)  # of a device, of the blocks, of the host's memory
@@ -28,17 +29,22 @@ class Residents:
     leader has yet to read the prompt) or "finished".
 
     Attributes:
-        running: in the order in which they were let in.
-        queue: the others.
+        queue: of those that wait.
+        writers: the running samples that decode, as far as `parts` has looked.
         preemptions: how often a running sample gave way.
+        changed: whether `parts` has to look at the running samples again: some have come, or have read all they had to,
+            or a step has drawn the last token of some.
     """
 
     def __init__(
         self, cache: Any, policy: str, max_running: int, chunk: int, watermark: float, patience: float
     ) -> None:
-        self.running: list[Sample] = []
         self.queue = WaitingQueue(patience)
         self.preemptions = 0
+        self.changed = False
+        self.writers = Writers.of([])
+        self._others: list[Sample] = []  # the other running ones
+        self._readers: list[Sample] = []  # of these, see `parts`
         self._cache = cache
         self._block_size: int = cache.block_size
         self._policy = policy
@@ -52,12 +58,45 @@ class Residents:
                 for window in (group.sliding_window for group in cache.groups)
             ]
         )
+        self._nothing = np.zeros_like(self._sizes)
+        self._unlimited = np.full_like(self._sizes, np.iinfo(np.int64).max // 2)
         self._running_rows = 0  # of the cache, those of forks to come included
         self._swapped_rows = 0
+        self._refused: tuple[Sample, Blocks] | None = None  # who did not fit last, and the room that there was
         self._crowded = False  # since one gave way, none has ended: who is let in would be the next to give way
 
-    def blocks(self, tokens: int, cached: int = 0) -> Blocks:
-        """Blocks of each group of layers that so many tokens take at most, on top of those `cached`."""
+    @property
+    def running(self) -> list[Sample]:
+        """In no order."""
+        return [*self.writers.samples, *self._others]
+
+    def parts(self) -> tuple[Writers, list[Sample]]:
+        """The running samples that decode, and those that have something of their prompts to read, the least key first.
+
+        Who draws its last token, on the device, belongs to neither.
+        """
+        if self.changed:
+            self.changed = False
+            leaving = self.writers.at_limit(self.writers.steps)
+            joining = [sample for sample in self._others if sample.decodes]
+            self._others = [sample for sample in self._others if not sample.decodes]
+            self._others += [self.writers.samples[place] for place in leaving]
+            self.writers = self.writers.followed_by(leaving, joining)
+            readers = [sample for sample in self._others if sample.forks or sample.cached + 1 < len(sample.tokens)]
+            self._readers = sorted(readers, key=lambda sample: sample.key)
+        return self.writers, self._readers
+
+    def start_over(self) -> None:
+        """A step was undone: `parts` has to look at everybody again."""
+        self._others = self.running
+        self.writers = Writers.of([])
+        self.changed = True
+
+    def blocks(self, tokens: Any, cached: int = 0) -> Blocks:
+        """Blocks of each group of layers that so many tokens take at most, on top of those `cached`.
+
+        `tokens`: an int, or an array [n, 1] of them.
+        """
         full = -(-tokens // self._block_size) - -(-cached // self._block_size)
         blocks: Blocks = np.minimum(full, self._most)
         return blocks
@@ -84,30 +123,35 @@ class Residents:
         Raises:
             ValueError: nothing runs, and others hold all rows of the cache.
         """
-        head = self.queue.head()
-        nothing = np.zeros_like(self._sizes)
+        head, nothing = self.queue.head(), self._nothing
         if head is None or (self._crowded and self.running) or not self._has_rows(head):
             return [], nothing
         room = self._room(head) - outstanding
+        if self._refused is not None and self._refused[0] is head and (room <= self._refused[1]).all():
+            return [], nothing
         needed = self._swap_in(head, room, in_flight) if head.seq >= 0 else self._add(head, room, in_flight)
         if needed is None:
             return [], nothing
         self.queue.pop()
         head.state = "running"
         self._running_rows += _rows(head)
-        self.running.append(head)
+        self._others.append(head)
+        self.changed = True
         return [head, *self.part_forks(head)], needed
 
-    def _room(self, head: Sample) -> NDArray[np.float64]:
+    def look_again(self) -> None:
+        """Prompts were read: whoever did not fit may share their blocks."""
+        self._refused = None
+
+    def _room(self, head: Sample) -> Blocks:
         """Blocks of each group that admission may give to the head of the queue."""
-        unlimited = np.full(len(self._sizes), np.inf)
         if not self.running:
-            return unlimited  # what does not fit even so fits never
+            return self._unlimited  # what does not fit even so fits never
         if self._policy == "wait":
-            promised = sum(self._most_blocks(sample) for sample in [*self.running, head])
-            return unlimited if (promised <= self._sizes - self._reserve).all() else -unlimited
-        room: NDArray[np.float64] = np.array([float(group.num_free_blocks) for group in self._cache.groups])
-        room -= self._reserve
+            promised = self.blocks(self.writers.limits[:, None] - 1).sum(axis=0)
+            promised = promised + sum(map(self._most_blocks, [*self._others, head]))
+            return self._unlimited if (promised <= self._sizes - self._reserve).all() else -self._unlimited
+        room: Blocks = np.array([group.num_free_blocks for group in self._cache.groups]) - self._reserve
         return room
 
     def _has_rows(self, head: Sample) -> bool:
@@ -124,7 +168,7 @@ class Residents:
         self.release(swapped[-lacking:])
         return True
 
-    def _add(self, head: Sample, room: NDArray[np.float64], in_flight: bool) -> Blocks | None:
+    def _add(self, head: Sample, room: Blocks, in_flight: bool) -> Blocks | None:
         """Give a sample a new sequence; the blocks that it needs on top of its cached prefix."""
         try:
             seq = self._cache.add(head.tokens, head.generation.request.namespace)
@@ -136,11 +180,12 @@ class Residents:
         needed = self.blocks(head.length, cached) + len(head.forks)
         if (needed > room).any():
             self._cache.free(seq)
+            self._refused = head, room
             return None
         head.seq, head.cached = seq, cached
         return needed
 
-    def _swap_in(self, head: Sample, room: NDArray[np.float64], in_flight: bool) -> Blocks | None:
+    def _swap_in(self, head: Sample, room: Blocks, in_flight: bool) -> Blocks | None:
         if (self.blocks(head.length) > room).any():
             return None
         try:
@@ -162,6 +207,7 @@ class Residents:
         if not sample.forks or sample.unread > 0:
             return []
         forks, sample.forks = sample.forks, []
+        self.changed = True
         try:
             seqs = self._cache.fork(sample.seq, len(forks))
         except ValueError:  # others have taken the cache's rows
@@ -172,7 +218,7 @@ class Residents:
             return []
         for fork, seq in zip(forks, seqs, strict=True):
             fork.seq, fork.cached, fork.state = seq, sample.cached, "running"
-        self.running += forks
+        self._others += forks
         return forks
 
     def make_room(self, shortage: OutOfBlocks) -> Sample | None:
@@ -237,7 +283,11 @@ class Residents:
         self._forget_gone()
 
     def _forget_gone(self) -> None:
-        self.running = [sample for sample in self.running if sample.state == "running"]
+        gone = [place for place, sample in enumerate(self.writers.samples) if sample.state != "running"]
+        if gone:
+            self.writers = self.writers.followed_by(gone, [])
+        self._others = [sample for sample in self._others if sample.state == "running"]
+        self._readers = [sample for sample in self._readers if sample.state == "running"]
 
 
 def _rows(sample: Sample) -> int:

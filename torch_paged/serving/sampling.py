@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from torch_paged.batch import PagedBatch
 from torch_paged.serving.requests import Sample, Sampling
 
 _SMALLEST_TEMPERATURE = 1e-5  # below, a logit's quotient could overflow
@@ -55,6 +56,16 @@ class Drawn(NamedTuple):
         """On their way to the host, which has to wait for them."""
         parts = (None if part is None else part.to("cpu", non_blocking=True) for part in self)
         return Drawn(*parts)  # type: ignore[arg-type]
+
+
+def check_logits(logits: Any, batch: PagedBatch) -> None:
+    """Raise TypeError or ValueError unless they are what a model owes: [rows of `batch.last_token`, vocab_size]."""
+    rule = "the model must return logits [num_seqs, vocab_size] of the rows batch.last_token"
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{rule}, got {type(logits).__name__}")
+    rows = len(batch.last_token)
+    if logits.ndim != 2 or len(logits) != rows or not logits.shape[1]:
+        raise ValueError(f"{rule}, expected {rows} rows, got shape {list(logits.shape)}")
 
 
 def draw(logits: Tensor, positions: Tensor, rules: Rules) -> Drawn:

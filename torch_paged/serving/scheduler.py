@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from torch_paged.memory import OutOfBlocks
 from torch_paged.memory.arrays import as_integer
-from torch_paged.serving.plan import Plan
+from torch_paged.serving.plan import Chunk, Plan
 from torch_paged.serving.requests import Generation, Sample, TokenLogprobs
 from torch_paged.serving.residents import Residents
+from torch_paged.serving.writers import Writers
 
 POLICIES = ("wait", "recompute", "swap")
 
@@ -132,6 +134,8 @@ class Scheduler:
             sample.end(reason, error)
         if ending:
             self._residents.end(ending)
+            for plan in self.open_plans:
+                plan.writers.whole &= plan.writers is self._residents.writers
 
     def fail(self, error: BaseException) -> None:
         """End everything with an error."""
@@ -141,49 +145,51 @@ class Scheduler:
         """Open the next step. None: there is nothing to do before the open ones end, or nothing at all."""
         gave_way = False
         while True:
-            samples, counts, writes = self._select(admit=not gave_way)
-            if not samples:
+            writers, chunks = self._select(admit=not gave_way)
+            if not (writers or chunks):
                 return None
             try:
-                batch = self._cache.prepare([sample.seq for sample in samples], counts)
+                batch = self._prepare(writers, chunks)
             except OutOfBlocks as shortage:
                 if self.open_plans:
                     return None  # their ends free blocks perhaps, and nobody gives way while in flight
                 self._make_room(shortage)
                 gave_way = True
                 continue
-            plan = Plan(batch, samples, counts, [sample.cached for sample in samples], writes)
-            _account(plan)
+            plan = Plan(batch, writers, chunks)
             self.open_plans.append(plan)
+            if plan.changes_writers:
+                self._residents.changed = True
             return plan
 
-    def _select(self, admit: bool) -> tuple[list[Sample], int | list[int], list[bool] | None]:
-        """Who takes part, how many tokens each reads, and who has read all then: as in Plan."""
-        samples, reading = [], []
-        for sample in self._residents.running:
-            if sample.length < sample.limit:
-                if sample.length - sample.cached == 1 and not sample.forks:
-                    samples.append(sample)
-                else:
-                    reading.append(sample)
-        if not reading and not (admit and len(self._residents.queue)):
-            return samples, 1, None
-        chunks = _Chunks(samples, self._budget)
-        reading.sort(key=lambda sample: sample.key)
-        chunks.take(reading)
-        outstanding = self._residents.blocks(0)
-        for sample in reading:
-            outstanding += self._residents.blocks(sample.length, sample.cached)
-        while admit and chunks.budget > 0:
-            admitted, needed = self._residents.admit(outstanding, bool(self.open_plans))
+    def _select(self, admit: bool) -> tuple[Writers, list[Chunk]]:
+        """Who takes part: as in Plan."""
+        residents = self._residents
+        writers, readers = residents.parts()
+        chunks: list[Chunk] = []
+        budget = self._budget - len(writers)
+        outstanding = residents.blocks(0)
+        for sample in readers:
+            budget = _take(sample, budget, chunks)
+            outstanding = outstanding + residents.blocks(sample.length, sample.cached)
+        while admit and budget > 0 and len(residents.queue):
+            admitted, needed = residents.admit(outstanding, bool(self.open_plans))
             if not admitted:
                 break
-            outstanding += needed
-            chunks.take(admitted)
-        if len(chunks.counts) == chunks.num_writers:
-            return samples, 1, None
-        writes = [n == sample.length - sample.cached for sample, n in zip(samples, chunks.counts, strict=True)]
-        return samples, chunks.counts, writes
+            outstanding = outstanding + needed
+            for sample in admitted:
+                budget = _take(sample, budget, chunks)
+        return writers, chunks
+
+    def _prepare(self, writers: Writers, chunks: list[Chunk]) -> Any:
+        if not chunks:
+            return self._cache.prepare(writers.seqs, 1)
+        seqs = [chunk.sample.seq for chunk in chunks]
+        counts = [chunk.size for chunk in chunks]
+        return self._cache.prepare(
+            np.concatenate([writers.seqs, np.array(seqs)]),
+            np.concatenate([np.ones(len(writers), dtype=np.int64), np.array(counts)]),
+        )
 
     def _make_room(self, shortage: OutOfBlocks) -> None:
         alone = self._residents.make_room(shortage)
@@ -195,10 +201,8 @@ class Scheduler:
         """Roll back the newest open plan, after the model raised for instance: its samples are as before it."""
         self._cache.rollback(plan.batch)
         self.open_plans.pop()
-        for row, (sample, start) in enumerate(zip(plan.samples, plan.starts, strict=True)):
-            if sample.finish_reason is None:
-                sample.cached = start
-                sample.length -= plan.writes is None or plan.writes[row]
+        plan.undo()
+        self._residents.start_over()
 
     def complete(self, plan: Plan, drawn: Sequence[int], logprobs: Sequence[TokenLogprobs] | None = None) -> None:
         """End the oldest open plan: whoever has read all gets the token that was drawn.
@@ -210,49 +214,19 @@ class Scheduler:
         """
         self._cache.commit(plan.batch, plan.tokens())  # what is unknown still was read for samples that have ended
         self.open_plans.popleft()
-        ended: dict[str, list[Sample]] = {}
-        everybody, nothing = itertools.repeat(True), itertools.repeat(None)
-        rows = zip(plan.samples, plan.writes or everybody, drawn, logprobs or nothing, strict=False)
-        for sample, writes, token, logprob in rows:
-            if writes and sample.finish_reason is None:
-                reason = sample.write(token, logprob)
-                if reason is not None:
-                    ended.setdefault(reason, []).append(sample)
-        for reason, samples in ended.items():
+        for reason, samples in plan.write(drawn, logprobs).items():
             self.finish(samples, reason)
-        if plan.writes is not None:
-            for sample in plan.samples:
-                if sample.finish_reason is None:
-                    self._residents.part_forks(sample)
+        if plan.chunks:
+            self._residents.look_again()
+        for sample, _, _, _ in plan.chunks:
+            if sample.finish_reason is None:
+                self._residents.part_forks(sample)
 
 
-class _Chunks:
-    """Tokens that samples read in a step, one for each of those given at first."""
-
-    def __init__(self, samples: list[Sample], budget: int) -> None:
-        self.samples = samples
-        self.counts = [1] * len(samples)
-        self.num_writers = len(samples)
-        self.budget = budget - len(samples)
-
-    def take(self, samples: list[Sample]) -> None:
-        """Give each of these a chunk of what it has not read, as far as the budget goes."""
-        for sample in samples:
-            count = min(sample.unread, self.budget)
-            if count > 0:
-                self.samples.append(sample)
-                self.counts.append(count)
-                self.budget -= count
-
-
-def _account(plan: Plan) -> None:
-    """Note that a plan was opened: what it reads counts as cached, and what it writes exists."""
-    if plan.writes is None:
-        for sample in plan.samples:
-            sample.cached += 1
-            sample.length += 1
-        return
-    assert isinstance(plan.counts, list)
-    for sample, count, writes in zip(plan.samples, plan.counts, plan.writes, strict=True):
-        sample.cached += count
-        sample.length += writes
+def _take(sample: Sample, budget: int, chunks: list[Chunk]) -> int:
+    """Let a sample read as much as the budget allows of what it has not read; what is left of the budget."""
+    count = min(sample.unread, budget)
+    if count > 0:
+        chunks.append(Chunk(sample, sample.cached, count, count == sample.length - sample.cached))
+        budget -= count
+    return budget

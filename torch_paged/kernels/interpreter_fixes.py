@@ -1,4 +1,4 @@
-"""Mends Triton 3.6's interpreter, for tests: import this before the first interpreted launch.
+"""Mends Triton 3.6's interpreter, under TRITON_INTERPRET=1 alone and before the first launch.
 
 The faults, none of which a GPU has:
 
@@ -119,7 +119,7 @@ def _patch_with_index(tensor: Any, scope: Any) -> None:
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
 
-class _LaunchScope(interpreter._LangPatchScope):
+class _LaunchScope(interpreter._LangPatchScope):  # type: ignore[misc]
     """What a launch has replaced, of which the functions that it calls replace nothing again."""
 
     def restore(self) -> None:

@@ -1,0 +1,115 @@
+"""Deals long prompts out in rounds, so that all programs read the keys of few heads at a time.
+
+With one piece of the row of all units for each program (see `schedule`), programs would together stand in every head of
+every sequence at once, and the L2 cache would have to hold the keys of all. So the row is cut into rounds, and every
+program has a piece of each. Pieces end between two units, and may be up to a unit too long or too short, but for those
+of the last round, which are cut inside units and make up for that.
+
+    row       |------ round 0 ------|------ round 1 ------|--------------- last round --------------|
+    programs  |  0  |  1  |  2  | 3 |  0  | 1 |  2  |  3  |     0     |      1      |   2   |   3   |
+"""
+
+import triton
+import triton.language as tl
+
+from torch_paged.kernels.attention_rows import tiles_of_keys
+from torch_paged.kernels.schedule import (
+    SEQUENCES,
+    all_work,
+    equal_share,
+    key_count,
+    locate,
+    next_sequence,
+    query_range,
+    query_tiles,
+    tile_at,
+)
+
+
+@triton.jit(
+    do_not_specialize=["num_tokens", "num_seqs", "num_kv_heads", "max_keys", "programs", "rounds"],
+    do_not_specialize_on_alignment=["seq_lens", "cu_seqlens_q"],
+)
+def begin_rounds(
+    seq_lens, cu_seqlens_q, starts, num_tokens, num_seqs, num_kv_heads, max_keys, programs, rounds, V: tl.constexpr
+):
+    """Writes where pieces of all rounds but the last begin, and where that one does: offsets in the row of all units.
+
+    Grid: one program for each of the `(rounds - 1) * programs + 1` offsets, int64. If units are so long that pieces
+    would be shorter than one, there are fewer rounds, and the others' pieces are empty.
+    """
+    total, longest = all_work(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
+    fits = total.to(tl.float32) / tl.maximum(longest * programs, 1).to(tl.float32)
+    rounds = tl.maximum(tl.minimum(rounds, fits.to(tl.int32)), 1)
+    # The last round is as long as two of the others.
+    share = (total.to(tl.float32) / (rounds + 1).to(tl.float32) / programs.to(tl.float32)).to(tl.int64)
+    number = tl.program_id(0)
+    offset = tl.minimum(number, (rounds - 1) * programs) * share
+    _, _, inside, _, _ = locate(offset, offset, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
+    tl.store(starts + number, offset - inside)
+
+
+@triton.jit
+def _last_piece(starts, total, programs, rounds, PROGRAMS: tl.constexpr, V: tl.constexpr):
+    """Begin and end of this program's piece in the last round."""
+    others = tl.arange(0, PROGRAMS)
+    given = tl.zeros([PROGRAMS], tl.int64)
+    for before in range(rounds - 1):
+        start = starts + before * programs + others
+        given += tl.load(start + 1, mask=others < programs, other=0) - tl.load(start, mask=others < programs, other=0)
+    share = (total.to(tl.float32) / programs.to(tl.float32)).to(tl.int64)
+    due = tl.where(others < programs, tl.maximum(share - given, V.least_work), 0)
+    start = tl.load(starts + (rounds - 1) * programs)
+    scale = (total - start).to(tl.float32) / tl.sum(due).to(tl.float32)
+    begin = tl.sum(tl.where(others < tl.program_id(0), due, 0))
+    end = tl.sum(tl.where(others <= tl.program_id(0), due, 0))
+    begin = tl.minimum(start + (begin.to(tl.float32) * scale).to(tl.int64), total)
+    end = tl.minimum(start + (end.to(tl.float32) * scale).to(tl.int64), total)
+    return begin, tl.where(tl.program_id(0) == programs - 1, total, end)
+
+
+@triton.jit(
+    do_not_specialize=["num_tokens", "num_seqs", "num_kv_heads", "max_keys"],
+    do_not_specialize_on_alignment=["seq_lens", "cu_seqlens_q"],
+)
+def deal_pieces(
+    seq_lens, cu_seqlens_q, starts, pieces, num_tokens, num_seqs, num_kv_heads, max_keys,
+    PROGRAMS: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    """Writes what `deal` says to `pieces`, int32 `[programs, rounds, 5]`, without units of which a program has no tile.
+
+    Grid: (programs of attention, rounds). A single round needs no `starts` (see `begin_rounds`). PROGRAMS is a power of
+    two that is no less than programs.
+    """
+    program, turn = tl.program_id(0), tl.program_id(1)
+    programs, rounds = tl.num_programs(0), tl.num_programs(1)
+    total, _ = all_work(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
+    if rounds == 1:
+        begin, end = equal_share(total, V)
+    elif turn < rounds - 1:
+        begin = tl.load(starts + turn * programs + program)
+        end = tl.load(starts + turn * programs + program + 1)
+    else:
+        begin, end = _last_piece(starts, total, programs, rounds, PROGRAMS, V)
+    sequence, unit, inside, units, end_tile = locate(
+        begin, end, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V
+    )
+    first = tile_at(inside, V)
+    _, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
+    keys = key_count(sequence, seq_lens, num_seqs, max_keys)
+    tiles = tl.maximum(query_tiles(queries, V), 1)
+    first_row = unit % tiles * V.block_m
+    key_tiles = tiles_of_keys(first_row, tl.minimum(queries * V.group - first_row, V.block_m), queries, keys, V)
+    if (units > 0) & (first >= tl.minimum(tl.where(units == 1, end_tile, key_tiles), key_tiles)):
+        first = first * 0
+        units -= 1
+        unit += 1
+        if unit >= tiles * num_kv_heads:
+            unit = unit * 0
+            sequence = next_sequence(sequence, tl.arange(0, SEQUENCES), cu_seqlens_q, num_tokens, num_seqs, V)
+    piece = pieces + 5 * (program * rounds + turn)
+    tl.store(piece, sequence)
+    tl.store(piece + 1, unit)
+    tl.store(piece + 2, first)
+    tl.store(piece + 3, units)
+    tl.store(piece + 4, end_tile)
