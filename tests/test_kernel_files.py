@@ -29,7 +29,7 @@ def test_functions_read_well(function):
     of = function.args
     assert len(of.posonlyargs + of.args + of.kwonlyargs) <= 25
     docstring = ast.get_docstring(function) or ""
-    if function.name in LAUNCHED - {"deal_pieces"}:  # whose grid is that of the kernel which takes its pieces
+    if function.name in LAUNCHED:
         assert "grid" in docstring.lower()
 
 

@@ -14,7 +14,7 @@ Flags = NDArray[np.bool_]
 
 
 def as_integers(name: str, values: Any) -> Ints:
-    """An int64 copy of a flat sequence, array or CPU tensor of integers, not to be written to; bytes are such a sequence."""
+    """An int64 copy, not to be written to, of a flat sequence (bytes too), array or CPU tensor of integers."""
     if type(values) is list and values and type(values[0]) is int:
         try:  # faster than NumPy alone, which looks for other types first
             return np.frombuffer(struct.pack(f"{len(values)}q", *values), dtype=np.int64)
