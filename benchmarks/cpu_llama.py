@@ -23,7 +23,8 @@ from torch._inductor import config as inductor
 from torch.nn import functional as F
 from transformers_llama import as_llama
 
-from torch_paged import PagedBatch, PagedKVCache, ops, unbacked
+from torch_paged import PagedBatch, PagedKVCache, append, ops, unbacked
+from torch_paged import attention as attend
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from model import Config, Decoder, rotary, rotate
@@ -51,7 +52,10 @@ class LastRows(Decoder):
         projections = (attention.query, normed[rows]), (attention.key, normed), (attention.value, normed)
         query, key, value = (project(x).unflatten(-1, (-1, self.config.head_dim)) for project, x in projections)
         query, key = rotate(query, tuple(part[rows] for part in rotation)), rotate(key, rotation)
-        attended = attention.kv(query, key, value, batch._replace(cu_seqlens_q=None))  # one query for each sequence
+        table, slots = batch.tables(attention.kv.group)
+        caches = attention.kv.key_cache, attention.kv.value_cache
+        append(key, value, *caches, slots)
+        attended = attend(query, *caches, table, batch.seq_lens)  # one query for each sequence
         hidden = hidden[rows] + attention.output(attended.flatten(-2))
         hidden = hidden + last.feed_forward(last.feed_forward_norm(hidden))
         return F.linear(self.norm(hidden), self.embedding.weight)
