@@ -121,7 +121,7 @@ def test_caches_at_other_addresses_are_found():
 
 
 @pytest.mark.parametrize(
-    "layout", ["odd-block", "tiny-block", "unaligned-rows", "expanded-heads"], ids=lambda layout: layout
+    "layout", ["odd-block", "tiny-block", "unaligned-rows", "unaligned-queries", "expanded-heads"], ids=str
 )
 def test_what_the_copy_engine_cannot_address_goes_to_the_general_kernel(layout):
     block_size = {"odd-block": 48, "tiny-block": 4}.get(layout, 16)
@@ -130,6 +130,8 @@ def test_what_the_copy_engine_cannot_address_goes_to_the_general_kernel(layout):
     caches = inputs.key_cache, inputs.value_cache
     if layout == "unaligned-rows":
         caches = tuple(torch.nn.functional.pad(cache, (0, 1))[..., :-1] for cache in caches)
+    elif layout == "unaligned-queries":
+        inputs = inputs._replace(query=torch.nn.functional.pad(inputs.query, (0, 1))[..., :-1])
     elif layout == "expanded-heads":
         caches = tuple(cache[:, :, :1].expand_as(cache) for cache in caches)
     inputs = inputs._replace(key_cache=caches[0], value_cache=caches[1])

@@ -176,6 +176,7 @@ PREFILL = replace(DECODE, num_tokens=4096, num_seqs=1)
         (dict(head_dim=80, value_dim=80), 0),
         (dict(itemsize=4), 0),
         (dict(copyable=False), 0),
+        (dict(aligned=False), 0),
         (dict(num_tokens=16), 0),
     ],
     ids=str,

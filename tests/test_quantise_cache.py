@@ -98,7 +98,8 @@ def test_negative_slots_are_skipped():
     cache = CACHE.clone()
     cache[-1, -1] = 1e9  # what an index of -1 would find
     assert torch.equal(calibrate_scales(cache, SLOTS, torch.int8), calibrate_scales(cache, SLOTS[:2], torch.int8))
-    for with_it, without in zip(*(quantise_cache(cache, each, torch.int8) for each in (SLOTS, SLOTS[:2])), strict=True):
+    far = torch.cat([SLOTS.new_tensor([-100]), SLOTS])
+    for with_it, without in zip(*(quantise_cache(cache, each, torch.int8) for each in (far, SLOTS[:2])), strict=True):
         assert torch.equal(with_it, without)
 
 

@@ -130,6 +130,12 @@ def test_it_serves_within_one_async_with():
             first = await collect(serving, [9])
         with pytest.raises(RuntimeError, match="serves within `async with` alone"):
             await collect(serving, [9])
+        await serving.__aenter__()
+        leaving = asyncio.create_task(serving.__aexit__(None, None, None))
+        await asyncio.sleep(0)
+        with pytest.raises(RuntimeError, match="cannot be entered twice at once"):
+            await serving.__aenter__()  # the step under way is not over
+        await leaving
         async with serving:
             return first, await collect(serving, [9])
 

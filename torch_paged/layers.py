@@ -69,8 +69,8 @@ class PagedKVLayer(nn.Module):
 
         Raises:
             TypeError: `batch` is no PagedBatch.
-            ValueError: query, key and value do not have the batch's rows; `sliding_window` is given, and is not the
-                layer's.
+            ValueError: query has more or fewer rows than a batch without `cu_seqlens_q` has tokens; `sliding_window` is
+                given, and is not the layer's.
         """
         return _append_and_attend(query, key, value, self.tensors(), batch, self.group, self.sliding_window, options)
 

@@ -99,6 +99,7 @@ def quantise_cache(
         IndexError: a slot past the cache.
     """
     _check(cache, slots, dtype)
+    slots = slots[slots >= 0]
     quantised = torch.zeros_like(cache, dtype=torch.uint8).view(dtype)
     name = "_cache" if scale is None else ""
     if scale is None:

@@ -37,7 +37,7 @@ def copy_rows(problem: Problem, device: Device, rows: int) -> int:
     """Keys of one copy where `attention_hopper` serves sequences of `rows` rows: a block, or a tile of one; 0: not."""
     dims = {problem.head_dim, problem.value_dim}
     hopper = device.capability == 90 and not device.amd
-    served = problem.plain and problem.copyable and problem.itemsize == 2 and dims <= HOPPER_DIMS
+    served = problem.plain and problem.aligned and problem.copyable and problem.itemsize == 2 and dims <= HOPPER_DIMS
     if not hopper or rows <= FEW_ROWS or not served:
         return 0
     tile, block = _hopper_tiles(problem).keys, problem.block_size

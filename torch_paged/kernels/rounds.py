@@ -36,7 +36,7 @@ def begin_rounds(
     """Writes where pieces of all rounds but the last begin, and where that one does: offsets in the row of all units.
 
     Grid: one program for each of the `(rounds - 1) * programs + 1` offsets, int64. If units are so long that pieces
-    would be shorter than one, there are fewer rounds, and the others' pieces are empty.
+    would be much shorter than one, there are fewer rounds, and the others' pieces are empty.
     """
     total, longest = all_work(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
     fits = total.to(tl.float32) / tl.maximum(longest * programs, 1).to(tl.float32)
@@ -76,7 +76,9 @@ def deal_pieces(
     seq_lens, cu_seqlens_q, starts, pieces, num_tokens, num_seqs, num_kv_heads, max_keys,
     PROGRAMS: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    """Writes what `deal` says to `pieces`, int32 `[programs, rounds, 5]`, without units of which a program has no tile.
+    """Writes the pieces to `pieces`, int32 `[programs, rounds, 5]`: sequence, unit, first tile, units, end in the last.
+
+    Units of which a program has no tile are not among them.
 
     Grid: (programs of attention, rounds). A single round needs no `starts` (see `begin_rounds`). PROGRAMS is a power of
     two that is no less than programs.

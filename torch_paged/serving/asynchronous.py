@@ -32,18 +32,23 @@ class AsyncEngine:
         self._inbox: list[Callable[[], None]] = []  # what is to be done with the engine between two steps
         self._wake = asyncio.Event()
         self._driver: asyncio.Task[None] | None = None
+        self._open = False  # whether the driver goes on and takes requests
 
     async def __aenter__(self) -> AsyncEngine:
         if self._driver is not None:
             raise RuntimeError("an AsyncEngine cannot be entered twice at once")
+        self._open = True
         self._driver = asyncio.create_task(self._drive())
         return self
 
     async def __aexit__(self, *_: object) -> None:
         assert self._driver is not None
-        driver, self._driver = self._driver, None
+        self._open = False
         self._wake.set()
-        await driver
+        try:
+            await self._driver
+        finally:
+            self._driver = None
 
     async def stream(self, request: Request) -> AsyncIterator[Piece]:
         """Submit a request: its tokens as they come. Closing the iterator, or cancelling its task, cancels the request.
@@ -52,7 +57,7 @@ class AsyncEngine:
             RuntimeError: outside of `async with`.
             Exception: what went wrong with the request, after the tokens that came before.
         """
-        if self._driver is None:
+        if not self._open:
             raise RuntimeError("an AsyncEngine serves within `async with` alone")
         client = _Client()
         self._do(lambda: self._begin(client, request))
@@ -86,7 +91,7 @@ class AsyncEngine:
     async def _drive(self) -> None:
         """Steps as long as there is something to do, until `__aexit__`."""
         with ThreadPoolExecutor(1, "torch_paged") as thread:
-            while self._driver is not None:
+            while self._open:
                 self._wake.clear()
                 self._settle()
                 if self._engine.busy:
