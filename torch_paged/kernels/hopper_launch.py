@@ -32,6 +32,7 @@ class HopperLauncher:
 
     def __init__(self, launch: AttentionLaunch) -> None:
         self._programs, self._rounds, self._rows = launch.programs, launch.rounds, launch.variant.copy_rows
+        self._partial = launch.partial_floats
         self._starts = (launch.rounds - 1) * launch.programs + 1
         constants, few_warps = dict(V=launch.variant), dict(num_warps=4, maxnreg=64)
         self._begin = Launcher(begin_rounds, (self._starts, 1, 1), constants, few_warps)
@@ -42,18 +43,20 @@ class HopperLauncher:
         self._maps: dict[Any, TensorDescriptor] = {}
 
     def __call__(
-        self, query: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, seq_lens: Tensor,
-        cu_seqlens_q: Tensor | None, output: Tensor, lse: Tensor, partial: Tensor, handoff: Tensor, scale: float,
+        self, query: Tensor, caches: tuple[Tensor, Tensor], block_table: Tensor, seq_lens: Tensor,
+        cu_seqlens_q: Tensor | None, _schedule: Tensor, _stamp: int, output: Tensor, lse: Tensor, workspace: Tensor,
+        scale: float,
         num_tokens: int, num_seqs: int, num_kv_heads: int, num_blocks: int, max_keys: int, query_strides: Any, *_: Any,
     ) -> None:  # fmt: skip
         batch = num_tokens, num_seqs, num_kv_heads, max_keys
+        partial, handoff = workspace, workspace[self._partial :].view(torch.int32)
         starts = handoff.new_empty(self._starts, dtype=torch.int64)
         if self._rounds > 1:
             self._begin(seq_lens, cu_seqlens_q, starts, *batch, self._programs, self._rounds)
         pieces = handoff.new_empty(5 * self._programs * self._rounds)
         self._deal(seq_lens, cu_seqlens_q, starts, pieces, *batch)
         self._attend(
-            query, self._map(key_cache), self._map(value_cache), block_table, seq_lens, cu_seqlens_q, pieces,
+            query, self._map(caches[0]), self._map(caches[1]), block_table, seq_lens, cu_seqlens_q, pieces,
             output, lse, partial, handoff, scale, num_tokens, num_seqs, num_kv_heads, num_blocks, max_keys,
             self._rounds, query_strides, block_table.stride(0),
         )  # fmt: skip

@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from torch_paged.kernels.attention_rows import tiles_of_keys
-from torch_paged.kernels.schedule import key_count, next_sequence, query_range, query_tiles
+from torch_paged.kernels.deal import key_count, next_sequence, query_range, query_tiles
 
 _copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name from Triton 3.9 on, and before
 

@@ -55,6 +55,7 @@ class Variant:
     rows_above: int  # serves the sequences of more rows than this ...
     rows_upto: int  # ... and at most as many as this
     unit_cost: int  # fixed cost of a unit, in keys times group
+    resident: int  # programs on a multiprocessor
     least_work: int  # work below which a program's piece is not divided further, in keys times group
     precision: str  # of float32 products: "ieee" is true float32
     has: Features
@@ -175,6 +176,7 @@ def _variant(problem: Problem, device: Device, tiles: Tiles, rows: int, above: i
         rows_above=above,
         rows_upto=upto,
         unit_cost=(4 if rows > FEW_ROWS else 2) * tiles.keys * group,
+        resident=tiles.resident,
         least_work=2 * tiles.keys * group,
         precision="ieee",
         has=_features(problem.features, device),

@@ -1,6 +1,6 @@
 """Deals long prompts out in rounds, so that all programs read the keys of few heads at a time.
 
-With one piece of the row of all units for each program (see `schedule`), programs would together stand in every head of
+With one piece of the row of all units for each program (see `deal`), programs would together stand in every head of
 every sequence at once, and the L2 cache would have to hold the keys of all. So the row is cut into rounds, and every
 program has a piece of each. Pieces end between two units, and may be up to a unit too long or too short, but for those
 of the last round, which are cut inside units and make up for that.
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from torch_paged.kernels.attention_rows import tiles_of_keys
-from torch_paged.kernels.schedule import (
+from torch_paged.kernels.deal import (
     SEQUENCES,
     all_work,
     equal_share,
@@ -38,7 +38,7 @@ def begin_rounds(
     Grid: one program for each of the `(rounds - 1) * programs + 1` offsets, int64. If units are so long that pieces
     would be much shorter than one, there are fewer rounds, and the others' pieces are empty.
     """
-    total, longest = all_work(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
+    total, longest, _ = all_work(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
     fits = total.to(tl.float32) / tl.maximum(longest * programs, 1).to(tl.float32)
     rounds = tl.maximum(tl.minimum(rounds, fits.to(tl.int32)), 1)
     # The last round is as long as two of the others.
@@ -85,9 +85,9 @@ def deal_pieces(
     """
     program, turn = tl.program_id(0), tl.program_id(1)
     programs, rounds = tl.num_programs(0), tl.num_programs(1)
-    total, _ = all_work(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
+    total, _, _ = all_work(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
     if rounds == 1:
-        begin, end = equal_share(total, V)
+        begin, end, _ = equal_share(total, V)
     elif turn < rounds - 1:
         begin = tl.load(starts + turn * programs + program)
         end = tl.load(starts + turn * programs + program + 1)
