@@ -1,7 +1,7 @@
 """Paged attention for many query rows on Hopper: warps that copy blocks, two warpgroups that multiply.
 
-The two share their code, where a program's units have few tiles and the code itself must be fetched again and again; or
-each has its own, and while one computes weights the other has the tensor cores.
+Either the two are one part and share their code, which suits units of few tiles, where the code itself must be fetched
+again and again; or they are two, each with its own code, and while one computes weights the other has the tensor cores.
 
 Computes what `attention` computes, dealt out as `rounds` says, and leaves its partial results to the same `combine`.
 Written in Gluon, as plain Triton cannot let the copy engine fill slices of one operand from several blocks, nor keep a

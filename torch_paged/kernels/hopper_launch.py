@@ -37,7 +37,7 @@ class HopperLauncher:
     def __init__(self, launch: AttentionLaunch) -> None:
         self._programs, self._rounds, self._rows = launch.programs, launch.rounds, launch.variant.copy_rows
         self._starts = max(launch.rounds - 1, 0) * launch.programs + 1
-        self._long_loop = LONG_LOOP if 1 in launch.forms else 0
+        self._long_loop = LONG_LOOP if len(launch.forms) > 1 else 0
         constants, few_warps = dict(V=launch.variant), dict(num_warps=4, maxnreg=64)
         self._begin = Launcher(begin_rounds, (self._starts, 1, 1), constants, few_warps)
         padded = dict(PROGRAMS=launch.padded_programs, **constants)

@@ -53,9 +53,10 @@ def _hopper_tiles(problem: Problem) -> Tiles:
 
 
 def forms(problem: Problem) -> tuple[int, ...]:
-    """The forms of `attention_hopper`, by their parts, of which one will be the fastest: the device knows which.
+    """Parts of the warps that multiply in the form of `attention_hopper` that is fastest, or in both if it may be either.
 
-    Short prompts run through all of the code for few tiles: half of it (1 part) takes less time to fetch.
+    Short prompts run through all of the code for few tiles: half of it, as one part needs, takes less time to fetch. Of
+    ragged batches the device alone knows what they are, if they have tokens enough for a long prompt (see `rounds`).
     """
     if problem.num_tokens >= LONG * max(problem.num_seqs, 1):
         return (2,)
