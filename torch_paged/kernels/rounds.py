@@ -7,12 +7,20 @@ of the last round, which are cut inside units and make up for that.
 
     row       |------ round 0 ------|------ round 1 ------|--------------- last round --------------|
     programs  |  0  |  1  |  2  | 3 |  0  | 1 |  2  |  3  |     0     |      1      |   2   |   3   |
+
+Rounds are for the form of the Hopper kernel that is faster where units have many tiles of keys. The other form, for
+short prompts, gets all of its work at once. Shapes alone do not tell many prompts from one long chunk beside many
+decodes: the host launches both forms then, and `deal_pieces`, which sees the lengths, gives everything to one of them.
+The other finds no units, and writes nothing.
+
+    turn      |  0: everything, for the form for short prompts  |  1: round 0  |  2: round 1  |  3: last round  |
 """
 
 import triton
 import triton.language as tl
 
 from torch_paged.kernels.attention_rows import tiles_of_keys
+from torch_paged.kernels.attention_state import write_sums
 from torch_paged.kernels.deal import (
     SEQUENCES,
     all_work,
@@ -68,29 +76,53 @@ def _last_piece(starts, total, programs, rounds, PROGRAMS: tl.constexpr, V: tl.c
     return begin, tl.where(tl.program_id(0) == programs - 1, total, end)
 
 
+@triton.jit
+def _has_long_loops(total, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, long_loop, V: tl.constexpr):
+    """Whether the units of the whole work have `long_loop` tiles of keys or more, on average."""
+    lane = tl.arange(0, SEQUENCES)
+    units = tl.zeros([SEQUENCES], tl.int64)
+    for first in range(0, num_seqs + 1, SEQUENCES):
+        _, queries = query_range(first + lane, cu_seqlens_q, num_tokens, num_seqs, V)
+        units += query_tiles(queries, V)
+    return total >= tl.sum(units) * num_kv_heads * (long_loop * V.tile * V.group + V.unit_cost)
+
+
+@triton.jit
+def _leave_nothing(partial, handoff, V: tl.constexpr):
+    """Empties what this program of attention leaves to others; they may look in its first slot for a part."""
+    program, lane = tl.program_id(0), tl.arange(0, V.block_m)
+    write_sums(partial, lane * 0.0 - float("inf"), lane * 0.0, 2 * program * V.block_m + lane, lane >= 0, V)
+    tl.store(handoff + program, 0)
+    tl.store(handoff + tl.num_programs(0) + program, -1)
+
+
 @triton.jit(
-    do_not_specialize=["num_tokens", "num_seqs", "num_kv_heads", "max_keys"],
+    do_not_specialize=["num_tokens", "num_seqs", "num_kv_heads", "max_keys", "long_loop"],
     do_not_specialize_on_alignment=["seq_lens", "cu_seqlens_q"],
 )
 def deal_pieces(
-    seq_lens, cu_seqlens_q, starts, pieces, num_tokens, num_seqs, num_kv_heads, max_keys,
+    seq_lens, cu_seqlens_q, starts, pieces, partial, handoff, num_tokens, num_seqs, num_kv_heads, max_keys, long_loop,
     PROGRAMS: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    """Writes the pieces to `pieces`, int32 `[programs, rounds, 5]`: sequence, unit, first tile, units, end in the last.
+    """Writes the pieces to `pieces`, int32 `[programs, turns, 5]`: sequence, unit, first tile, units, end in the last.
 
-    Units of which a program has no tile are not among them.
+    Turn 0 or all others have no units, by `long_loop`. Units of which a program has no tile are not among its piece's.
 
-    Grid: (programs of attention, rounds). A single round needs no `starts` (see `begin_rounds`). PROGRAMS is a power of
-    two that is no less than programs.
+    Grid: (programs of attention, turns: 1 and the rounds). A single round needs no `starts` (see `begin_rounds`).
+    PROGRAMS is a power of two that is no less than programs.
     """
     program, turn = tl.program_id(0), tl.program_id(1)
-    programs, rounds = tl.num_programs(0), tl.num_programs(1)
+    programs, rounds = tl.num_programs(0), tl.num_programs(1) - 1
+    if turn == 0:
+        _leave_nothing(partial, handoff, V)
     total, _, _ = all_work(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
-    if rounds == 1:
-        begin, end, _ = equal_share(total, V)
-    elif turn < rounds - 1:
-        begin = tl.load(starts + turn * programs + program)
-        end = tl.load(starts + turn * programs + program + 1)
+    in_rounds = (rounds > 0) & _has_long_loops(total, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, long_loop, V)
+    total = tl.where(in_rounds == (turn > 0), total, 0)
+    if (total == 0) | (turn == 0) | (rounds == 1):
+        begin, end, _near = equal_share(total, V)
+    elif turn < rounds:
+        begin = tl.load(starts + (turn - 1) * programs + program)
+        end = tl.load(starts + (turn - 1) * programs + program + 1)
     else:
         begin, end = _last_piece(starts, total, programs, rounds, PROGRAMS, V)
     sequence, unit, inside, units, end_tile = locate(
@@ -109,7 +141,7 @@ def deal_pieces(
         if unit >= tiles * num_kv_heads:
             unit = unit * 0
             sequence = next_sequence(sequence, tl.arange(0, SEQUENCES), cu_seqlens_q, num_tokens, num_seqs, V)
-    piece = pieces + 5 * (program * rounds + turn)
+    piece = pieces + 5 * (program * (rounds + 1) + turn)
     tl.store(piece, sequence)
     tl.store(piece + 1, unit)
     tl.store(piece + 2, first)
