@@ -219,8 +219,8 @@ def test_scheduling_kernels(job, workers):
     assert kernel.instructions["spill"] == 0, kernel
 
 
-# Registers and instructions without any option, of Triton 3.6: what options that are off may not add to. A schedule, and
-# pieces that end where units do, took 216 to 352 instructions outside the loops.
+# Registers and instructions without any option, of Triton 3.6, to which options that are off may not add. A schedule,
+# and pieces that end where units do, took 300 to 550 instructions outside the loops.
 PLAIN_LIMITS = {
     ("sm_80", "decode-bf16-dim128-block16-rows16"): (236, 2280),
     ("sm_90", "decode-bf16-dim128-block16-rows16"): (237, 2416),
