@@ -121,6 +121,17 @@ QUANTISING = [
     ]
 ]
 
+SCHEDULING = [
+    pytest.param((target, calls.schedule_launch, calls.shipped(target)[name]), id=f"{target}-{name}")
+    for target in aot.TARGETS
+    for name in (
+        "decode-bf16-dim128-block16-rows16",
+        "mixed-bf16-dim128-block16-rows16",
+        "window-sinks-decode-bf16-dim64-block16-rows16",
+    )
+    if name in calls.shipped(target)
+]
+
 
 @functools.cache
 def _workers():
@@ -202,14 +213,20 @@ def test_quantising_kernels(job, workers):
     assert kernel.registers <= 128, kernel
 
 
-# Registers and instructions without any option, of Triton 3.6: what options that are off may not add to. Decode keeps
-# sums of its rows apart until the end, for 12 to 14 registers.
+@pytest.mark.parametrize("job", SCHEDULING)
+def test_scheduling_kernels(job, workers):
+    (kernel,) = workers.submit(*job).result()
+    assert kernel.instructions["spill"] == 0, kernel
+
+
+# Registers and instructions without any option, of Triton 3.6: what options that are off may not add to. A schedule, and
+# pieces that end where units do, took 216 to 352 instructions outside the loops.
 PLAIN_LIMITS = {
-    ("sm_80", "decode-bf16-dim128-block16-rows16"): (232, 2024),
-    ("sm_90", "decode-bf16-dim128-block16-rows16"): (237, 2064),
-    ("sm_100", "decode-bf16-dim128-block16-rows16"): (237, 2064),
-    ("gfx942", "decode-bf16-dim128-block16-rows16"): (180, 2478),
-    ("sm_80", "prefill-fp16-dim64-block64-rows128"): (255, 2792),
+    ("sm_80", "decode-bf16-dim128-block16-rows16"): (236, 2280),
+    ("sm_90", "decode-bf16-dim128-block16-rows16"): (237, 2416),
+    ("sm_100", "decode-bf16-dim128-block16-rows16"): (237, 2416),
+    ("gfx942", "decode-bf16-dim128-block16-rows16"): (204, 2806),
+    ("sm_80", "prefill-fp16-dim64-block64-rows128"): (255, 2880),
 }
 
 

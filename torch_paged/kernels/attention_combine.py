@@ -35,9 +35,17 @@ def sums_in(workspace, V: tl.constexpr):
 
 @triton.jit
 def handoff_in(workspace, V: tl.constexpr):
-    """What each program leaves: whether a part of a unit that others begun, and which unit that it begun itself."""
+    """What programs leave: of a unit that others began, 0 nothing, 1 a part, 2 the last; the unit that each began."""
     behind = workspace + tl.num_programs(0) * (2 * V.block_m * (V.value_dim + 2))
     return behind.to(tl.pointer_type(tl.int32))
+
+
+@triton.jit
+def _left(handoff, others):
+    """What all programs leave of units that others began, and the unit that this one leaves to others."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    before = tl.load(handoff + others, mask=others < programs, other=0)
+    return before, tl.load(handoff + programs + program), tl.load(handoff + 2 * programs + program)
 
 
 @triton.jit(
@@ -55,18 +63,16 @@ def _combine(
     """
     DIM: tl.constexpr = V.value_dim
     WIDTH: tl.constexpr = V.value_width
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    handoff = scheduled_handoff(schedule)
+    program = tl.program_id(0)
+    others = tl.arange(0, PROGRAMS)
     if V.overlap:
         gdc_launch_dependents()
-    if not is_scheduled(schedule, stamp):
+    if is_scheduled(schedule, stamp):
+        left_before, sequence, unit = _left(scheduled_handoff(schedule), others)
+    else:
         if V.overlap:
             gdc_wait()
-        handoff = handoff_in(workspace, V)
-    others = tl.arange(0, PROGRAMS)
-    left_before = tl.load(handoff + others, mask=others < programs, other=0)
-    sequence = tl.load(handoff + programs + program)
-    unit = tl.load(handoff + 2 * programs + program)
+        left_before, sequence, unit = _left(handoff_in(workspace, V), others)
     if sequence < 0:
         return
     end = tl.min(tl.where((left_before == 2) & (others > program), others, PROGRAMS)) + 1

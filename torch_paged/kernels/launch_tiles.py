@@ -10,7 +10,7 @@ from torch_paged.kernels.problem import Device, Problem, split_dim
 FEW_ROWS = 64
 MANY_ROWS = 128
 LONG = 2048  # query tokens of a sequence, on average
-LONG_LOOP = 12  # tiles of keys that a unit of 128 rows has, on average
+LONG_LOOP = 7  # tiles of keys that a unit of 128 rows has, on average
 HOPPER_DIMS = {64, 128, 256}
 MOST_ROUNDS = 6
 MANY_UNITS = 128  # of decode: KV heads of all sequences
@@ -79,8 +79,8 @@ def max_registers(problem: Problem, device: Device, tiles: Tiles) -> int | None:
     if device.amd:
         return None
     if problem.itemsize == 4:
-        by_key = tiles.rows == 32 and tiles.keys == 16 and paging(problem.block_size, 16) == "any"
-        return 128 if by_key and device.capability < 90 else None
+        spared = tiles.rows == 32 and not 96 < max(problem.head_dim, problem.value_dim) <= 128
+        return 128 if spared and device.capability < 90 else None
     if tiles.num_warps > 4:
         return None
     return min(65536 // (32 * tiles.num_warps * tiles.resident) // 8 * 8, 255)
