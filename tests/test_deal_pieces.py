@@ -87,10 +87,12 @@ def check_covered(pieces, queries, keys, spare, heads, v):
     return whole
 
 
-@pytest.mark.parametrize(("programs", "rounds"), [(3, 0), (40, 0), (1, 1), (3, 1), (40, 1), (3, 2), (3, 5), (17, 3)])
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "all"])
+@pytest.mark.parametrize(
+    ("programs", "rounds", "causal"),
+    [(3, 0, True), (1, 1, True), (13, 1, True), (3, 2, False), (3, 4, True)],
+)
 @pytest.mark.parametrize("name", BATCHES)
-def test_every_tile_is_dealt_once(name, causal, programs, rounds):
+def test_every_tile_is_dealt_once(name, programs, rounds, causal):
     queries, keys = BATCHES[name]
     spare, heads = 3, 2
     v = variant_of(queries, keys, spare, heads, programs, causal)
@@ -115,12 +117,11 @@ def mean_loop(queries, keys, heads, v):
     return sum(tiles) / len(tiles) if tiles else 0
 
 
-@pytest.mark.parametrize("rounds", [1, 4])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(("rounds", "seed"), [(1, 0), (3, 1)])
 @pytest.mark.parametrize("name", SHAPES)
-def test_one_form_gets_everything(name, seed, rounds):
+def test_one_form_gets_everything(name, rounds, seed):
     """That for long loops, in its rounds, where units have many tiles of keys on average; nobody tells the host."""
-    chance, heads, programs, spare = random.Random(seed), 2, 5, seed % 2
+    chance, heads, programs, spare = random.Random(seed), 2, 4, seed
     queries, lengths = SHAPES[name]
     queries = chance.sample(queries, len(queries))
     keys = [max(count, chance.choice(lengths)) for count in queries]
@@ -147,10 +148,10 @@ def test_nothing_is_left_to_others_yet(long_loop):
     assert (sums[:, 0, :, 0] == -torch.inf).all() and (sums[:, 0, :, 1] == 0).all()
 
 
-@pytest.mark.parametrize("rounds", [1, 2, 4, 7])
+@pytest.mark.parametrize("rounds", [2, 7])
 def test_rounds_end_together(rounds):
     """All programs get as much, to a hundredth or two, though whole units alone are dealt at first."""
-    programs, heads = 6, 4
+    programs, heads = 5, 4
     queries = keys = [3000, 900]
     v = variant_of(queries, keys, 0, heads, programs)
     fixed = v.unit_cost // (v.tile * v.group)  # in tiles
