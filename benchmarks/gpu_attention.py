@@ -26,7 +26,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from attention_cases import CASES, ODD, ODD_PREFILL, Arguments, Case, make
-from gpu_peers import PEERS, absent
+from gpu_peers import PEERS, absent, versions
 from gpu_timing import ceilings, rotations, summary, timed
 
 from torch_paged.kernels.attention import launch_attention
@@ -208,6 +208,7 @@ def main() -> None:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "ceilings": ceilings(device, options.smoke),
+        "peers": versions(),
         "absent_peers": absent(),
         "cases": {},
     }
