@@ -39,11 +39,15 @@ WITH_PEERS = (
     "decode 1 x 4k",
     "decode 1 x 128k",
     "decode 256 x 128",
+    "decode ragged",
     "mha 16 x 2000, block 8",
+    "q 4, 32 x 8k",
+    "q 16, 32 x 8k",
     "prefill 8k",
     "prefill 8k, dim 64",
     "prefill 8k, dim 256",
     "prefill 32k",
+    "mixed",
 )
 
 
