@@ -254,7 +254,7 @@ def equal_share(total, V: tl.constexpr, alike=0):
         else:
             units = 1
     whole = _divided(total, count) * units
-    share = (whole.to(tl.float32) / parts.to(tl.float32)).to(tl.int64) + 1
+    share = (whole.to(tl.float32) / parts).to(tl.int64) + 1
     program = tl.program_id(0)
     before = program // parts * whole
     begin = tl.minimum(before + tl.minimum(program % parts * share, whole), total)
