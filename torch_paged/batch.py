@@ -72,6 +72,7 @@ class PagedBatch(NamedTuple):
 
     def with_schedule(self, schedule: Tensor, group: int = 0) -> PagedBatch:
         """The batch with a schedule for the layers of a group: see `PagedKVLayer.scheduled`."""
+        self.tables(group)  # which says so where there is no such group
         schedules = list(self.schedules or [None] * (1 + len(self.further_groups or ())))
         schedules[group] = schedule
         return self._replace(schedules=tuple(schedules))

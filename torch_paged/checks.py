@@ -90,6 +90,11 @@ def attention(
                 f"schedule must be int32 {list(SCHEDULE_SHAPE)}, as paged::schedule makes it, got {_form(schedule)}"
             ),
         )
+        strides = schedule.stride()
+        _require(
+            (strides[0] == SCHEDULE_SHAPE[1]) & (strides[1] == 1),
+            lambda: f"schedule must be contiguous, as paged::schedule makes it, got strides {list(strides)}",
+        )
 
 
 schedule = attention  # `paged::schedule` has the arguments of a call that it is for

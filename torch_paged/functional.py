@@ -166,12 +166,15 @@ def schedule(
     Layers share it: with `schedule=`, their calls need not find it out each by itself, and begin to fetch keys while
     the kernel before them ends. Where a call has nothing to share (on CPU, prefill on Hopper) it is zeros.
 
-    A call whose shapes, dtypes or options differ from those given here takes no notice of a schedule. Lengths are not
-    compared: `block_table`, `seq_lens` and `cu_seqlens_q` must not change between this call and the last that uses its
-    result. With other lengths attention's results are wrong, though nothing is read or written out of place.
+    A call that would be dealt out otherwise, for its shapes, dtypes or options, takes no notice of a schedule. Lengths
+    are not compared: `block_table`, `seq_lens` and `cu_seqlens_q` must not change, not in the same stream either,
+    between this call and the last that uses its result. With other lengths attention's results are wrong, some rows
+    perhaps not written, though nothing is read or written out of place. Another stream needs an event, as ever.
 
     Args:
-        query: as in `attention`. Only its shape, dtype and strides matter.
+        query, key_cache, value_cache: as in `attention`; only their shapes and dtypes matter. The
+            operator itself, `torch.ops.paged.schedule`, should be given stand-ins for caches that the same compiled
+            function writes, as this function does: torch.compile would copy them.
         the others: as in `attention`; values of `scale`, slopes, sinks and scales do not matter.
 
     Returns:
@@ -182,8 +185,8 @@ def schedule(
     """
     result: Tensor = _ops.schedule(
         query,
-        key_cache,
-        value_cache,
+        _stand_in(key_cache),
+        _stand_in(value_cache),
         block_table,
         seq_lens,
         cu_seqlens_q=cu_seqlens_q,
@@ -199,6 +202,11 @@ def schedule(
         value_scale_cache=value_scale_cache,
     )
     return result
+
+
+def _stand_in(cache: Tensor) -> Tensor:
+    """A cache of one block like those of `cache`."""
+    return torch.empty((1, *cache.shape[1:]), dtype=cache.dtype, device=cache.device)
 
 
 def merge_attention(output_a: Tensor, lse_a: Tensor, output_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

@@ -82,11 +82,18 @@ class PagedKVLayer(nn.Module):
         Args:
             batch: as the layers will take it.
             num_heads: query heads of each.
-            options: of their attention, as in `forward`.
+            options: exactly those of their attention, as in `forward`; layers that are called otherwise may take no
+                notice.
+
+        Raises:
+            TypeError: `batch` is no PagedBatch.
         """
+        if not isinstance(batch, PagedBatch):
+            raise TypeError(f"batch must be a PagedBatch, got {type(batch).__name__}")
         block_table, slot_mapping = batch.tables(self.group)
         key_cache, value_cache, options = _cache_options(self.tensors(), self.sliding_window, options)
-        query = key_cache.new_empty(slot_mapping.shape[0], num_heads, key_cache.shape[3], dtype=self._dtype)
+        shape = slot_mapping.shape[0], num_heads, key_cache.shape[3]
+        query = torch.empty(shape, dtype=self._dtype, device=key_cache.device)
         made = schedule(
             query,
             key_cache,

@@ -17,7 +17,7 @@ from torch_paged.kernels.attention_schedule import is_scheduled, scheduled_piece
 from torch_paged.kernels.attention_state import nothing_seen, write_output, write_partial, write_sums
 from torch_paged.kernels.attention_stored import normalise, static_scale
 from torch_paged.kernels.attention_tiles import attend, load_query, prefetch
-from torch_paged.kernels.deal import SEQUENCES, deal, key_count, next_sequence, query_range, query_tiles
+from torch_paged.kernels.deal import deal, following, key_count, query_range, query_tiles
 from torch_paged.kernels.launch_config import AttentionLaunch
 from torch_paged.kernels.storage import viewed
 from torch_paged.kernels.vectors import dense
@@ -63,16 +63,6 @@ def _of_head(caches, key_scale, value_scale, strides, head, V: tl.constexpr):
     if V.has.value.scale == "token":
         value_scales = value_scale + head.to(tl.int64) * strides[3][2]
     return key_cache, value_cache, key_scales, value_scales
-
-
-@triton.jit
-def following(sequence, unit, tiles, num_kv_heads, cu_seqlens_q, num_tokens, num_seqs, V: tl.constexpr):
-    """Sequence and number of the unit after one that has `tiles` others beside it in each head."""
-    unit += 1
-    if unit >= tiles * num_kv_heads:
-        unit = unit * 0
-        sequence = next_sequence(sequence, tl.arange(0, SEQUENCES), cu_seqlens_q, num_tokens, num_seqs, V)
-    return sequence, unit
 
 
 @triton.jit(
@@ -183,7 +173,7 @@ def _attention(
                 left_unit = tl.where(begun_here, unit, left_unit)
                 left_before = tl.where(begun_here, left_before, tl.where(last == key_tiles, 2, 1))
         first = first * 0
-        sequence, unit = following(sequence, unit, tiles, num_kv_heads, cu_seqlens_q, num_tokens, num_seqs, V)
+        sequence, unit = following(sequence, unit + 1, tiles, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, V)
     if V.overlap:
         gdc_wait()
     if left_before == 0:  # others may look here for a part: an empty one

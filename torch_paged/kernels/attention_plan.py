@@ -98,7 +98,7 @@ def step_of(
         attend=_launcher(kernel, launch),
         combine=combine_launcher(launch),
         schedule=schedule_launcher(launch) if scheduled else None,
-        stamp=zlib.crc32(repr((launch, sizes, max_keys)).encode()) >> 1 | 1 if scheduled else 0,
+        stamp=_stamp(launch, (*sizes, max_keys)) if scheduled else 0,
         workspace=launch.partial_floats + launch.handoff_ints,
         sizes=sizes,
         layout=(
@@ -107,6 +107,15 @@ def step_of(
         key_view=torch.uint8 if variant.has.key.bytes else None,
         value_view=torch.int16 if variant.value_pairs else torch.uint8 if variant.has.value.bytes else None,
     )  # fmt: skip
+
+
+def _stamp(launch: AttentionLaunch, sizes: tuple[int, ...]) -> int:
+    """A positive number for all that, beside lengths and a window, decides how work is dealt out (see `deal`)."""
+    v = launch.variant
+    rows = v.group, v.block_m, v.single_tile, v.rows_above, v.rows_upto
+    costs = v.tile, v.unit_cost, v.least_work, v.resident
+    dealt = launch.programs, sizes, rows, costs, v.causal, v.ragged, v.has.window
+    return zlib.crc32(repr(dealt).encode()) >> 1 | 1
 
 
 def stamp_of(step: Step, options: AttentionOptions) -> int:

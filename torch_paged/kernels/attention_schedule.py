@@ -7,6 +7,10 @@ For programs 0, 1, ... of P, in int32:
 
 `stamp` names the launch that it was made for. Behind the pieces (see `deal`) stands what each program leaves unfinished
 (see `attention_combine`).
+
+Attention and combine read it, and the lengths and blocks that it was made from, while the kernel before them ends. They
+may, as the stamp is written last, by a kernel of its own that waits for all before it: who sees the stamp sees the
+rest, and who does not deals by itself, to the same effect.
 """
 
 import triton
@@ -46,12 +50,10 @@ def scheduled_handoff(schedule):
 
 
 @triton.jit(
-    do_not_specialize=["stamp", "num_tokens", "num_seqs", "num_kv_heads", "max_keys", "window"],
+    do_not_specialize=["num_tokens", "num_seqs", "num_kv_heads", "max_keys", "window"],
     do_not_specialize_on_alignment=["seq_lens", "cu_seqlens_q", "schedule"],
 )
-def _schedule(
-    seq_lens, cu_seqlens_q, schedule, stamp, num_tokens, num_seqs, num_kv_heads, max_keys, window, V: tl.constexpr
-):
+def _schedule(seq_lens, cu_seqlens_q, schedule, num_tokens, num_seqs, num_kv_heads, max_keys, window, V: tl.constexpr):
     """Grid: programs of attention, each of which writes what its namesake will do and leave."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     begin, end, near = share_of(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V, window)
@@ -80,8 +82,6 @@ def _schedule(
     tl.store(handoff, tl.where(continued, tl.where(last == key_tiles, 2, 1), 0))
     tl.store(handoff + programs, tl.where(left, last_sequence, -1))
     tl.store(handoff + 2 * programs, last_unit)
-    if program == 0:
-        tl.store(schedule, stamp)
 
 
 def schedule_launcher(launch: AttentionLaunch) -> Launcher:

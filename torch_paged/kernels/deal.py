@@ -142,6 +142,15 @@ def next_sequence(sequence, lane, cu_seqlens_q, num_tokens, num_seqs, V: tl.cons
 
 
 @triton.jit
+def following(sequence, unit, tiles, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, V: tl.constexpr):
+    """`unit` of `sequence`, or as that has no more than `tiles` in each head, the first unit after them."""
+    if unit >= tiles * num_kv_heads:
+        unit = unit * 0
+        sequence = next_sequence(sequence, tl.arange(0, SEQUENCES), cu_seqlens_q, num_tokens, num_seqs, V)
+    return sequence, unit
+
+
+@triton.jit
 def all_work(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V: tl.constexpr, window=0):
     """Work of all sequences and of the longest of their units; the units, if all are alike in work, else 0."""
     lane = tl.arange(0, SEQUENCES)
@@ -280,10 +289,10 @@ def piece_of(
     sequence, unit, inside, units, end_tile = locate(
         begin, end, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V, window, near
     )
-    _, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
-    if (units > 0) & (unit >= query_tiles(queries, V) * num_kv_heads):
-        unit = unit * 0
-        sequence = next_sequence(sequence, tl.arange(0, SEQUENCES), cu_seqlens_q, num_tokens, num_seqs, V)
+    if units > 0:
+        _, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
+        tiles = query_tiles(queries, V)
+        sequence, unit = following(sequence, unit, tiles, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, V)
     return sequence, unit, tile_at(inside, V), units, end_tile
 
 

@@ -19,18 +19,17 @@ The other finds no units, and writes nothing.
 import triton
 import triton.language as tl
 
-from torch_paged.kernels.attention_rows import tiles_of_keys
 from torch_paged.kernels.attention_state import write_sums
 from torch_paged.kernels.deal import (
     SEQUENCES,
     all_work,
     equal_share,
-    key_count,
+    following,
     locate,
-    next_sequence,
     query_range,
     query_tiles,
     tile_at,
+    tiles_of_unit,
 )
 
 
@@ -129,18 +128,13 @@ def deal_pieces(
         begin, end, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V
     )
     first = tile_at(inside, V)
-    _, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
-    keys = key_count(sequence, seq_lens, num_seqs, max_keys)
-    tiles = tl.maximum(query_tiles(queries, V), 1)
-    first_row = unit % tiles * V.block_m
-    key_tiles = tiles_of_keys(first_row, tl.minimum(queries * V.group - first_row, V.block_m), queries, keys, V)
+    key_tiles = tiles_of_unit(sequence, unit, seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys, V)
     if (units > 0) & (first >= tl.minimum(tl.where(units == 1, end_tile, key_tiles), key_tiles)):
         first = first * 0
         units -= 1
-        unit += 1
-        if unit >= tiles * num_kv_heads:
-            unit = unit * 0
-            sequence = next_sequence(sequence, tl.arange(0, SEQUENCES), cu_seqlens_q, num_tokens, num_seqs, V)
+        _, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
+        tiles = query_tiles(queries, V)
+        sequence, unit = following(sequence, unit + 1, tiles, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, V)
     piece = pieces + 5 * (program * (rounds + 1) + turn)
     tl.store(piece, sequence)
     tl.store(piece + 1, unit)

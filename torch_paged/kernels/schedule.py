@@ -29,4 +29,5 @@ def schedule(
         if step.schedule is not None:
             _, max_keys, *_ = step.layout
             window = options_of(options)[0]
-            step.schedule(seq_lens, cu_seqlens_q, row, stamp_of(step, options), *step.sizes, max_keys, window)
+            step.schedule(seq_lens, cu_seqlens_q, row, *step.sizes, max_keys, window)
+            row[:1].fill_(stamp_of(step, options))  # last, by a kernel of its own: see `attention_schedule`
