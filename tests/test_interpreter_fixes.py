@@ -1,6 +1,7 @@
 """Each fault that `interpreter_fixes` mends: interpreted operations give what PyTorch gives."""
 
 import os
+from collections.abc import Callable
 
 import pytest
 
@@ -10,6 +11,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 import torch
 import triton
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 
 from torch_paged.kernels import interpreter_fixes  # mends the interpreter
 
@@ -171,3 +173,26 @@ def test_language_is_replaced_once_in_a_launch_and_restored(monkeypatch: pytest.
         assert torch.equal(out, torch.arange(6, SIZE + 6, dtype=torch.int32))
         assert tl.arange is arange
         assert len(looked) <= 2  # for the language as the kernel sees it, and as its own library does
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int8], ids=str)
+@pytest.mark.parametrize("operation", ["add", "subtract", "multiply"])
+def test_integers_wrap_without_a_second_computation(
+    operation: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton compares each result in 64 bits with its type's limits, and without debugging does nothing about it."""
+    monkeypatch.delattr(TritonSemantic, "less_equal")
+    info = torch.iinfo(dtype)
+    x, y = torch.randint(info.min, info.max + 1, (2, SIZE), generator=torch.Generator().manual_seed(0)).to(dtype)
+    out = torch.zeros_like(x)
+    _combine[(1,)](x, y, y, out, operation, SIZE)
+    assert torch.equal(out, EXPECTED[operation](x, y, y))
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda of: of, tl.pointer_type, lambda of: tl.block_type(of, [2, 4])], ids=["number", "pointer", "tile"]
+)
+@pytest.mark.parametrize("of", [tl.int1, tl.uint8, tl.int64, tl.float32, tl.bfloat16, tl.float8e5], ids=str)
+def test_numpy_types_are_those_of_triton(of: tl.dtype, wrap: Callable[[tl.dtype], tl.dtype]) -> None:
+    assert interpreter_fixes._numpy_type(wrap(of)) == interpreter_fixes._numpy_type_unmended(wrap(of))
+    assert interpreter_fixes._numpy_type(tl.block_type(tl.pointer_type(of), [4])) == "uint64"
