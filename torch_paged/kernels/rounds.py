@@ -11,7 +11,7 @@ of the last round, which are cut inside units and make up for that.
 Rounds are for the form of the Hopper kernel that is faster where units have many tiles of keys. The other form, for
 short prompts, gets all of its work at once. Shapes alone do not tell many prompts from one long chunk beside many
 decodes: the host launches both forms then, and `deal_pieces`, which sees the lengths, gives everything to one of them.
-The other finds no units, and writes nothing.
+The other sees that first, ends, and has written nothing.
 
     turn      |  0: everything, for the form for short prompts  |  1: round 0  |  2: round 1  |  3: last round  |
 """
@@ -106,7 +106,8 @@ def deal_pieces(
 ):  # fmt: skip
     """Writes the pieces to `pieces`, int32 `[programs, turns, 5]`: sequence, unit, first tile, units, end in the last.
 
-    Turn 0 or all others have no units, by `long_loop`. Units of which a program has no tile are not among its piece's.
+    By `long_loop`, turn 0 or all others are the work; in those that are not, pieces have -1 units. Units of which a
+    program has no tile are not among its piece's.
 
     Grid: (programs of attention, turns: 1 and the rounds). A single round needs no `starts` (see `begin_rounds`).
     PROGRAMS is a power of two that is no less than programs.
@@ -117,7 +118,8 @@ def deal_pieces(
         _leave_nothing(partial, handoff, V)
     total, _, _ = all_work(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
     in_rounds = (rounds > 0) & _has_long_loops(total, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, long_loop, V)
-    total = tl.where(in_rounds == (turn > 0), total, 0)
+    served = in_rounds == (turn > 0)
+    total = tl.where(served, total, 0)
     if (total == 0) | (turn == 0) | (rounds == 1):
         begin, end, _near = equal_share(total, V)
     elif turn < rounds:
@@ -145,5 +147,5 @@ def deal_pieces(
     tl.store(piece, sequence)
     tl.store(piece + 1, unit)
     tl.store(piece + 2, first)
-    tl.store(piece + 3, units)
+    tl.store(piece + 3, tl.where(served, units, -1))
     tl.store(piece + 4, end_tile)
