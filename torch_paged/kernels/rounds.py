@@ -14,10 +14,14 @@ decodes: the host launches both forms then, and `deal_pieces`, which sees the le
 The other sees that first, ends, and has written nothing.
 
     turn      |  0: everything, for the form for short prompts  |  1: round 0  |  2: round 1  |  3: last round  |
+
+Both kernels here begin while the one before them ends, and touch no memory until all of it has: by then whoever had
+their workspace has done with it. The Hopper kernel begins when they have ended, as it is slower otherwise.
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from torch_paged.kernels.attention_rows import tiles_of_keys
 from torch_paged.kernels.attention_state import write_sums
@@ -46,6 +50,9 @@ def begin_rounds(
     Grid: one program for each of the `(rounds - 1) * programs + 1` offsets, int64. If units are so long that pieces
     would be much shorter than one, there are fewer rounds, and the others' pieces are empty.
     """
+    if V.overlap:
+        gdc_launch_dependents()
+        gdc_wait()
     total, longest, _ = all_work(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
     fits = total.to(tl.float32) / tl.maximum(longest * programs, 1).to(tl.float32)
     rounds = tl.maximum(tl.minimum(rounds, fits.to(tl.int32)), 1)
@@ -112,6 +119,8 @@ def deal_pieces(
     Grid: (programs of attention, turns: 1 and the rounds). A single round needs no `starts` (see `begin_rounds`).
     PROGRAMS is a power of two that is no less than programs.
     """
+    if V.overlap:
+        gdc_wait()
     program, turn = tl.program_id(0), tl.program_id(1)
     programs, rounds = tl.num_programs(0), tl.num_programs(1) - 1
     if turn == 0:
