@@ -27,7 +27,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from attention_cases import CASES, ODD, ODD_PREFILL, Arguments, Case, make
-from gpu_peers import PEERS, absent
+from gpu_peers import PEERS, absent, versions
 from gpu_timing import ceilings, rotations, summary, timed
 
 import torch_paged  # noqa: F401 - registers the operators
@@ -43,11 +43,15 @@ WITH_PEERS = (
     "decode 1 x 4k",
     "decode 1 x 128k",
     "decode 256 x 128",
+    "decode ragged",
     "mha 16 x 2000, block 8",
+    "q 4, 32 x 8k",
+    "q 16, 32 x 8k",
     "prefill 8k",
     "prefill 8k, dim 64",
     "prefill 8k, dim 256",
     "prefill 32k",
+    "mixed",
 )
 
 
@@ -213,6 +217,7 @@ def main() -> None:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "ceilings": ceilings(device, options.smoke),
+        "peers": versions(),
         "absent_peers": absent(),
         "cases": {},
     }

@@ -2,7 +2,8 @@
 
 `compile_call` runs a launch function with a driver that knows its target but has no device: what would be launched is
 compiled, exactly as specialised for that call, and nothing runs. Of kernels that were compiled before, from the same
-intermediate code by the same compiler, the figures are taken, and the compilation ends there: see `aot_report`.
+intermediate code by the same compiler, the figures are taken, and the compilation ends there; of calls whose kernels
+are known, nothing is compiled at all: see `aot_report`.
 
 Importing this module changes nothing; a process that has called `compile_call` cannot use a GPU any more, so call it
 through `Workers`.
@@ -16,7 +17,7 @@ import re
 import subprocess
 import tempfile
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -27,6 +28,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
+from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction
 
 TARGETS = {
@@ -121,9 +123,18 @@ def _digest(backend: Any, options: Any, module: Any) -> str:
 
     By then the parameters of the launch are folded in, and names of files and functions are gone.
     """
-    settings = sorted((name, value) for name, value in vars(options).items() if name != "extern_libs")
-    parts = triton.__version__, backend.hash(), str(settings), module.str_nodebug(), _reader()
+    parts = triton.__version__, backend.hash(), _settings(options), module.str_nodebug(), _reader()
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _settings(options: Any) -> str:
+    return str(sorted((name, value) for name, value in vars(options).items() if name != "extern_libs"))
+
+
+def compiler(target: str) -> str:
+    """Names the compiler of `target`, and its options as they are where a launch has none."""
+    backend = make_backend(TARGETS[target])
+    return "\n".join((triton.__version__, backend.hash(), _settings(backend.parse_options({}))))
 
 
 @functools.cache
@@ -252,11 +263,18 @@ def _compile(known: Callable[[str], Mapping[str, Kernel]], target: str, call: Ca
 class Workers:
     """Processes that compile what is not `known` for its target; results are remembered by their arguments.
 
-    They give way to what runs beside them.
+    They give way to what runs beside them. `launched` are for each target calls, with their arguments, whose kernels
+    need no process.
     """
 
-    def __init__(self, known: Callable[[str], Mapping[str, Kernel]], processes: int = 2) -> None:
+    def __init__(
+        self,
+        known: Callable[[str], Mapping[str, Kernel]],
+        launched: Callable[[str], Mapping[Hashable, list[Kernel]]],
+        processes: int = 2,
+    ) -> None:
         self._known = known
+        self._launched = launched
         self._pool = ProcessPoolExecutor(
             processes, mp_context=get_context("spawn"), initializer=os.nice, initargs=(10,)
         )
@@ -266,7 +284,11 @@ class Workers:
         """The future of `compile_call(target, call, *args)`: picklable and hashable arguments."""
         key = (target, call, *args)
         if key not in self._results:
-            self._results[key] = self._pool.submit(_compile, self._known, *key)
+            if (kernels := self._launched(target).get((call, *args))) is None:
+                self._results[key] = self._pool.submit(_compile, self._known, *key)
+            else:
+                self._results[key] = Future()
+                self._results[key].set_result(kernels)
         return self._results[key]
 
     def shutdown(self) -> None:

@@ -135,7 +135,9 @@ SCHEDULING = [
 
 @functools.cache
 def _workers():
-    return aot.Workers(aot_report.nothing if ALL_VARIANTS else aot_report.all_but_a_sample)
+    if ALL_VARIANTS:
+        return aot.Workers(aot_report.nothing, aot_report.nothing)
+    return aot.Workers(aot_report.all_but_a_sample, aot_report.launched)
 
 
 def begin(session):
@@ -173,6 +175,7 @@ def test_report_says_what_is_compiled(target, workers):
     ]
     report = aot_report.read(target)
     rewrite = "python tests/aot_report.py rewrites the report"
+    assert aot_report.is_current(target), rewrite
     assert {kernel.ir for kernel in needed} == set(report), rewrite
     assert all(aot_report.figures(kernel) == aot_report.figures(report[kernel.ir]) for kernel in needed), rewrite
 
@@ -219,8 +222,8 @@ def test_scheduling_kernels(job, workers):
     assert kernel.instructions["spill"] == 0, kernel
 
 
-# Registers and instructions without any option, of Triton 3.6: what options that are off may not add to. A schedule, and
-# pieces that end where units do, took 216 to 352 instructions outside the loops.
+# Registers and instructions without any option, of Triton 3.6, to which options that are off may not add. A schedule,
+# and pieces that end where units do, took 300 to 550 instructions outside the loops.
 PLAIN_LIMITS = {
     ("sm_80", "decode-bf16-dim128-block16-rows16"): (236, 2280),
     ("sm_90", "decode-bf16-dim128-block16-rows16"): (237, 2416),

@@ -185,6 +185,44 @@ def test_layers_of_every_group_have_their_own():
     assert batch._replace(schedules=twice.schedules).advance().schedules is None
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "graph"])
+def test_steps_that_follow_each_other_closely(captured):
+    """Kernels that begin while others end: lengths and blocks change from step to step, keys right before a call."""
+    inputs = attention_inputs([1] * 6, [700] * 6, uniform=True, device="cuda", dtype=torch.float16)
+    keys, values, table, lens = inputs.key_cache, inputs.value_cache, inputs.block_table, inputs.seq_lens
+    first, blocks, rows = torch.tensor([300, 1, 700, 64, 65, 128]), table.clone(), torch.arange(6, device="cuda")
+    new = torch.randn(6, 2, 32, device="cuda", dtype=torch.float16)
+
+    def step(shared):
+        lens.sub_(1).clamp_(min=1)
+        table.copy_(table.roll(1, 0))
+        schedule = inputs.call(ops.schedule) if shared else None
+        outputs = []
+        for layer in range(3):
+            last = lens.long() - 1
+            ops.append(new * (layer + 1), new - layer, keys, values, table[rows, last // 16] * 16 + last % 16)
+            outputs.append(inputs.call(ops.attention, schedule=schedule))
+        return torch.stack(outputs)
+
+    def steps(shared, run=None):
+        run = run or (lambda: step(shared))
+        lens.copy_(first), table.copy_(blocks)
+        keys.copy_(kept[0]), values.copy_(kept[1])
+        return torch.stack([run().clone() for _ in range(40)])
+
+    kept = keys.clone(), values.clone()
+    expected = steps(False)
+    run = None
+    if captured:
+        step(True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = step(True)
+        run = lambda: graph.replay() or output  # noqa: E731
+    assert torch.equal(steps(True, run), expected)
+
+
 WORK = {
     "alike": ([1] * 5, [130] * 5),
     "short": ([1] * 40, list(range(40))),

@@ -142,7 +142,7 @@ def _attention(
             its_table = block_table + sequence.to(tl.int64) * table_stride
             its_caches = _of_head(caches, key_scale, value_scale, cache_strides, head, V)
             if V.overlap:
-                if scheduled & (index == 0):
+                if (stamp != 0) & (index == 0):  # not `scheduled`, which would have to be kept till here
                     prefetch(its_caches, cache_strides, its_table, first + skipped, (low, keys), num_blocks, V)
                 gdc_wait()
             valid = lane < rows

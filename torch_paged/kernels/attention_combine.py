@@ -74,6 +74,9 @@ def _combine(
             gdc_wait()
         left_before, sequence, unit = _left(handoff_in(workspace, V), others)
     if sequence < 0:
+        if V.overlap:
+            if program == 0:  # whoever waits for this kernel waits for attention, too
+                gdc_wait()
         return
     end = tl.min(tl.where((left_before == 2) & (others > program), others, PROGRAMS)) + 1
     start, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)

@@ -224,18 +224,42 @@ def locate(
 
 
 @triton.jit
+def _divided(total, count):
+    """`total / count` in 64 bits, rounded up: division of such numbers is a slow call."""
+    result = (total.to(tl.float32) / count.to(tl.float32)).to(tl.int64)
+    result += ((total - result * count).to(tl.float32) / count.to(tl.float32)).to(tl.int64)
+    rest = total - result * count
+    return result + (rest > 0).to(tl.int64) - (rest <= -count).to(tl.int64)
+
+
+@triton.jit
 def equal_share(total, V: tl.constexpr, alike=0):
-    """Begin and end of this program's piece, where each has one; of so many units that are `alike`, cut all alike."""
+    """Begin and end of this program's share, and how near to a unit's beginning is as good as there.
+
+    Of so many units that are `alike`, each is cut into as many parts, or programs get as many whole ones each if that
+    makes shares hardly longer.
+    """
     # Less than four tiles are not worth a second program on a multiprocessor.
     several = tl.maximum(tl.cdiv(total, 2 * V.least_work), tl.num_programs(0) // V.resident)
     needed = tl.minimum(tl.minimum(tl.cdiv(total, V.least_work), several), tl.num_programs(0))
     needed = tl.maximum(needed, 1).to(tl.int32)
-    if (alike > 0) & (alike <= needed):
-        needed = needed // alike * alike
-    # A little more than an equal share will do, and needs no 64-bit division; the last program has a little less.
-    share = (total.to(tl.float32) / needed.to(tl.float32) * 1.000001).to(tl.int64) + 1
-    begin = tl.minimum(share * tl.program_id(0), total)
-    return begin, tl.minimum(begin + share, total), tl.minimum(share // 4, V.unit_cost)
+    count = needed
+    units = 1
+    parts = 1
+    if alike > 0:
+        units = tl.cdiv(alike, needed)
+        parts = tl.maximum(needed // alike, 1)
+        if (units == 1) | (units * needed * 24 <= alike * 25):
+            count = alike
+        else:
+            units = 1
+    whole = _divided(total, count) * units
+    share = (whole.to(tl.float32) / parts).to(tl.int64) + 1
+    program = tl.program_id(0)
+    before = program // parts * whole
+    begin = tl.minimum(before + tl.minimum(program % parts * share, whole), total)
+    end = tl.minimum(before + tl.minimum((program % parts + 1) * share, whole), total)
+    return begin, end, tl.minimum(share // 4, V.unit_cost)
 
 
 @triton.jit
