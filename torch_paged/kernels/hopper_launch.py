@@ -39,7 +39,7 @@ class HopperLauncher:
         self._partial = launch.partial_floats
         self._starts = max(launch.rounds - 1, 0) * launch.programs + 1
         self._long_loop = LONG_LOOP if len(launch.forms) > 1 else 0
-        constants, few_warps = dict(V=launch.variant), dict(num_warps=4, maxnreg=64)
+        constants, few_warps = dict(V=launch.variant), dict(num_warps=4, maxnreg=64, **launch.overlap_option)
         self._begin = Launcher(begin_rounds, (self._starts, 1, 1), constants, few_warps)
         padded = dict(PROGRAMS=launch.padded_programs, **constants)
         self._deal = Launcher(deal_pieces, (launch.programs, launch.rounds + 1, 1), padded, few_warps)

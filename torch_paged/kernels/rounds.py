@@ -11,13 +11,17 @@ of the last round, which are cut inside units and make up for that.
 Rounds are for the form of the Hopper kernel that is faster where units have many tiles of keys. The other form, for
 short prompts, gets all of its work at once. Shapes alone do not tell many prompts from one long chunk beside many
 decodes: the host launches both forms then, and `deal_pieces`, which sees the lengths, gives everything to one of them.
-The other finds no units, and writes nothing.
+The other sees that first, ends, and has written nothing.
 
     turn      |  0: everything, for the form for short prompts  |  1: round 0  |  2: round 1  |  3: last round  |
+
+Both kernels here begin while the one before them ends, and touch no memory until all of it has: by then whoever had
+their workspace has done with it. The Hopper kernel begins when they have ended, as it is slower otherwise.
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from torch_paged.kernels.attention_state import write_sums
 from torch_paged.kernels.deal import (
@@ -45,6 +49,9 @@ def begin_rounds(
     Grid: one program for each of the `(rounds - 1) * programs + 1` offsets, int64. If units are so long that pieces
     would be much shorter than one, there are fewer rounds, and the others' pieces are empty.
     """
+    if V.overlap:
+        gdc_launch_dependents()
+        gdc_wait()
     total, longest, _ = all_work(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
     fits = total.to(tl.float32) / tl.maximum(longest * programs, 1).to(tl.float32)
     rounds = tl.maximum(tl.minimum(rounds, fits.to(tl.int32)), 1)
@@ -105,18 +112,22 @@ def deal_pieces(
 ):  # fmt: skip
     """Writes the pieces to `pieces`, int32 `[programs, turns, 5]`: sequence, unit, first tile, units, end in the last.
 
-    Turn 0 or all others have no units, by `long_loop`. Units of which a program has no tile are not among its piece's.
+    By `long_loop`, turn 0 or all others are the work; in those that are not, pieces have -1 units. Units of which a
+    program has no tile are not among its piece's.
 
     Grid: (programs of attention, turns: 1 and the rounds). A single round needs no `starts` (see `begin_rounds`).
     PROGRAMS is a power of two that is no less than programs.
     """
+    if V.overlap:
+        gdc_wait()
     program, turn = tl.program_id(0), tl.program_id(1)
     programs, rounds = tl.num_programs(0), tl.num_programs(1) - 1
     if turn == 0:
         _leave_nothing(partial, handoff, V)
     total, _, _ = all_work(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
     in_rounds = (rounds > 0) & _has_long_loops(total, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, long_loop, V)
-    total = tl.where(in_rounds == (turn > 0), total, 0)
+    served = in_rounds == (turn > 0)
+    total = tl.where(served, total, 0)
     if (total == 0) | (turn == 0) | (rounds == 1):
         begin, end, _near = equal_share(total, V)
     elif turn < rounds:
@@ -139,5 +150,5 @@ def deal_pieces(
     tl.store(piece, sequence)
     tl.store(piece + 1, unit)
     tl.store(piece + 2, first)
-    tl.store(piece + 3, units)
+    tl.store(piece + 3, tl.where(served, units, -1))
     tl.store(piece + 4, end_tile)
