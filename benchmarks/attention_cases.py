@@ -1,6 +1,7 @@
 """The batches that attention is measured and checked on, and their random inputs."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -132,6 +133,11 @@ ODD_PREFILL = {
 }
 
 
+def starts_of(lens: Iterable[int], device: torch.device) -> Tensor:
+    """Where each sequence's part begins, and the end of the last."""
+    return torch.tensor((0, *lens), device=device).cumsum(0).int()
+
+
 def make(case: Case, device: torch.device, seed: int = 0) -> Arguments:
     """Random inputs; unused slots, blocks and table entries hold what must not be read."""
     torch.manual_seed(seed)
@@ -154,5 +160,5 @@ def make(case: Case, device: torch.device, seed: int = 0) -> Arguments:
             key_cache[order[first - 1], keys % case.block :] = math.nan
             value_cache[order[first - 1], keys % case.block :] = math.nan
     query = torch.randn(sum(case.queries) + 3 * case.ragged, case.heads, case.dim, device=device, dtype=dtype)
-    bounds = torch.tensor((0, *case.queries), dtype=torch.int32, device=device).cumsum(0).int() if case.ragged else None
+    bounds = starts_of(case.queries, device) if case.ragged else None
     return query, key_cache, value_cache, table, torch.tensor(case.keys, dtype=torch.int32, device=device), bounds

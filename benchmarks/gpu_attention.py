@@ -4,7 +4,8 @@
 
 Bytes are the keys and values that must be read once; FLOPs count unmasked pairs alone. Every case is verified before it
 is timed, in float64 on a sample of its sequences; a wrong result ends the run. Times are of one call among many in a
-CUDA graph, over inputs rotated so that none is still in the L2 cache. `--smoke` runs everything tiny, on any device.
+CUDA graph, over inputs rotated so that none is still in the L2 cache, with a schedule made before, and without.
+`--smoke` runs everything tiny, on any device.
 """
 
 import argparse
@@ -26,39 +27,47 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from attention_cases import CASES, ODD, ODD_PREFILL, Arguments, Case, make
-from gpu_peers import PEERS, absent
+from gpu_peers import PEERS, absent, versions
 from gpu_timing import ceilings, rotations, summary, timed
 
+import torch_paged  # noqa: F401 - registers the operators
 from torch_paged.kernels.attention import launch_attention
 from torch_paged.kernels.attention_plan import problem_of
 from torch_paged.kernels.device import device_of
 from torch_paged.kernels.launch_config import AttentionLaunch, attention_launches
 
+ops = torch.ops.paged
+Launches = tuple[AttentionLaunch, ...]
 WITH_PEERS = (
     "decode 64 x 8k",
     "decode 1 x 4k",
     "decode 1 x 128k",
     "decode 256 x 128",
+    "decode ragged",
     "mha 16 x 2000, block 8",
+    "q 4, 32 x 8k",
+    "q 16, 32 x 8k",
     "prefill 8k",
     "prefill 8k, dim 64",
     "prefill 8k, dim 256",
     "prefill 32k",
+    "mixed",
 )
 
 
-def run(launches: tuple[AttentionLaunch, ...], inputs: Arguments, output: Tensor, lse: Tensor) -> None:
-    for launch in launches:
-        launch_attention(launch, *inputs, output, lse, inputs[0].shape[2] ** -0.5)
+def run(launches: Launches, inputs: Arguments, output: Tensor, lse: Tensor, schedule: Tensor | None = None) -> None:
+    for row, launch in zip((1, 0)[-len(launches) :], launches, strict=True):
+        its = None if schedule is None else schedule[row]
+        launch_attention(launch, *inputs, output, lse, inputs[0].shape[2] ** -0.5, schedule=its)
 
 
-def shipped(case: Case, inputs: Arguments) -> tuple[AttentionLaunch, ...]:
+def shipped(case: Case, inputs: Arguments) -> Launches:
     query, key_cache, value_cache, table, _, bounds = inputs
     problem = problem_of(query, key_cache, value_cache, table, bounds, case.causal)
     return attention_launches(problem, device_of(query.device))
 
 
-def general(case: Case, inputs: Arguments) -> tuple[AttentionLaunch, ...]:
+def general(case: Case, inputs: Arguments) -> Launches:
     """What serves `case` where the Hopper kernel cannot."""
     query, key_cache, value_cache, table, _, bounds = inputs
     problem = problem_of(query, key_cache, value_cache, table, bounds, case.causal)
@@ -117,13 +126,15 @@ def _floor(case: Case) -> float:
 
 
 def measure(
-    case: Case, sets: list[Arguments], launches: tuple[AttentionLaunch, ...], repeats: int = 20
+    case: Case, sets: list[Arguments], launches: Launches, scheduled: bool = False, repeats: int = 20
 ) -> dict[str, Any]:
-    """Verifies, then times `launches` over the rotated input sets."""
-    results = [outputs(case, inputs) for inputs in sets]
-    run(launches, sets[0], *results[0])
+    """Verifies, then times `launches` over the rotated input sets; their schedules are made before, as a model does."""
+    results, schedules = [outputs(case, inputs) for inputs in sets], [None] * len(sets)
+    if scheduled:
+        schedules = [ops.schedule(*inputs[:5], cu_seqlens_q=inputs[5], causal=case.causal) for inputs in sets]
+    run(launches, sets[0], *results[0], schedules[0])
     error = verify(case, sets[0], *results[0])
-    calls = [lambda i=i, r=r: run(launches, i, *r) for i, r in zip(sets, results, strict=True)]
+    calls = [lambda i=i, r=r, s=s: run(launches, i, *r, s) for i, r, s in zip(sets, results, schedules, strict=True)]
     return _figures(case, timed(calls, repeats, _floor(case))) | {"error": error}
 
 
@@ -161,9 +172,7 @@ def compile_all(jobs: Iterable[tuple[Case, AttentionLaunch]], device: torch.devi
     return time.perf_counter() - start
 
 
-def launches_of(
-    case: Case, device: torch.device, choose: Callable[..., tuple[AttentionLaunch, ...]] = shipped
-) -> tuple[AttentionLaunch, ...]:
+def launches_of(case: Case, device: torch.device, choose: Callable[..., Launches] = shipped) -> Launches:
     return choose(case, make(replace(case, keys=(1,) * len(case.keys), pool=0), device))
 
 
@@ -208,6 +217,7 @@ def main() -> None:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "ceilings": ceilings(device, options.smoke),
+        "peers": versions(),
         "absent_peers": absent(),
         "cases": {},
     }
@@ -221,10 +231,13 @@ def main() -> None:
     for name, case in cases.items():
         sets = [make(case, device, seed) for seed in range(1 if options.smoke or case.pool else rotations(case.bytes))]
         launches, without = shipped(case, sets[0]), general(case, sets[0])
-        entry = report["cases"][name] = measure(case, sets, launches)
+        entry = report["cases"][name] = measure(case, sets, launches, scheduled=True)
         show(name, entry, report["ceilings"]["read_gb_s"])
+        if not launches[-1].forms:
+            entry["without a schedule"] = measure(case, sets, launches, repeats=10)
+            show("    without a schedule", entry["without a schedule"], report["ceilings"]["read_gb_s"])
         if without != launches:
-            entry["general"] = measure(case, sets, without, 10)
+            entry["general"] = measure(case, sets, without, repeats=10)
             show("    general kernel", entry["general"], report["ceilings"]["read_gb_s"])
         if options.peers and name in WITH_PEERS:
             entry["peers"] = measure_peers(case, sets)

@@ -132,9 +132,10 @@ def host_times() -> dict[str, float]:
     table = torch.arange(64, dtype=torch.int32, device="cuda").view(4, 16)
     lens, bounds = (torch.tensor(values, dtype=torch.int32, device="cuda") for values in ([9] * 4, [0, 1, 2, 3, 4]))
     output, lse = ops.attention_with_lse(query, *caches, table, lens)
-    pairs = torch.tensor([[0, 1]], device="cuda")
+    pairs, schedule = torch.tensor([[0, 1]], device="cuda"), ops.schedule(query, *caches, table, lens)
     calls = {
         "attention": lambda: ops.attention(query, *caches, table, lens),
+        "attention, with a schedule": lambda: ops.attention(query, *caches, table, lens, schedule=schedule),
         "attention, cu_seqlens_q": lambda: ops.attention(query, *caches, table, lens, cu_seqlens_q=bounds),
         "append": lambda: ops.append(rows, rows, *caches, slots),
         "copy_blocks": lambda: ops.copy_blocks(caches, pairs),

@@ -2,8 +2,9 @@
 
     python benchmarks/gpu_options.py --output options.json
 
-Calls of the operator in a CUDA graph over rotated inputs, as `gpu_attention.py` measures; each result is compared with
-the reference on a few of its sequences before it is timed. Bytes are those of the keys and values that a query sees.
+Calls of the operator in a CUDA graph over rotated inputs, with a schedule made before, as `gpu_attention.py` measures.
+Each result is compared with the reference on a few of its sequences before it is timed. Bytes are those of the keys and
+values that a query sees.
 """
 
 import argparse
@@ -21,7 +22,10 @@ from torch import Tensor
 import torch_paged
 from torch_paged import reference
 
-DECODE, FEW_HEADS = decode(64, 8192), {keys: decode(1, keys, heads=32, kv_heads=4) for keys in (4096, 16384, 65536)}
+DECODE, FEW_HEADS = (
+    decode(64, 8192),
+    {keys: decode(1, keys, heads=32, kv_heads=4) for keys in (4096, 16384, 65536, 262144)},
+)
 PREFILL = Case((8192,), (8192,))
 E4M3, E5M2, INT8 = torch.float8_e4m3fn, torch.float8_e5m2, torch.int8
 CASES: dict[str, tuple[Case, torch.dtype | None, str, dict[str, Any]]] = {
@@ -86,11 +90,14 @@ def measure(case: Case, dtype: torch.dtype | None, scales: str, options: dict[st
     options = options | {name: torch.full((case.heads,), value, device=device) for name, value in per_head.items()}
     sets = [stored(make(case, device, seed), dtype, scales) for seed in range(rotations(size))]
 
-    def call(inputs: Arguments, its: dict[str, Tensor]) -> Tensor:
-        return torch_paged.attention(*inputs[:5], cu_seqlens_q=inputs[5], **its, **options)
+    schedules = [torch_paged.schedule(*i[:5], cu_seqlens_q=i[5], **its, **options) for i, its in sets]
 
-    error = verify(case, sets[0][0], sets[0][1] | options, call(*sets[0]))
-    times = timed([lambda s=s: call(*s) for s in sets], 20, max(size / 4e12, case.flops / 6e14))
+    def call(inputs: Arguments, its: dict[str, Tensor], schedule: Tensor) -> Tensor:
+        return torch_paged.attention(*inputs[:5], cu_seqlens_q=inputs[5], **its, **options, schedule=schedule)
+
+    error = verify(case, sets[0][0], sets[0][1] | options, call(*sets[0], schedules[0]))
+    calls = [lambda i=i, its=its, s=s: call(i, its, s) for (i, its), s in zip(sets, schedules, strict=True)]
+    times = timed(calls, 20, max(size / 4e12, case.flops / 6e14))
     figures = summary(times)
     seconds = figures["us"] * 1e-6
     return figures | {"gb_s": size / seconds * 1e-9, "tflop_s": case.flops / seconds * 1e-12, "error": error}

@@ -5,17 +5,18 @@ come as [num_tokens, num_heads, value_dim] and are compared with ours before any
 """
 
 import functools
+import importlib.metadata
 import importlib.util
 import inspect
 from collections.abc import Callable
 
 import torch
-from attention_cases import Arguments, Case
+from attention_cases import Arguments, Case, starts_of
+from gpu_engines import Call, flash_attention, flashinfer_attention, sglang_attention, vllm_attention
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-Call = Callable[[], Tensor]
 FLEX_PAGE = 128
 
 
@@ -57,9 +58,10 @@ def _varlen(case: Case, inputs: Arguments) -> Call:
     if "block_table" not in inspect.signature(varlen_attn).parameters:
         raise NotImplementedError(f"takes no block table in PyTorch {torch.__version__}")
     query, key_cache, value_cache, table, lens, _ = inputs
-    starts = torch.tensor((0, *case.queries), device=query.device).cumsum(0).int()
+    query, table = query[: sum(case.queries)], table.clamp(max=key_cache.shape[0] - 1)
+    starts = starts_of(case.queries, query.device)
     return lambda: varlen_attn(
-        query[: starts[-1]],
+        query,
         key_cache,
         value_cache,
         starts,
@@ -69,7 +71,7 @@ def _varlen(case: Case, inputs: Arguments) -> Call:
         window_size=(-1, 0),
         enable_gqa=True,
         seqused_k=lens,
-        block_table=table.clamp(max=key_cache.shape[0] - 1),
+        block_table=table,
     )
 
 
@@ -99,51 +101,30 @@ def _flex(case: Case, inputs: Arguments) -> Call:
     return lambda: flex(query, *caches, block_mask=mask, enable_gqa=True).transpose(1, 2).flatten(0, 1)
 
 
-@functools.cache
-def _workspace(device: torch.device) -> Tensor:
-    return torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
-
-
-def _flashinfer(tensor_cores: bool, case: Case, inputs: Arguments) -> Call:
-    """Its plan, on the host, knows the lengths and is not part of what is timed. Decode has two kernels."""
-    if not importlib.util.find_spec("flashinfer"):
-        raise NotImplementedError("not installed")
-    import flashinfer
-
-    query, key_cache, value_cache, table, _, _ = inputs
-    pages = [-(-keys // case.block) for keys in case.keys]
-    starts = torch.tensor((0, *pages), device=query.device).cumsum(0).int()
-    ids = torch.cat([row[:count] for row, count in zip(table, pages, strict=True)])
-    in_last = torch.tensor([(keys - 1) % case.block + 1 for keys in case.keys], device=query.device).int()
-    caches = key_cache.transpose(1, 2), value_cache.transpose(1, 2)
-    heads = query.shape[1], key_cache.shape[2], query.shape[2]
-    if max(case.queries) == 1:
-        decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-            _workspace(query.device), "HND", use_tensor_cores=tensor_cores
-        )
-        decode.plan(starts, ids, in_last, *heads, case.block, q_data_type=query.dtype, kv_data_type=query.dtype)
-        return lambda: decode.run(query, caches)
-    if not tensor_cores:
-        raise NotImplementedError("serves decode")
-    prefill = flashinfer.BatchPrefillWithPagedKVCacheWrapper(_workspace(query.device), "HND")
-    bounds = torch.tensor((0, *case.queries), device=query.device).cumsum(0).int()
-    prefill.plan(bounds, starts, ids, in_last, *heads, case.block, causal=case.causal, q_data_type=query.dtype)
-    return lambda: prefill.run(query, caches)
-
-
 PEERS: dict[str, Callable[[Case, Arguments], Call]] = {
     "SDPA (FlashAttention), contiguous": functools.partial(_sdpa, SDPBackend.FLASH_ATTENTION),
     "SDPA (cuDNN), contiguous": functools.partial(_sdpa, SDPBackend.CUDNN_ATTENTION),
     "varlen_attn, paged": _varlen,
     "FlexAttention, paged": _flex,
-    "FlashInfer, paged": functools.partial(_flashinfer, True),
-    "FlashInfer, paged, without tensor cores": functools.partial(_flashinfer, False),
+    "FlashInfer, paged": functools.partial(flashinfer_attention, True),
+    "FlashInfer, paged, without tensor cores": functools.partial(flashinfer_attention, False),
+    "FlashAttention 2 of vLLM, paged": functools.partial(flash_attention, 2),
+    "FlashAttention 3 of vLLM, paged": functools.partial(flash_attention, 3),
+    "vLLM (Triton), paged": vllm_attention,
+    "SGLang (Triton), paged": sglang_attention,
 }
-WITHOUT_ADAPTER = ("flash_attn", "flash_attn_interface", "vllm", "sglang")
+WITHOUT_ADAPTER = ("flash_attn", "flash_attn_interface")
+DISTRIBUTIONS = ("flashinfer-python", "vllm", "sglang")
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that peers come from, as far as they are installed."""
+    found = {package.metadata["Name"]: package.version for package in importlib.metadata.distributions()}
+    return {name: found[name] for name in DISTRIBUTIONS if name in found}
 
 
 def absent() -> dict[str, str]:
-    """Peers that are not measured, and why."""
+    """Packages of which nothing is measured, and why."""
     return {
         name: "no adapter here yet" if importlib.util.find_spec(name) else "not installed" for name in WITHOUT_ADAPTER
     }

@@ -93,6 +93,9 @@ class Decoder(nn.Module):
         """
         hidden = self.embedding(tokens)
         rotation = rotary(batch.positions, self.config, hidden.dtype)
+        kv = self.layers[0].attention.kv
+        if hasattr(kv, "scheduled"):  # a paged cache: its attention's work is dealt out once for all layers
+            batch = kv.scheduled(batch, self.config.num_heads)
         for layer in self.layers:
             hidden = layer(hidden, rotation, batch)
         if batch.last_token is not None:

@@ -10,11 +10,12 @@ import torch
 from torch_paged.kernels import append, copy_blocks, gather_blocks, merge_attention, rotary_append, scatter_blocks
 from torch_paged.kernels import attention as attend
 from torch_paged.kernels.attention import launch_attention
+from torch_paged.kernels.attention_schedule import schedule_launcher
 from torch_paged.kernels.copy_blocks import copy_blocks_kernel
 from torch_paged.kernels.features import Features
 from torch_paged.kernels.problem import Device
 from torch_paged.kernels.shipped import ShippedVariant, shipped_option_variants, shipped_variants
-from torch_paged.options import PLAIN, AttentionOptions
+from torch_paged.options import PLAIN, SCHEDULE_SHAPE, AttentionOptions
 
 DEVICES = {
     "sm_80": Device(multiprocessors=108, shared_memory=163 * 1024, capability=80),
@@ -69,6 +70,13 @@ def attention_launch(variant: ShippedVariant, misaligned: int = 0) -> None:
     table, lens = torch.zeros(4, 5, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
     bounds = torch.zeros(5, dtype=torch.int32) if v.ragged else None
     launch_attention(variant.launch, query, *caches, table, lens, bounds, output, lse, 0.125, options)
+
+
+def schedule_launch(variant: ShippedVariant) -> None:
+    """What writes the schedule of one shipped variant."""
+    v, ints = variant.launch.variant, functools.partial(torch.zeros, dtype=torch.int32)
+    bounds = ints(5) if v.ragged else None
+    schedule_launcher(variant.launch)(ints(4), bounds, ints(SCHEDULE_SHAPE[1]), 7, 8, 4, 2, 80, 0)
 
 
 def attention(num_seqs: int, num_tokens: int, width: int, num_blocks: int, ragged: bool) -> None:

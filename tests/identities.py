@@ -146,11 +146,12 @@ def serve_in_layout(heads, kv_heads, dim, value_dim, block_size, head_major, lat
 
 
 def serve_long(heads, kv_heads, dim, value_dim, block_size, head_major):
-    """Prompts of many tokens, of a few sequences."""
+    """Prompts of many tokens, of a few sequences, or among many."""
     slots = (9, kv_heads, block_size) if head_major else (9, block_size, kv_heads)
     caches = [torch.empty(*slots, width, dtype=DTYPE) for width in (dim, value_dim)]
     key_cache, value_cache = [cache.transpose(1, 2) for cache in caches] if head_major else caches
-    for (queries, seqs), ragged in itertools.product([(2048, 1), (20000, 3), (100000, 1)], (False, True)):
+    sizes = [(2048, 1), (20000, 3), (100000, 1), (2048, 64), (40000, 50)]
+    for (queries, seqs), ragged in itertools.product(sizes, (False, True)):
         query = torch.empty(queries - queries % seqs, heads, dim, dtype=DTYPE)
         table, bounds = torch.zeros(seqs, 5, dtype=torch.int32), torch.zeros(seqs + 1, dtype=torch.int32)
         torch_paged.attention(

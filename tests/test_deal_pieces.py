@@ -1,13 +1,16 @@
-"""The pieces that are dealt to programs in advance: together everything, and nothing twice."""
+"""The pieces that are dealt to programs in advance: together everything, nothing twice, and all to one form."""
 
 import itertools
 import os
+import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 from torch_paged.kernels.launch_config import attention_launches
+from torch_paged.kernels.launch_tiles import LONG_LOOP
 from torch_paged.kernels.problem import Device, Problem, next_power_of_two
 from torch_paged.kernels.rounds import begin_rounds, deal_pieces
 
@@ -37,53 +40,121 @@ def units_of(queries, keys, heads, v):
             yield (sequence, unit), max(-(-seen // v.tile), 1)
 
 
-def dealt_pieces(queries, keys, spare, heads, programs, rounds, v):
-    """What `deal_pieces` writes, in the order of the row."""
+def dealt_turns(queries, keys, spare, heads, programs, rounds, v, long_loop=0):
+    """What `deal_pieces` writes, `[turns, programs]` pieces, and what it leaves for `combine`."""
     lens = torch.tensor(keys, dtype=torch.int32, device=DEVICE)
     bounds = torch.tensor([0, *queries]).cumsum(0).int().to(DEVICE)
     batch = sum(queries) + spare, len(keys), heads, 8192
-    starts = torch.full(((rounds - 1) * programs + 1,), -1, dtype=torch.int64, device=DEVICE)
+    starts = torch.full((max(rounds - 1, 0) * programs + 1,), -1, dtype=torch.int64, device=DEVICE)
     if rounds > 1:
         begin_rounds[(len(starts),)](lens, bounds, starts, *batch, programs, rounds, V=v)
-    pieces = torch.full((programs, rounds, 5), -1, dtype=torch.int32, device=DEVICE)
-    padded = next_power_of_two(programs)
-    deal_pieces[(programs, rounds)](lens, bounds, starts, pieces, *batch, PROGRAMS=padded, V=v)
-    return pieces.transpose(0, 1).flatten(0, 1).tolist()
+    pieces = torch.full((programs, rounds + 1, 5), -1, dtype=torch.int32, device=DEVICE)
+    partial = torch.full((2 * programs * v.block_m * (v.value_dim + 2),), torch.nan, device=DEVICE)
+    handoff = torch.full((3, programs), 77, dtype=torch.int32, device=DEVICE)
+    work = lens, bounds, starts, pieces, partial, handoff, *batch, long_loop
+    deal_pieces[(programs, rounds + 1)](*work, PROGRAMS=next_power_of_two(programs), V=v)
+    return pieces.transpose(0, 1).tolist(), partial, handoff
+
+
+def dealt_pieces(*batch):
+    """The pieces of the form that has all of the work, in the order of the row: of its rounds, else of turn 0."""
+    (first, *others), _, _ = dealt_turns(*batch)
+    idle, served = ([first], others) if others else ([], [first])
+    assert all(count < 0 for turn in idle for *_, count, _ in turn)
+    assert all(count >= 0 for turn in served for *_, count, _ in turn)
+    return list(itertools.chain(*served))
 
 
 def variant_of(queries, keys, spare, heads, programs, causal=True):
     problem = Problem(sum(queries) + spare, len(keys), 8, heads, 128, 128, 16, 2, causal, ragged=True)
-    return attention_launches(problem, Device(programs, 227 * 1024, 90))[0].variant
+    variant = attention_launches(problem, Device(programs, 227 * 1024, 90))[0].variant
+    return replace(variant, overlap=False)  # of which the interpreter knows nothing
 
 
-@pytest.mark.parametrize(("programs", "rounds"), [(1, 1), (3, 1), (40, 1), (3, 2), (3, 5), (17, 3)])
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "all"])
-@pytest.mark.parametrize("name", BATCHES)
-def test_every_tile_is_dealt_once(name, causal, programs, rounds):
-    queries, keys = BATCHES[name]
-    spare, heads = 3, 2
-    v = variant_of(queries, keys, spare, heads, programs, causal)
-    pieces = dealt_pieces(queries, keys, spare, heads, programs, rounds, v)
-
+def check_covered(pieces, queries, keys, spare, heads, v):
+    """Each tile of keys of each unit is in one piece, and returns whether each piece has whole units alone."""
     # The rows past the last query are a sequence of their own.
     units = list(units_of([*queries, spare], [*keys, 0], heads, v))
     order = {unit: number for number, (unit, _) in enumerate(units)}
-    dealt = []
-    for place, (sequence, unit, begin, count, end) in enumerate(pieces):
+    dealt, whole = [], []
+    for sequence, unit, begin, count, end in pieces:
+        whole.append(True)
         for index in range(count):
             number = order[sequence, unit] + index
             tiles = units[number][1]
             first, last = (begin if index == 0 else 0), min(end if index == count - 1 else tiles, tiles)
             assert first < last
-            assert place >= (rounds - 1) * programs or (first, last) == (0, tiles)
+            whole[-1] &= (first, last) == (0, tiles)
             dealt += [(number, tile) for tile in range(first, last)]
     assert dealt == list(itertools.chain(*([(n, tile) for tile in range(tiles)] for n, (_, tiles) in enumerate(units))))
+    return whole
 
 
-@pytest.mark.parametrize("rounds", [1, 2, 4, 7])
+@pytest.mark.parametrize(
+    ("programs", "rounds", "causal"),
+    [(3, 0, True), (1, 1, True), (13, 1, True), (3, 2, False), (3, 4, True)],
+)
+@pytest.mark.parametrize("name", BATCHES)
+def test_every_tile_is_dealt_once(name, programs, rounds, causal):
+    queries, keys = BATCHES[name]
+    spare, heads = 3, 2
+    v = variant_of(queries, keys, spare, heads, programs, causal)
+    pieces = dealt_pieces(queries, keys, spare, heads, programs, rounds, v)
+    whole = check_covered(pieces, queries, keys, spare, heads, v)
+    assert all(whole[: max(rounds - 1, 0) * programs])
+
+
+SHAPES = {
+    "decodes": ([1] * 20, range(1, 9000)),
+    "decodes-and-chunk": ([1] * 12 + [700], range(700, 9000)),
+    "short-prompts": ([100, 60, 90, 33, 150], range(1, 400)),
+    "short-prompts-on-many-keys": ([100, 60, 90, 33, 150], range(4000, 8192)),
+    "short-and-long": ([60, 90, 1, 1, 3500], range(1, 3600)),
+    "nobody": ([], []),
+}
+
+
+def mean_loop(queries, keys, heads, v):
+    """Tiles of keys of a unit, on average."""
+    tiles = [tiles for _, tiles in units_of(queries, keys, heads, v)]
+    return sum(tiles) / len(tiles) if tiles else 0
+
+
+@pytest.mark.parametrize(("rounds", "seed"), [(1, 0), (3, 1)])
+@pytest.mark.parametrize("name", SHAPES)
+def test_one_form_gets_everything(name, rounds, seed):
+    """That for long loops, in its rounds, where units have many tiles of keys on average; nobody tells the host."""
+    chance, heads, programs, spare = random.Random(seed), 2, 4, seed
+    queries, lengths = SHAPES[name]
+    queries = chance.sample(queries, len(queries))
+    keys = [max(count, chance.choice(lengths)) for count in queries]
+    v = variant_of(queries, keys, spare, heads, programs)
+    turns, _, _ = dealt_turns(queries, keys, spare, heads, programs, rounds, v, LONG_LOOP)
+    idle = [all(count == -1 for *_, count, _ in turn) for turn in turns]
+    assert idle[1:] == [not idle[0]] * rounds
+    check_covered(itertools.chain(*turns), queries, keys, spare, heads, v)
+    mean = mean_loop(queries, keys, heads, v)
+    if mean and not 0.9 * LONG_LOOP < mean < 1.1 * LONG_LOOP:
+        assert idle[0] == (mean >= LONG_LOOP)
+
+
+@pytest.mark.parametrize("long_loop", [0, LONG_LOOP])
+def test_nothing_is_left_to_others_yet(long_loop):
+    """What the form with the work overwrites, and the other leaves alone: an empty first slot of each program."""
+    queries, keys, programs = *BATCHES["mixed"], 3
+    v = variant_of(queries, keys, 0, 2, programs)
+    _, partial, handoff = dealt_turns(queries, keys, 0, 2, programs, 2, v, long_loop)
+    assert handoff.tolist() == [[0] * programs, [-1] * programs, [77] * programs]
+    outputs, sums = partial.split([2 * programs * v.block_m * v.value_dim, 4 * programs * v.block_m])
+    sums = sums.view(programs, 2, v.block_m, 2)
+    assert outputs.isnan().all() and sums[:, 1].isnan().all()
+    assert (sums[:, 0, :, 0] == -torch.inf).all() and (sums[:, 0, :, 1] == 0).all()
+
+
+@pytest.mark.parametrize("rounds", [2, 7])
 def test_rounds_end_together(rounds):
     """All programs get as much, to a hundredth or two, though whole units alone are dealt at first."""
-    programs, heads = 6, 4
+    programs, heads = 5, 4
     queries = keys = [3000, 900]
     v = variant_of(queries, keys, 0, heads, programs)
     fixed = v.unit_cost // (v.tile * v.group)  # in tiles

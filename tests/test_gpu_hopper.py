@@ -10,7 +10,7 @@ from torch_paged.options import PLAIN
 from torch_paged.testing import assert_within_budget, attention_inputs, low_precision_attention
 
 pytest.importorskip("triton")
-from torch_paged.kernels import attention_plan, launch_tiles
+from torch_paged.kernels import attention_plan, hopper_launch, launch_config, launch_tiles
 from torch_paged.kernels.attention import attention as attend_with
 from torch_paged.kernels.attention import launch_attention
 from torch_paged.kernels.attention_plan import problem_of
@@ -42,13 +42,27 @@ BATCHES = {
 }
 
 
-@pytest.fixture(autouse=True, params=[1, 2], ids=["common-code", "apart"])
-def parts(request, monkeypatch):
+# Forms that are launched, and from how many tiles of keys a unit on the device gives everything to the second.
+FORMS = {
+    "common-code": ((1,), 0),
+    "apart": ((2,), 0),
+    "both-and-common-code-works": ((1, 2), 10**6),
+    "both-and-apart-works": ((1, 2), 0),
+    "both-and-lengths-decide": ((1, 2), 2),
+}
+
+
+@pytest.fixture(autouse=True, params=FORMS.values(), ids=FORMS)
+def forms(request, monkeypatch):
     """Both forms of the kernel, whatever the number of queries."""
-    monkeypatch.setattr(launch_tiles, "LONG", 1 if request.param == 2 else 2**40)
+    its_forms, long_loop = request.param
+    if its_forms is not None:
+        for module in (launch_config, launch_tiles):
+            monkeypatch.setattr(module, "forms", lambda _: its_forms)
+        monkeypatch.setattr(hopper_launch, "LONG_LOOP", long_loop)
     attention_launches.cache_clear()
     attention_plan._plans.clear()
-    yield request.param
+    yield its_forms
     attention_launches.cache_clear()
     attention_plan._plans.clear()
 
@@ -83,10 +97,9 @@ def check(inputs, output, lse, causal=True):
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "all"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("name", BATCHES)
-def test_values(name, dtype, causal, parts):
+def test_values(name, dtype, causal, forms):
     inputs = attention_inputs(**BATCHES[name], dtype=dtype, device="cuda")
-    variant = launches_of(inputs, causal)[0].variant
-    assert variant.copy_rows and variant.parts == parts
+    assert launches_of(inputs, causal)[0].forms == forms
     check(inputs, *attention(*inputs, inputs.query.shape[2] ** -0.5, causal), causal)
 
 
@@ -95,6 +108,25 @@ def test_values(name, dtype, causal, parts):
 def test_any_number_of_programs_gives_the_same(name, programs):
     inputs = attention_inputs(**BATCHES[name], dtype=torch.float16, device="cuda")
     check(inputs, *launch(inputs, programs=programs))
+
+
+@pytest.mark.parametrize("rounds", [2, 5])
+@pytest.mark.parametrize("name", ["mixed", "no-group", "uniform"])
+def test_any_number_of_rounds_gives_the_same(name, rounds, forms):
+    inputs = attention_inputs(**BATCHES[name], dtype=torch.float16, device="cuda")
+    check(inputs, *launch(inputs, rounds=rounds if 2 in forms else 0, programs=3))
+
+
+@pytest.mark.parametrize("forms", [(None, None)], ids=["as-launched"], indirect=True)
+@pytest.mark.parametrize(
+    ("queries", "keys"),
+    [([1] * 12 + [2050], [900] * 12 + [3000]), ([100] * 22, [100] * 22), ([1] * 2048, [20] * 2048)],
+    ids=["decodes-and-chunk", "short-prompts", "decodes"],
+)
+def test_batches_of_which_shapes_say_little(queries, keys):
+    inputs = attention_inputs(queries, keys, num_heads=4, head_dim=128, dtype=torch.bfloat16, device="cuda")
+    assert launches_of(inputs)[0].forms == (1, 2)
+    check(inputs, *attention(*inputs, inputs.query.shape[2] ** -0.5, True))
 
 
 def test_repeated_calls_agree_to_the_bit():
@@ -135,7 +167,7 @@ def test_what_the_copy_engine_cannot_address_goes_to_the_general_kernel(layout):
     elif layout == "expanded-heads":
         caches = tuple(cache[:, :, :1].expand_as(cache) for cache in caches)
     inputs = inputs._replace(key_cache=caches[0], value_cache=caches[1])
-    assert not launches_of(inputs)[0].variant.copy_rows
+    assert launches_of(inputs)[0].forms == ()
     check(inputs, *attention(*inputs, inputs.query.shape[2] ** -0.5, True))
 
 
@@ -182,6 +214,7 @@ def test_a_captured_graph_serves_other_lengths():
         output, lse = attend()
     for queries, keys in (
         ([100, 50, 40, 10], [300, 50, 320, 11]),
+        ([50, 50, 50, 50], [60, 50, 70, 90]),
         ([1, 1, 1, 1], [320, 1, 9, 0]),
         ([0, 200, 0, 0], [0, 310, 0, 5]),
     ):

@@ -15,7 +15,7 @@ ALLOWED = {
     "__init__": {"batch", "cache", "functional", "memory", "ops", "quantise"},
     "functional": {"ops"},
     "ops": {"bounds", "checks", "options"},  # and, by name, cpu and kernels on first use
-    "checks": set(),
+    "checks": {"options"},
     "bounds": set(),
     "cache": {
         "batch",

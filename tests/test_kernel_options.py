@@ -19,11 +19,11 @@ from torch_paged.kernels.attention import launch_attention
 from torch_paged.kernels.attention_logits import tanh
 from torch_paged.kernels.attention_plan import problem_of
 from torch_paged.kernels.attention_stored import widen, widen_pairs
+from torch_paged.kernels.deal import deal
 from torch_paged.kernels.device import INTERPRETED, device_of
 from torch_paged.kernels.features import Stored
 from torch_paged.kernels.launch_config import attention_launches
 from torch_paged.kernels.problem import Device
-from torch_paged.kernels.schedule import deal
 
 HERE = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [pytest.mark.interpreter if HERE else pytest.mark.gpu]

@@ -186,23 +186,51 @@ def test_hopper_copies_blocks_where_they_make_tiles(changes, copy_rows):
     assert [launch.variant.copy_rows for launch in launches] == [copy_rows]
 
 
-@pytest.mark.parametrize(("queries", "seqs", "parts"), [(8192, 1, 2), (8192, 4, 2), (8192, 5, 1), (512, 1, 1)])
-def test_warpgroups_share_their_code_where_prompts_are_short(queries, seqs, parts):
-    problem = replace(PREFILL, num_tokens=queries, num_seqs=seqs, ragged=True)
-    launch = attention_launches(problem, DEVICES["sm_90"])[0]
-    assert launch.variant.parts == parts
-    assert launch.num_warps * parts == 8
+@pytest.mark.parametrize(
+    ("queries", "seqs", "ragged", "forms"),
+    [
+        (8192, 1, True, (2,)),
+        (8192, 4, True, (2,)),
+        (8192, 4, False, (2,)),
+        (8192, 5, True, (1, 2)),
+        (8190, 5, False, (1,)),
+        (2048, 61, True, (1, 2)),
+        (2047, 61, True, (1,)),
+    ],
+)
+def test_the_device_chooses_the_form_of_the_hopper_kernel_where_shapes_do_not(queries, seqs, ragged, forms):
+    problem = replace(PREFILL, num_tokens=queries, num_seqs=seqs, ragged=ragged)
+    prefill, *decode = attention_launches(problem, DEVICES["sm_90"])
+    assert prefill.forms == forms
+    assert [launch.forms for launch in decode] == [()] * ragged
+    assert attention_launches(problem, DEVICES["sm_80"])[0].forms == ()
+
+
+def test_forms_differ_in_nothing_that_the_other_kernels_see():
+    """They share workspace and pieces, and what is compiled for one of them serves both."""
+    batches = [replace(PREFILL, num_tokens=tokens, num_seqs=5, ragged=True) for tokens in (2000, 8000, 16000)]
+    launches = [attention_launches(batch, DEVICES["sm_90"])[0] for batch in batches]
+    assert [launch.forms for launch in launches] == [(1,), (1, 2), (2,)]
+    assert len({replace(launch, forms=(), rounds=0) for launch in launches}) == 1
 
 
 @pytest.mark.parametrize(
     ("queries", "seqs", "heads", "rounds"),
-    [(2048, 1, 32, 1), (8192, 1, 32, 5), (8192, 1, 8, 1), (8192, 5, 32, 1), (32768, 1, 32, 6), (10**6, 3, 1, 6)],
+    [
+        (512, 1, 32, 0),
+        (2048, 1, 32, 1),
+        (8192, 1, 32, 5),
+        (8192, 1, 8, 1),
+        (8192, 5, 32, 5),
+        (32768, 1, 32, 6),
+        (10**6, 3, 1, 6),
+    ],
 )
 def test_long_prompts_are_dealt_out_in_rounds(queries, seqs, heads, rounds):
     problem = replace(PREFILL, num_tokens=queries, num_seqs=seqs, num_heads=heads, num_kv_heads=1, ragged=True)
     prefill, decode = attention_launches(problem, DEVICES["sm_90"])
-    assert (prefill.rounds, decode.rounds) == (rounds, 1)
-    assert attention_launches(problem, DEVICES["sm_80"])[0].rounds == 1
+    assert (prefill.rounds, decode.rounds) == (rounds, 0)
+    assert attention_launches(problem, DEVICES["sm_80"])[0].rounds == 0
 
 
 @pytest.mark.parametrize(("seqs", "programs", "warps"), [(15, 2, 4), (16, 4, 2), (64, 4, 2)])

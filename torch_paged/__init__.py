@@ -11,6 +11,7 @@ from torch_paged.functional import (
     merge_attention,
     rotary_append,
     scatter_blocks,
+    schedule,
     warmup,
 )
 from torch_paged.memory import IntegrityError, MemoryStats, OutOfBlocks, OutOfSwapSpace
@@ -34,6 +35,7 @@ __all__ = [
     "quantise_cache",
     "rotary_append",
     "scatter_blocks",
+    "schedule",
     "slots_in_use",
     "unbacked",
     "warmup",

@@ -49,6 +49,7 @@ class PagedBatch(NamedTuple):
         further_groups: where layers see back unequally far, `(block_table, slot_mapping)` of the second group of layers
             and those after it (see `PagedKVCache.groups`), of the same shapes; None where there is but one. Entries of
             a table that a sliding window has left behind are arbitrary, and never read.
+        schedules: of each group of layers, from `torch_paged.schedule`, or None; None where there are none.
     """
 
     block_table: Tensor
@@ -59,6 +60,7 @@ class PagedBatch(NamedTuple):
     last_token: Tensor
     block_size: Tensor
     further_groups: tuple[tuple[Tensor, Tensor], ...] | None = None
+    schedules: tuple[Tensor | None, ...] | None = None
 
     def tables(self, group: int) -> tuple[Tensor, Tensor]:
         """`block_table` and `slot_mapping` of a group of layers."""
@@ -67,6 +69,13 @@ class PagedBatch(NamedTuple):
         if self.further_groups is None:
             raise ValueError(f"the batch is of a cache with one group of layers, got a layer of groups[{group}]")
         return self.further_groups[group - 1]
+
+    def with_schedule(self, schedule: Tensor, group: int = 0) -> PagedBatch:
+        """The batch with a schedule for the layers of a group: see `PagedKVLayer.scheduled`."""
+        self.tables(group)  # which says so where there is no such group
+        schedules = list(self.schedules or [None] * (1 + len(self.further_groups or ())))
+        schedules[group] = schedule
+        return self._replace(schedules=tuple(schedules))
 
     def advance(self) -> PagedBatch:
         """The decode step after this one: one token more for every sequence, in tensor operations alone.

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_paged.options import SCHEDULE_SHAPE
+
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 QUANTISED_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 _INT32 = (torch.int32,)
@@ -34,6 +36,7 @@ def attention(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    schedule: Tensor | None = None,
     **scales: Tensor | None,
 ) -> None:
     """Arguments of `paged::attention` and `paged::attention_with_lse`."""
@@ -79,6 +82,22 @@ def attention(
                 f"got int32 [{size['num_seqs + 1']}]"
             ),
         )
+    if schedule is not None:
+        match("schedule", schedule, _INT32, ("launches", "numbers"))
+        _require(
+            (size["launches"] == SCHEDULE_SHAPE[0]) & (size["numbers"] == SCHEDULE_SHAPE[1]),
+            lambda: (
+                f"schedule must be int32 {list(SCHEDULE_SHAPE)}, as paged::schedule makes it, got {_form(schedule)}"
+            ),
+        )
+        strides = schedule.stride()
+        _require(
+            (strides[0] == SCHEDULE_SHAPE[1]) & (strides[1] == 1),
+            lambda: f"schedule must be contiguous, as paged::schedule makes it, got strides {list(strides)}",
+        )
+
+
+schedule = attention  # `paged::schedule` has the arguments of a call that it is for
 
 
 def merge_attention(output_a: Tensor, lse_a: Tensor, output_b: Tensor, lse_b: Tensor) -> None:

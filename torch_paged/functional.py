@@ -35,6 +35,7 @@ def attention(
     value_scale: Tensor | None = None,
     key_scale_cache: Tensor | None = None,
     value_scale_cache: Tensor | None = None,
+    schedule: Tensor | None = None,
 ) -> Tensor:
     """Attention of ragged queries over a paged KV cache, by online softmax over the blocks of each sequence.
 
@@ -60,6 +61,7 @@ def attention(
         key_scale, value_scale: float32, 0-dim or [Hk]: true value = stored value * scale. int8 needs them or those
             below, float8 may go without, an unquantised cache must.
         key_scale_cache, value_scale_cache: float32 [N, B, Hk], a scale for each token and head, as `append` writes.
+        schedule: from `schedule`, called with the same lengths; None: every call deals its work out by itself.
 
     Returns:
         Contiguous [T, H, Dv] in query's dtype.
@@ -86,6 +88,7 @@ def attention(
         value_scale=value_scale,
         key_scale_cache=key_scale_cache,
         value_scale_cache=value_scale_cache,
+        schedule=schedule,
     )
     return result
 
@@ -108,6 +111,7 @@ def attention_with_lse(
     value_scale: Tensor | None = None,
     key_scale_cache: Tensor | None = None,
     value_scale_cache: Tensor | None = None,
+    schedule: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attention`, and the logarithm of each row's softmax denominator, for `merge_attention`.
 
@@ -133,8 +137,76 @@ def attention_with_lse(
         value_scale=value_scale,
         key_scale_cache=key_scale_cache,
         value_scale_cache=value_scale_cache,
+        schedule=schedule,
     )
     return output, lse
+
+
+def schedule(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = True,
+    sliding_window: int | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+    key_scale_cache: Tensor | None = None,
+    value_scale_cache: Tensor | None = None,
+) -> Tensor:
+    """Which part of the work each program on the GPU does, for all calls of `attention` with these lengths.
+
+    Layers share it: with `schedule=`, their calls need not find it out each by itself, and begin to fetch keys while
+    the kernel before them ends. Where a call has nothing to share (on CPU, prefill on Hopper) it is zeros.
+
+    A call that would be dealt out otherwise, for its shapes, dtypes or options, takes no notice of a schedule. Lengths
+    are not compared: `block_table`, `seq_lens` and `cu_seqlens_q` must not change, not in the same stream either,
+    between this call and the last that uses its result. With other lengths attention's results are wrong, some rows
+    perhaps not written, though nothing is read or written out of place. Another stream needs an event, as ever.
+
+    Args:
+        query, key_cache, value_cache: as in `attention`; only their shapes and dtypes matter. The
+            operator itself, `torch.ops.paged.schedule`, should be given stand-ins for caches that the same compiled
+            function writes, as this function does: torch.compile would copy them.
+        the others: as in `attention`; values of `scale`, slopes, sinks and scales do not matter.
+
+    Returns:
+        int32, of one shape whatever the batch.
+
+    Raises:
+        TypeError, ValueError: as in `attention`.
+    """
+    result: Tensor = _ops.schedule(
+        query,
+        _stand_in(key_cache),
+        _stand_in(value_cache),
+        block_table,
+        seq_lens,
+        cu_seqlens_q=cu_seqlens_q,
+        scale=scale,
+        causal=causal,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        key_scale=key_scale,
+        value_scale=value_scale,
+        key_scale_cache=key_scale_cache,
+        value_scale_cache=value_scale_cache,
+    )
+    return result
+
+
+def _stand_in(cache: Tensor) -> Tensor:
+    """A cache of one block like those of `cache`."""
+    return torch.empty((1, *cache.shape[1:]), dtype=cache.dtype, device=cache.device)
 
 
 def merge_attention(output_a: Tensor, lse_a: Tensor, output_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

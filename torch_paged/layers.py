@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_paged.batch import PagedBatch
-from torch_paged.functional import append, attention
+from torch_paged.functional import append, attention, schedule
 
 _SCALES = ("key_scale", "value_scale", "key_scale_cache", "value_scale_cache")
 
@@ -73,6 +73,37 @@ class PagedKVLayer(nn.Module):
                 given, and is not the layer's.
         """
         return _append_and_attend(query, key, value, self.tensors(), batch, self.group, self.sliding_window, options)
+
+    def scheduled(self, batch: PagedBatch, num_heads: int, **options: Any) -> PagedBatch:
+        """`batch` with a schedule for the layers of this one's group: call it once a step, in the model, on a GPU.
+
+        They then deal their work out once, not each by itself (see `torch_paged.schedule`); results are the same.
+
+        Args:
+            batch: as the layers will take it.
+            num_heads: query heads of each.
+            options: exactly those of their attention, as in `forward`; layers that are called otherwise may take no
+                notice.
+
+        Raises:
+            TypeError: `batch` is no PagedBatch.
+        """
+        if not isinstance(batch, PagedBatch):
+            raise TypeError(f"batch must be a PagedBatch, got {type(batch).__name__}")
+        block_table, slot_mapping = batch.tables(self.group)
+        key_cache, value_cache, options = _cache_options(self.tensors(), self.sliding_window, options)
+        shape = slot_mapping.shape[0], num_heads, key_cache.shape[3]
+        query = torch.empty(shape, dtype=self._dtype, device=key_cache.device)
+        made = schedule(
+            query,
+            key_cache,
+            value_cache,
+            block_table,
+            batch.seq_lens,
+            cu_seqlens_q=batch.cu_seqlens_q,
+            **options,
+        )
+        return batch.with_schedule(made, self.group)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Key cache and value cache, then their scales if they have any."""
@@ -149,17 +180,11 @@ def _append_and_attend(
     options: dict[str, Any],
 ) -> Tensor:
     block_table, slot_mapping = _tables(batch, group, query)
-    key_cache, value_cache, *scales = tensors
-    if scales:
-        names = _SCALES[:2] if scales[0].dim() < 2 else _SCALES[2:]
-        options = dict(zip(names, scales, strict=True)) | options
-    if sliding_window is not None:
-        if options.setdefault("sliding_window", sliding_window) != sliding_window:
-            raise ValueError(
-                f"the layer's sliding_window is {sliding_window}, got sliding_window={options['sliding_window']}"
-            )
+    key_cache, value_cache, options = _cache_options(tensors, sliding_window, options)
     append_options = {name: options[name] for name in _SCALES if name in options}
     append(key, value, key_cache, value_cache, slot_mapping, **append_options)
+    if batch.schedules is not None:
+        options.setdefault("schedule", batch.schedules[group])
     return attention(
         query,
         key_cache,
@@ -169,3 +194,19 @@ def _append_and_attend(
         cu_seqlens_q=batch.cu_seqlens_q,
         **options,
     )
+
+
+def _cache_options(
+    tensors: tuple[Tensor, ...], sliding_window: int | None, options: dict[str, Any]
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Key cache, value cache, and `options` with a layer's own."""
+    key_cache, value_cache, *scales = tensors
+    if scales:
+        names = _SCALES[:2] if scales[0].dim() < 2 else _SCALES[2:]
+        options = dict(zip(names, scales, strict=True)) | options
+    if sliding_window is not None:
+        if options.setdefault("sliding_window", sliding_window) != sliding_window:
+            raise ValueError(
+                f"the layer's sliding_window is {sliding_window}, got sliding_window={options['sliding_window']}"
+            )
+    return key_cache, value_cache, options

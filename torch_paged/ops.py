@@ -18,12 +18,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from torch_paged import bounds, checks
-from torch_paged.options import PLAIN, AttentionOptions
+from torch_paged.options import PLAIN, SCHEDULE_SHAPE, AttentionOptions
 
 _OPTIONS = """Tensor? cu_seqlens_q=None, float? scale=None, bool causal=True, int? sliding_window=None,
     float softcap=0.0, Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? key_scale=None,
     Tensor? value_scale=None, Tensor? key_scale_cache=None, Tensor? value_scale_cache=None"""
-_ATTENTION = f"(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor seq_lens, *, {_OPTIONS})"
+_BATCH = f"Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor seq_lens, *, {_OPTIONS}"
+_ATTENTION = f"({_BATCH}, Tensor? schedule=None)"
 _SCALES = ("key_scale", "value_scale", "key_scale_cache", "value_scale_cache")
 _WRITTEN_SCALES = """Tensor? key_scale=None, Tensor? value_scale=None, Tensor(c!)? key_scale_cache=None,
     Tensor(d!)? value_scale_cache=None"""
@@ -54,6 +55,11 @@ def _fake_attention_with_lse(
     return _empty_output(query, value_cache), _empty_lse(query)
 
 
+def _fake_schedule(query: Tensor, *args: Tensor, **options: Any) -> Tensor:
+    checks.schedule(query, *args, **options)
+    return query.new_empty(SCHEDULE_SHAPE, dtype=torch.int32)
+
+
 def _fake_merge_attention(output_a: Tensor, lse_a: Tensor, output_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     checks.merge_attention(output_a, lse_a, output_b, lse_b)
     return output_a.new_empty(output_a.shape), _empty_lse(output_a)
@@ -70,6 +76,7 @@ def _attend(
     cu_seqlens_q: Tensor | None = None,
     scale: float | None = None,
     causal: bool = True,
+    schedule: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Run the attention with its default scale resolved and its options as one tuple."""
@@ -79,8 +86,27 @@ def _attend(
     result: tuple[Tensor, Tensor] = package.attention(
         query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, scale, causal,
         AttentionOptions(**options) if options else PLAIN,
+        **({} if schedule is None or not hasattr(package, "schedule") else {"schedule": schedule}),
     )  # fmt: skip
     return result
+
+
+def _schedule(
+    package: ModuleType,
+    query: Tensor,
+    *args: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    scale: float | None = None,  # noqa: ARG001 - any will do
+    causal: bool = True,
+    **options: Any,
+) -> Tensor:
+    """A schedule, of zeros where the package has nothing to share between calls."""
+    schedule = query.new_zeros(SCHEDULE_SHAPE, dtype=torch.int32)
+    if hasattr(package, "schedule"):
+        package.schedule(
+            query, *args, cu_seqlens_q, causal, AttentionOptions(**options) if options else PLAIN, schedule
+        )
+    return schedule
 
 
 def _append(package: ModuleType, *args: Tensor, **scales: Tensor) -> None:
@@ -274,6 +300,7 @@ def _warn_of_capture() -> None:
 
 _define(f"attention{_ATTENTION} -> Tensor", _fake_attention, lambda *args, **kwargs: _attend(*args, **kwargs)[0])
 _define(f"attention_with_lse{_ATTENTION} -> (Tensor output, Tensor lse)", _fake_attention_with_lse, _attend)
+_define(f"schedule({_BATCH}) -> Tensor", _fake_schedule, _schedule)
 _define(
     "merge_attention(Tensor output_a, Tensor lse_a, Tensor output_b, Tensor lse_b) -> (Tensor output, Tensor lse)",
     _fake_merge_attention,

@@ -11,6 +11,7 @@ from torch_paged.kernels.copy_blocks import copy_blocks
 from torch_paged.kernels.gather_blocks import gather_blocks, scatter_blocks
 from torch_paged.kernels.merge_attention import merge_attention
 from torch_paged.kernels.rotary_append import rotary_append
+from torch_paged.kernels.schedule import schedule
 from torch_paged.kernels.warmup import warmup
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "merge_attention",
     "rotary_append",
     "scatter_blocks",
+    "schedule",
     "warmup",
 ]
 

@@ -1,6 +1,6 @@
 """Paged attention: softmax(scale * Q K^T) V over keys and values that stand in the blocks of a table.
 
-One kernel serves decode, prefill and everything between. Its work is dealt out on the device (see `schedule`); what a
+One kernel serves decode, prefill and everything between. Its work is dealt out on the device (see `deal`); what a
 program leaves unfinished because its piece ends inside a unit, a second small kernel combines.
 """
 
@@ -10,13 +10,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from torch_paged.kernels.attention_plan import Step, base2_factors, options_of, plan, step_of
+from torch_paged.kernels.attention_combine import handoff_in
+from torch_paged.kernels.attention_plan import Step, base2_factors, options_of, plan, stamp_of, step_of
 from torch_paged.kernels.attention_rows import first_seen, rows_of, sinks_of, visible_to
+from torch_paged.kernels.attention_schedule import is_scheduled, scheduled_piece
 from torch_paged.kernels.attention_state import nothing_seen, write_output, write_partial, write_sums
 from torch_paged.kernels.attention_stored import normalise, static_scale
-from torch_paged.kernels.attention_tiles import attend, load_query
+from torch_paged.kernels.attention_tiles import attend, load_query, prefetch
+from torch_paged.kernels.deal import deal, following, key_count, query_range, query_tiles
 from torch_paged.kernels.launch_config import AttentionLaunch
-from torch_paged.kernels.schedule import SEQUENCES, deal, key_count, next_sequence, query_range, query_tiles
 from torch_paged.kernels.storage import viewed
 from torch_paged.kernels.vectors import dense
 from torch_paged.options import PLAIN, AttentionOptions
@@ -50,10 +52,10 @@ def _attend_unit(
 
 
 @triton.jit
-def _of_head(key_cache, value_cache, key_scale, value_scale, strides, head, V: tl.constexpr):
+def _of_head(caches, key_scale, value_scale, strides, head, V: tl.constexpr):
     """Keys and values of one head and, where tokens have them, their scales, else anything."""
-    key_cache += head.to(tl.int64) * strides[0][2]
-    value_cache += head.to(tl.int64) * strides[1][2]
+    key_cache = caches[0] + head.to(tl.int64) * strides[0][2]
+    value_cache = caches[1] + head.to(tl.int64) * strides[1][2]
     key_scales = key_cache
     value_scales = value_cache
     if V.has.key.scale == "token":
@@ -64,13 +66,15 @@ def _of_head(key_cache, value_cache, key_scale, value_scale, strides, head, V: t
 
 
 @triton.jit(
-    do_not_specialize=["num_tokens", "num_seqs", "num_kv_heads", "num_blocks", "max_keys", "table_stride", "window"],
+    do_not_specialize=[
+        "stamp", "num_tokens", "num_seqs", "num_kv_heads", "num_blocks", "max_keys", "table_stride", "window",
+    ],
     do_not_specialize_on_alignment=[
-        "block_table", "seq_lens", "cu_seqlens_q", "alibi_slopes", "sinks", "key_scale", "value_scale",
+        "block_table", "seq_lens", "cu_seqlens_q", "schedule", "alibi_slopes", "sinks", "key_scale", "value_scale",
     ],
 )  # fmt: skip
 def _attention(
-    query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, output, lse, partial, handoff, scale,
+    query, caches, block_table, seq_lens, cu_seqlens_q, schedule, stamp, output, lse, workspace, scale,
     num_tokens, num_seqs, num_kv_heads, num_blocks, max_keys, query_strides, cache_strides, table_stride,
     window, alibi_slopes, sinks, key_scale, value_scale, V: tl.constexpr,
 ):  # fmt: skip
@@ -86,18 +90,22 @@ def _attention(
     K1: tl.constexpr = V.key_widths[1]
     KEY: tl.constexpr = V.has.key
     num_heads = num_kv_heads * V.group
-    if V.overlap:
-        gdc_launch_dependents()
-        gdc_wait()
     lane = tl.arange(0, BLOCK_M)
     program = tl.program_id(0)
     left_before = 0  # what of a unit begun by others this program leaves: 0 nothing, 1 a part, 2 the last part
     left_sequence = -1  # the unit that it begins and leaves to others to end
     left_unit = 0
 
-    sequence, unit, first, units, end_tile = deal(
-        seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V, window
-    )
+    if V.overlap:
+        gdc_launch_dependents()
+    scheduled = is_scheduled(schedule, stamp)
+    sequence, unit, first, units, end_tile = scheduled_piece(schedule, stamp)
+    if not scheduled:
+        if V.overlap:
+            gdc_wait()
+        sequence, unit, first, units, end_tile = deal(
+            seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V, window
+        )
     # What each thread's position alone decides would otherwise be computed before this loop, and kept in registers.
     for index in tl.range(0, units, disable_licm=True):
         start, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
@@ -109,6 +117,7 @@ def _attention(
         else:
             head = unit // tiles
             first_row = unit % tiles * BLOCK_M
+        head = tl.minimum(head, num_kv_heads - 1)  # whatever a schedule of other lengths says
         first_token = first_row // V.group
         # Rows are (query token, head of the group), packed: a tile may begin amid the heads of a token.
         rows = tl.minimum(queries * V.group - first_row, BLOCK_M)
@@ -120,6 +129,12 @@ def _attention(
         key_tiles = tl.maximum(tl.cdiv(visible_to(last_token, queries, keys, V), TILE) - skipped, 1)
         last = tl.minimum(tl.where(index == units - 1, end_tile, key_tiles), key_tiles)
         if first < last:
+            its_table = block_table + sequence.to(tl.int64) * table_stride
+            its_caches = _of_head(caches, key_scale, value_scale, cache_strides, head, V)
+            if V.overlap:
+                if (stamp != 0) & (index == 0):  # not `scheduled`, which would have to be kept till here
+                    prefetch(its_caches, cache_strides, its_table, first + skipped, (low, keys), num_blocks, V)
+                gdc_wait()
             valid = lane < rows
             query_head = query + (start + first_token).to(tl.int64) * query_strides[0]
             query_head += (head * V.group).to(tl.int64) * query_strides[1]
@@ -141,9 +156,7 @@ def _attention(
                 factor = factor * static_scale(key_scale, head, KEY)
             state = nothing_seen(value_scale, head, V)
             state = _attend_unit(
-                state, its_query,
-                _of_head(key_cache, value_cache, key_scale, value_scale, cache_strides, head, V), cache_strides,
-                block_table + sequence.to(tl.int64) * table_stride, first + skipped, last + skipped,
+                state, its_query, its_caches, cache_strides, its_table, first + skipped, last + skipped,
                 (tl.cdiv(first_seen(last_token, queries, keys, window, V), TILE),
                  visible_to(first_token, queries, keys, V) // TILE),
                 its_rows, (low, keys), num_blocks, factor, cap, V,
@@ -155,17 +168,17 @@ def _attention(
                 write_output(output, lse, state, sink, first_output, output_row, valid, V)
             else:
                 begun_here = first == 0
-                write_partial(partial, state, 2 * program + begun_here.to(tl.int32), lane, valid, V)
+                write_partial(workspace, state, 2 * program + begun_here.to(tl.int32), lane, valid, V)
                 left_sequence = tl.where(begun_here, sequence, left_sequence)
                 left_unit = tl.where(begun_here, unit, left_unit)
                 left_before = tl.where(begun_here, left_before, tl.where(last == key_tiles, 2, 1))
         first = first * 0
-        unit += 1
-        if unit >= tiles * num_kv_heads:
-            unit = unit * 0
-            sequence = next_sequence(sequence, tl.arange(0, SEQUENCES), cu_seqlens_q, num_tokens, num_seqs, V)
+        sequence, unit = following(sequence, unit + 1, tiles, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, V)
+    if V.overlap:
+        gdc_wait()
     if left_before == 0:  # others may look here for a part: an empty one
-        write_sums(partial, lane * 0.0 - float("inf"), lane * 0.0, 2 * program * BLOCK_M + lane, lane < BLOCK_M, V)
+        write_sums(workspace, lane * 0.0 - float("inf"), lane * 0.0, 2 * program * BLOCK_M + lane, lane < BLOCK_M, V)
+    handoff = handoff_in(workspace, V)
     tl.store(handoff + program, left_before)
     tl.store(handoff + tl.num_programs(0) + program, left_sequence)
     tl.store(handoff + 2 * tl.num_programs(0) + program, left_unit)
@@ -183,18 +196,33 @@ def _take(
     lse: Tensor,
     scale: float,
     options: AttentionOptions,
+    schedule: Tensor | None,
 ) -> None:
-    partial = query.new_empty(step.partial_floats, dtype=torch.float32)
-    handoff = query.new_empty(step.handoff_ints, dtype=torch.int32)
+    workspace = query.new_empty(step.workspace, dtype=torch.float32)
     if step.key_view:
         key_cache = viewed(key_cache, step.key_view)
     if step.value_view:
         value_cache = viewed(value_cache, step.value_view)
+    # Without a stamp nobody looks at what stands for the schedule.
+    schedule, stamp = (seq_lens, 0) if schedule is None else (schedule, stamp_of(step, options))
     step.attend(
-        query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, output, lse, partial, handoff,
+        query, (key_cache, value_cache), block_table, seq_lens, cu_seqlens_q, schedule, stamp, output, lse, workspace,
         base2_factors(scale, options.softcap), *step.sizes, *step.layout, *options_of(options),
     )  # fmt: skip
-    step.combine(partial, handoff, cu_seqlens_q, output, lse, options.sinks, *step.sizes)
+    step.combine(workspace, cu_seqlens_q, schedule, stamp, output, lse, options.sinks, *step.sizes)
+
+
+def steps_of(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens_q: Tensor | None,
+    causal: bool,
+    options: AttentionOptions,
+) -> tuple[Step, ...]:
+    """The launches of a call, none if no row sees a key."""
+    return plan(_attention, query, key_cache, value_cache, block_table, cu_seqlens_q, causal, options)
 
 
 def launch_attention(
@@ -209,10 +237,12 @@ def launch_attention(
     lse: Tensor,
     scale: float,
     options: AttentionOptions = PLAIN,
+    schedule: Tensor | None = None,
 ) -> None:
     """Writes the rows of `output` and `lse` whose sequences `launch` serves: for tests and benchmarks."""
     step = step_of(_attention, launch, query, key_cache, value_cache, block_table, options)
-    _take(step, query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, output, lse, scale, options)
+    arguments = query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, output, lse, scale, options
+    _take(step, *arguments, schedule)
 
 
 def attention(
@@ -225,6 +255,7 @@ def attention(
     scale: float,
     causal: bool,
     options: AttentionOptions,
+    schedule: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of `query` over the cached keys of its sequences; reads no length on the host and allocates by shape.
 
@@ -239,6 +270,7 @@ def attention(
         scale: any finite factor of the logits.
         causal: query i of q sees keys up to `seq_len - q + i`.
         options: as in `AttentionOptions`.
+        schedule: from `schedule`, or None.
 
     Returns:
         Output `[num_tokens, num_heads, value_dim]` in query's dtype, and float32 lse `[num_tokens, num_heads]`.
@@ -250,11 +282,14 @@ def attention(
     num_tokens, num_heads, _ = query.shape
     output = query.new_empty(num_tokens, num_heads, value_cache.shape[3])
     lse = query.new_empty(num_tokens, num_heads, dtype=torch.float32)
-    steps = plan(_attention, query, key_cache, value_cache, block_table, cu_seqlens_q, causal, options)
+    steps = steps_of(query, key_cache, value_cache, block_table, cu_seqlens_q, causal, options)
     if not steps:
         return output.zero_(), lse.copy_(_lse_of_no_key(num_tokens, block_table, cu_seqlens_q, options.sinks))
-    for step in steps:
-        _take(step, query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, output, lse, scale, options)
+    for number, step in enumerate(steps, 1 - len(steps)):  # the last finds its schedule in the first row
+        row = schedule if schedule is None or number == 0 else schedule[-number]
+        _take(
+            step, query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, output, lse, scale, options, row
+        )
     return output, lse
 
 

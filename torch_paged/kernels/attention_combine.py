@@ -5,10 +5,11 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from torch_paged.kernels.attention_logits import LN_2, LOG2_E
+from torch_paged.kernels.attention_schedule import is_scheduled, scheduled_handoff
 from torch_paged.kernels.attention_tiles import store_rows
+from torch_paged.kernels.deal import query_range, query_tiles
 from torch_paged.kernels.launch import Launcher
 from torch_paged.kernels.launch_config import AttentionLaunch
-from torch_paged.kernels.schedule import query_range, query_tiles
 
 
 @triton.jit
@@ -26,12 +27,33 @@ def finish(largest, total, sink, V: tl.constexpr):
     return factor, (largest + tl.log2(total)) * LN_2
 
 
+@triton.jit
+def sums_in(workspace, V: tl.constexpr):
+    """(maximum, sum) of every row of the partial results, which stand before them, two slots a program."""
+    return workspace + tl.num_programs(0) * (2 * V.block_m * V.value_dim)
+
+
+@triton.jit
+def handoff_in(workspace, V: tl.constexpr):
+    """What programs leave: of a unit that others began, 0 nothing, 1 a part, 2 the last; the unit that each began."""
+    behind = workspace + tl.num_programs(0) * (2 * V.block_m * (V.value_dim + 2))
+    return behind.to(tl.pointer_type(tl.int32))
+
+
+@triton.jit
+def _left(handoff, others):
+    """What all programs leave of units that others began, and the unit that this one leaves to others."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    before = tl.load(handoff + others, mask=others < programs, other=0)
+    return before, tl.load(handoff + programs + program), tl.load(handoff + 2 * programs + program)
+
+
 @triton.jit(
-    do_not_specialize=["num_tokens", "num_seqs", "num_kv_heads"],
-    do_not_specialize_on_alignment=["cu_seqlens_q", "sinks"],
+    do_not_specialize=["stamp", "num_tokens", "num_seqs", "num_kv_heads"],
+    do_not_specialize_on_alignment=["cu_seqlens_q", "schedule", "sinks"],
 )
 def _combine(
-    partial, handoff, cu_seqlens_q, output, lse, sinks, num_tokens, num_seqs, num_kv_heads,
+    workspace, cu_seqlens_q, schedule, stamp, output, lse, sinks, num_tokens, num_seqs, num_kv_heads,
     PROGRAMS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """output = sum_i 2^(m_i - m) acc_i / sum_i 2^(m_i - m) l_i, with m = max_i m_i, over the parts i of a unit.
@@ -41,24 +63,32 @@ def _combine(
     """
     DIM: tl.constexpr = V.value_dim
     WIDTH: tl.constexpr = V.value_width
+    program = tl.program_id(0)
+    others = tl.arange(0, PROGRAMS)
     if V.overlap:
         gdc_launch_dependents()
-        gdc_wait()
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    others = tl.arange(0, PROGRAMS)
-    left_before = tl.load(handoff + others, mask=others < programs, other=0)
-    sequence = tl.load(handoff + programs + program)
-    unit = tl.load(handoff + 2 * programs + program)
+    if is_scheduled(schedule, stamp):
+        left_before, sequence, unit = _left(scheduled_handoff(schedule), others)
+    else:
+        if V.overlap:
+            gdc_wait()
+        left_before, sequence, unit = _left(handoff_in(workspace, V), others)
     if sequence < 0:
+        if V.overlap:
+            if program == 0:  # whoever waits for this kernel waits for attention, too
+                gdc_wait()
         return
     end = tl.min(tl.where((left_before == 2) & (others > program), others, PROGRAMS)) + 1
     start, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
-    tiles = query_tiles(queries, V)
+    tiles = tl.maximum(query_tiles(queries, V), 1)
     first_row = unit % tiles * V.block_m
+    head = tl.minimum(unit // tiles, num_kv_heads - 1)  # whatever a schedule of other lengths says
     lane = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     valid = lane < queries * V.group - first_row
     column = tl.arange(0, WIDTH)
-    sums = partial + programs * (2 * V.block_m * DIM)
+    sums = sums_in(workspace, V)
+    if V.overlap:
+        gdc_wait()
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     result = tl.zeros([ROWS, WIDTH], tl.float32)
@@ -71,7 +101,7 @@ def _combine(
         part_total = tl.load(sums + 2 * slot_row + 1, mask=used, other=0.0)
         # [PARTS, ROWS, WIDTH]
         inside = used[:, :, None] & (column < DIM)[None, None, :]
-        part_result = tl.load(partial + slot_row[:, :, None] * DIM + column[None, None, :], mask=inside, other=0.0)
+        part_result = tl.load(workspace + slot_row[:, :, None] * DIM + column[None, None, :], mask=inside, other=0.0)
         larger = tl.maximum(largest, tl.max(part_largest, 0))
         shift = tl.where(larger == float("-inf"), 0.0, larger)
         factor = tl.exp2(part_largest - shift[None, :])
@@ -83,11 +113,11 @@ def _combine(
         largest = larger
     num_heads = num_kv_heads * V.group
     packed = first_row % V.group + lane
-    output_row = (start + first_row // V.group).to(tl.int64) * num_heads + unit // tiles * V.group
+    output_row = (start + first_row // V.group).to(tl.int64) * num_heads + head * V.group
     output_rows = packed // V.group * num_heads + packed % V.group
     sink = largest
     if V.has.sinks:
-        row_sinks = sinks + unit // tiles * V.group + packed % V.group
+        row_sinks = sinks + head * V.group + packed % V.group
         sink = tl.load(row_sinks, mask=valid & (sequence < num_seqs), other=float("-inf")) * LOG2_E
     row_factor, row_lse = finish(largest, total, sink, V)
     tl.store(lse + output_row + output_rows, row_lse, mask=valid)
@@ -95,9 +125,9 @@ def _combine(
 
 
 def combine_launcher(launch: AttentionLaunch) -> Launcher:
-    """Launches the kernel that writes the rows which `launch` left in `partial`, as `handoff` says.
+    """Launches the kernel that writes the rows which `launch` left in `workspace`.
 
-    Its arguments: partial, handoff, cu_seqlens_q, output, lse, sinks, num_tokens, num_seqs, num_kv_heads.
+    Its arguments: workspace, cu_seqlens_q, schedule, stamp, output, lse, sinks, num_tokens, num_seqs, num_kv_heads.
     """
     constants = dict(
         PROGRAMS=launch.padded_programs, ROWS=launch.combine_rows, PARTS=launch.combine_parts, V=launch.variant

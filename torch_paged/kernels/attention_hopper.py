@@ -1,7 +1,7 @@
 """Paged attention for many query rows on Hopper: warps that copy blocks, two warpgroups that multiply.
 
-The two share their code, where a program's units have few tiles and the code itself must be fetched again and again; or
-each has its own, and while one computes weights the other has the tensor cores.
+Either the two are one part and share their code, which suits units of few tiles, where the code itself must be fetched
+again and again; or they are two, each with its own code, and while one computes weights the other has the tensor cores.
 
 Computes what `attention` computes, dealt out as `rounds` says, and leaves its partial results to the same `combine`.
 Written in Gluon, as plain Triton cannot let the copy engine fill slices of one operand from several blocks, nor keep a
@@ -75,23 +75,17 @@ def _hand_over(handoff, sequence, unit, first, last, key_tiles):
 
 
 @gluon.jit
-def _attend(PART: gl.constexpr, arguments, V: gl.constexpr):
+def _attend(PART: gl.constexpr, arguments, PARTS: gl.constexpr, V: gl.constexpr):
     """A part of the warps that multiply: attention of its rows of every unit in this program's pieces."""
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, V.value_dim, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, V.tile, 16]))
-    tensors, query_strides, scale, num_kv_heads, pieces, rounds, batch, buffers, barriers = arguments
+    tensors, query_strides, scale, num_kv_heads, pieces, turns, batch, buffers, barriers = arguments
     query, output, lse, partial, handoff = tensors
     rows_here = buffers[0].index(PART)
-    program = gl.program_id(0)
     lane = lanes_of(PART, ROW)
-    # Others may look in this program's first slot for a part: an empty one, unless it leaves one there.
-    _write_sums(partial, lane * 0.0 - float("inf"), lane * 0.0, 2 * program * V.block_m + lane, lane >= 0, V)
-    if PART == 0:
-        gl.store(handoff + program, 0)
-        gl.store(handoff + _num_programs() + program, -1)
     count = num_kv_heads * 0
-    for turn in range(rounds if V.parts > 1 else 1):
-        sequence, unit, begin, units, end_tile = piece_of(pieces, turn, rounds)
+    for turn in range(PARTS - 1, turns if PARTS > 1 else 1):
+        sequence, unit, begin, units, end_tile = piece_of(pieces, turn, turns)
         start, queries, keys, tiles, head, first_row, rows = unit_of(sequence, unit, batch, V)
         if units > 0:
             fetch_query(query, query_strides, rows_here, PART, start, head, first_row, rows, V)
@@ -132,12 +126,13 @@ def _attend(PART: gl.constexpr, arguments, V: gl.constexpr):
 
 
 @gluon.jit(
-    do_not_specialize=["num_tokens", "num_seqs", "num_kv_heads", "num_blocks", "max_keys", "rounds", "table_stride"],
+    do_not_specialize=["num_tokens", "num_seqs", "num_kv_heads", "num_blocks", "max_keys", "turns", "table_stride"],
     do_not_specialize_on_alignment=["block_table", "seq_lens", "cu_seqlens_q"],
 )
 def attention_hopper(
     query, key_map, value_map, block_table, seq_lens, cu_seqlens_q, pieces, output, lse, partial, handoff, scale,
-    num_tokens, num_seqs, num_kv_heads, num_blocks, max_keys, rounds, query_strides, table_stride, V: gl.constexpr,
+    num_tokens, num_seqs, num_kv_heads, num_blocks, max_keys, turns, query_strides, table_stride,
+    PARTS: gl.constexpr, V: gl.constexpr,
 ):  # fmt: skip
     """Grid: one persistent program per multiprocessor, each with the pieces that `deal_pieces` gave it.
 
@@ -145,13 +140,15 @@ def attention_hopper(
     value loader  | V0 | V1 | V2 | ...
     warpgroup     |    Q K0^T | softmax | Q K1^T, P0 V0 | softmax | Q K2^T, P1 V1 | ...       for 64 rows each
     """
+    if gl.load(pieces + 5 * (gl.program_id(0) * turns + PARTS - 1) + 3) < 0:
+        return  # the other form has all of the work
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     STAGES: gl.constexpr = V.num_stages
     KEY_DIM: gl.constexpr = V.head_dim
     VALUE_DIM: gl.constexpr = V.value_dim
     dtype: gl.constexpr = key_map.dtype
     buffers = (
-        gl.allocate_shared_memory(dtype, [V.parts, V.block_m // V.parts, KEY_DIM], LAYOUT),
+        gl.allocate_shared_memory(dtype, [PARTS, V.block_m // PARTS, KEY_DIM], LAYOUT),
         gl.allocate_shared_memory(dtype, [STAGES, V.tile, KEY_DIM], LAYOUT),
         gl.allocate_shared_memory(dtype, [STAGES, V.tile, VALUE_DIM], LAYOUT),
     )
@@ -160,25 +157,25 @@ def attention_hopper(
     values_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     values_here = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
-        mbarrier.init(keys_free.index(stage), count=V.parts)
-        mbarrier.init(values_free.index(stage), count=V.parts)
+        mbarrier.init(keys_free.index(stage), count=PARTS)
+        mbarrier.init(values_free.index(stage), count=PARTS)
         mbarrier.init(keys_here.index(stage), count=1)
         mbarrier.init(values_here.index(stage), count=1)
     barriers = (keys_free, keys_here, values_free, values_here)
     batch = (seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys)
     tensors = (query, output, lse, partial, handoff)
-    work = (block_table, table_stride, num_blocks, num_kv_heads, pieces, rounds, batch)
-    attend = (tensors, query_strides, scale, num_kv_heads, pieces, rounds, batch, buffers, barriers)
+    work = (block_table, table_stride, num_blocks, num_kv_heads, pieces, turns, batch)
+    attend = (tensors, query_strides, scale, num_kv_heads, pieces, turns, batch, buffers, barriers)
     load_keys = (key_map, buffers[1], keys_free, keys_here, work)
     load_values = (value_map, buffers[2], values_free, values_here, work)
     # Behind the functions: warps of all but the first, and registers of their threads. Ids of many blocks need more.
     REGISTERS: gl.constexpr = [240, 24, 24] if V.tile // V.copy_rows <= 2 else [232, 40, 40]
-    if V.parts == 1:
+    if PARTS == 1:
         gl.warp_specialize(
             [
-                (_attend, (0, attend, V)),
-                (load_tiles, (load_keys, KEY_DIM, V)),
-                (load_tiles, (load_values, VALUE_DIM, V)),
+                (_attend, (0, attend, PARTS, V)),
+                (load_tiles, (load_keys, KEY_DIM, PARTS, V)),
+                (load_tiles, (load_values, VALUE_DIM, PARTS, V)),
             ],
             [1, 1],
             [40, 40],
@@ -186,10 +183,10 @@ def attention_hopper(
     else:
         gl.warp_specialize(
             [
-                (_attend, (0, attend, V)),
-                (_attend, (1, attend, V)),
-                (load_tiles, (load_keys, KEY_DIM, V)),
-                (load_tiles, (load_values, VALUE_DIM, V)),
+                (_attend, (0, attend, PARTS, V)),
+                (_attend, (1, attend, PARTS, V)),
+                (load_tiles, (load_keys, KEY_DIM, PARTS, V)),
+                (load_tiles, (load_values, VALUE_DIM, PARTS, V)),
             ],
             [4, 1, 1],
             REGISTERS,

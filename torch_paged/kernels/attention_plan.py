@@ -1,6 +1,7 @@
 """What a call of attention launches: decided by its tensors' metadata, and remembered, as decoding repeats one call."""
 
 import math
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_paged.kernels.attention_combine import combine_launcher
+from torch_paged.kernels.attention_schedule import MOST_PROGRAMS, schedule_launcher
 from torch_paged.kernels.device import device_of
 from torch_paged.kernels.features import Features
 from torch_paged.kernels.launch import Launcher, Plans, layout
@@ -25,8 +27,9 @@ class Step(NamedTuple):
 
     attend: Callable[..., None]
     combine: Launcher
-    partial_floats: int
-    handoff_ints: int
+    schedule: Launcher | None  # writes what the two find in a schedule, where they look for one
+    stamp: int  # of such a schedule; 0: they do not
+    workspace: int  # its float32 or int32 numbers
     sizes: tuple[int, int, int]  # num_tokens, num_seqs, num_kv_heads
     layout: tuple[Any, ...]  # the arguments behind these
     key_view: torch.dtype | None  # what the kernel takes the key cache for, if not for what it is
@@ -89,18 +92,36 @@ def step_of(
     if scale_caches != (None, None):
         cache_strides += tuple((0, 0, 0) if scales is None else effective_strides(scales) for scales in scale_caches)
     max_keys = min(block_table.shape[1] * block_size, 2**31 - 1024)
+    sizes = query.shape[0], block_table.shape[0], num_kv_heads
+    scheduled = not variant.copy_rows and launch.programs <= MOST_PROGRAMS
     return Step(
         attend=_launcher(kernel, launch),
         combine=combine_launcher(launch),
-        partial_floats=launch.partial_floats,
-        handoff_ints=launch.handoff_ints,
-        sizes=(query.shape[0], block_table.shape[0], num_kv_heads),
+        schedule=schedule_launcher(launch) if scheduled else None,
+        stamp=_stamp(launch, (*sizes, max_keys)) if scheduled else 0,
+        workspace=launch.partial_floats + launch.handoff_ints,
+        sizes=sizes,
         layout=(
             num_blocks, max_keys, _query_strides(query), cache_strides, block_table.stride(0),
         ),
         key_view=torch.uint8 if variant.has.key.bytes else None,
         value_view=torch.int16 if variant.value_pairs else torch.uint8 if variant.has.value.bytes else None,
     )  # fmt: skip
+
+
+def _stamp(launch: AttentionLaunch, sizes: tuple[int, ...]) -> int:
+    """A positive number for all that, beside lengths and a window, decides how work is dealt out (see `deal`)."""
+    v = launch.variant
+    rows = v.group, v.block_m, v.single_tile, v.rows_above, v.rows_upto
+    costs = v.tile, v.unit_cost, v.least_work, v.resident
+    dealt = launch.programs, sizes, rows, costs, v.causal, v.ragged, v.has.window
+    return zlib.crc32(repr(dealt).encode()) >> 1 | 1
+
+
+def stamp_of(step: Step, options: AttentionOptions) -> int:
+    """What names a schedule for `step`: with a window, its length counts too. 0 if there can be none."""
+    window = options.sliding_window
+    return step.stamp if window is None or step.stamp == 0 else (step.stamp ^ min(window, _LIMIT)) or 1
 
 
 def base2_factors(scale: float, softcap: float) -> float | tuple[float, float]:

@@ -17,12 +17,6 @@ def visible_to(token, queries, keys, V: tl.constexpr):
 
 
 @triton.jit
-def tiles_of_keys(first_row, rows, queries, keys, V: tl.constexpr):
-    """Tiles of keys that the last of a unit's `rows` sees, at least one."""
-    return tl.maximum(tl.cdiv(visible_to((first_row + rows - 1) // V.group, queries, keys, V), V.tile), 1)
-
-
-@triton.jit
 def first_seen(token, queries, keys, window, V: tl.constexpr):
     """The first key that query `token` of a sequence sees, and with it every later one."""
     if V.has.window:
@@ -30,6 +24,14 @@ def first_seen(token, queries, keys, window, V: tl.constexpr):
     else:
         first = 0
     return first
+
+
+@triton.jit
+def tiles_of_keys(first_row, rows, queries, keys, V: tl.constexpr, window=0):
+    """Tiles of keys that some of a unit's `rows` sees, at least one."""
+    skipped = first_seen(first_row // V.group, queries, keys, window, V) // V.tile
+    seen = visible_to((first_row + rows - 1) // V.group, queries, keys, V)
+    return tl.maximum(tl.cdiv(seen, V.tile) - skipped, 1)
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from torch_paged.kernels.attention_combine import finish
+from torch_paged.kernels.attention_combine import finish, sums_in
 from torch_paged.kernels.attention_stored import static_scale
 from torch_paged.kernels.attention_tiles import store_rows
 
@@ -60,17 +60,17 @@ def write_output(output, lse, state, sink, first_row, row, valid, V: tl.constexp
 
 
 @triton.jit
-def write_sums(partial, largest, total, row, valid, V: tl.constexpr):
-    """Writes (maximum, sum) pairs of the workspace, which stand behind all outputs."""
-    sums = partial + tl.num_programs(0) * (2 * V.block_m * V.value_dim)
+def write_sums(workspace, largest, total, row, valid, V: tl.constexpr):
+    """Writes (maximum, sum) pairs of the workspace."""
+    sums = sums_in(workspace, V)
     tl.store(sums + 2 * row, largest, mask=valid)
     tl.store(sums + 2 * row + 1, total, mask=valid)
 
 
 @triton.jit
-def write_partial(partial, state, slot, lane, valid, V: tl.constexpr):
+def write_partial(workspace, state, slot, lane, valid, V: tl.constexpr):
     """Leaves `state` in a slot of the workspace."""
     largest, total, output0, output1 = _in_units_of_one(state, V)
     first_row = slot * V.block_m
-    write_sums(partial, largest, total, first_row + lane, valid, V)
-    _write_pieces(partial + first_row * V.value_dim, lane, output0, output1, valid, V)
+    write_sums(workspace, largest, total, first_row + lane, valid, V)
+    _write_pieces(workspace + first_row * V.value_dim, lane, output0, output1, valid, V)

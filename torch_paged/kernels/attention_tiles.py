@@ -93,6 +93,31 @@ def _token_scales(scales, strides, ids, tile, span, V: tl.constexpr):
 
 
 @triton.jit
+def prefetch(caches, cache_strides, table, tile, span, num_blocks, V: tl.constexpr):
+    """Has the L2 cache fetch a tile, which does no harm whatever is being written there."""
+    if V.aligned:
+        KEY: tl.constexpr = V.head_dim * caches[0].dtype.element_ty.primitive_bitwidth // 128 * 16
+        VALUE_DIM: tl.constexpr = V.value_dim // 2 if V.value_pairs else V.value_dim
+        VALUE: tl.constexpr = VALUE_DIM * caches[1].dtype.element_ty.primitive_bitwidth // 128 * 16
+        low, keys = span
+        # For rows that no one sees others are fetched twice.
+        position = tile * V.tile + tl.arange(0, V.tile)
+        position = tl.maximum(tl.minimum(position, keys - 1), low)
+        block = tl.load(table + position // V.block_size, mask=position < keys, other=0)
+        block = tl.minimum(tl.maximum(block, 0), num_blocks - 1).to(tl.int64)
+        slot = (position % V.block_size).to(tl.int64)
+        key = caches[0] + block * cache_strides[0][0] + slot * cache_strides[0][1]
+        value = caches[1] + block * cache_strides[1][0] + slot * cache_strides[1][1]
+        # [keys and values, V.tile]
+        of_value = (tl.arange(0, 2) == 1)[:, None]
+        rows = tl.where(of_value, value.to(tl.int64)[None, :], key.to(tl.int64)[None, :])
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;", "=r,l,r",
+            [rows, tl.where(of_value, VALUE, KEY)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def attend(
     state, query, caches, cache_strides, table, first, last, rows, span, num_blocks, factor, cap,
     MASK: tl.constexpr, V: tl.constexpr,

@@ -11,6 +11,7 @@ from torch_paged.kernels.attention_hopper import attention_hopper
 from torch_paged.kernels.hopper_loader import COLUMNS
 from torch_paged.kernels.launch import Launcher
 from torch_paged.kernels.launch_config import AttentionLaunch
+from torch_paged.kernels.launch_tiles import LONG_LOOP
 from torch_paged.kernels.rounds import begin_rounds, deal_pieces
 
 _MAX_MAPS = 1024
@@ -28,35 +29,51 @@ class _Address(NamedTuple):
 
 
 class HopperLauncher:
-    """Takes the arguments of the general kernel, of calls that one `Launcher` could serve."""
+    """Takes the arguments of the general kernel, of calls that one `Launcher` could serve.
+
+    Every form of the kernel that the device may choose is launched, one after the other (see `rounds`).
+    """
 
     def __init__(self, launch: AttentionLaunch) -> None:
         self._programs, self._rounds, self._rows = launch.programs, launch.rounds, launch.variant.copy_rows
-        self._starts = (launch.rounds - 1) * launch.programs + 1
-        constants, few_warps = dict(V=launch.variant), dict(num_warps=4, maxnreg=64)
+        self._partial = launch.partial_floats
+        self._starts = max(launch.rounds - 1, 0) * launch.programs + 1
+        self._long_loop = LONG_LOOP if len(launch.forms) > 1 else 0
+        constants, few_warps = dict(V=launch.variant), dict(num_warps=4, maxnreg=64, **launch.overlap_option)
         self._begin = Launcher(begin_rounds, (self._starts, 1, 1), constants, few_warps)
         padded = dict(PROGRAMS=launch.padded_programs, **constants)
-        self._deal = Launcher(deal_pieces, (launch.programs, launch.rounds, 1), padded, few_warps)
-        options = dict(num_warps=launch.num_warps, maxnreg=launch.max_registers)
-        self._attend = Launcher(attention_hopper, (launch.programs, 1, 1), constants, options)
+        self._deal = Launcher(deal_pieces, (launch.programs, launch.rounds + 1, 1), padded, few_warps)
+        self._forms = [
+            Launcher(
+                attention_hopper,
+                (launch.programs, 1, 1),
+                dict(PARTS=parts, **constants),
+                dict(num_warps=launch.num_warps // parts, maxnreg=launch.max_registers),
+            )
+            for parts in launch.forms
+        ]
         self._maps: dict[Any, TensorDescriptor] = {}
 
     def __call__(
-        self, query: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, seq_lens: Tensor,
-        cu_seqlens_q: Tensor | None, output: Tensor, lse: Tensor, partial: Tensor, handoff: Tensor, scale: float,
+        self, query: Tensor, caches: tuple[Tensor, Tensor], block_table: Tensor, seq_lens: Tensor,
+        cu_seqlens_q: Tensor | None, _schedule: Tensor, _stamp: int, output: Tensor, lse: Tensor, workspace: Tensor,
+        scale: float,
         num_tokens: int, num_seqs: int, num_kv_heads: int, num_blocks: int, max_keys: int, query_strides: Any, *_: Any,
     ) -> None:  # fmt: skip
         batch = num_tokens, num_seqs, num_kv_heads, max_keys
+        partial, handoff = workspace, workspace[self._partial :].view(torch.int32)
         starts = handoff.new_empty(self._starts, dtype=torch.int64)
         if self._rounds > 1:
             self._begin(seq_lens, cu_seqlens_q, starts, *batch, self._programs, self._rounds)
-        pieces = handoff.new_empty(5 * self._programs * self._rounds)
-        self._deal(seq_lens, cu_seqlens_q, starts, pieces, *batch)
-        self._attend(
-            query, self._map(key_cache), self._map(value_cache), block_table, seq_lens, cu_seqlens_q, pieces,
-            output, lse, partial, handoff, scale, num_tokens, num_seqs, num_kv_heads, num_blocks, max_keys,
-            self._rounds, query_strides, block_table.stride(0),
-        )  # fmt: skip
+        turns = self._rounds + 1
+        pieces = handoff.new_empty(5 * self._programs * turns)
+        self._deal(seq_lens, cu_seqlens_q, starts, pieces, partial, handoff, *batch, self._long_loop)
+        maps = self._map(caches[0]), self._map(caches[1])
+        for attend in self._forms:
+            attend(
+                query, *maps, block_table, seq_lens, cu_seqlens_q, pieces, output, lse, partial, handoff, scale,
+                num_tokens, num_seqs, num_kv_heads, num_blocks, max_keys, turns, query_strides, block_table.stride(0),
+            )  # fmt: skip
 
     def _map(self, cache: Tensor) -> TensorDescriptor:
         """How the copy engine finds rows of `cache`; from call to call only addresses change."""

@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from torch_paged.kernels.attention_rows import tiles_of_keys
-from torch_paged.kernels.schedule import key_count, next_sequence, query_range, query_tiles
+from torch_paged.kernels.deal import key_count, next_sequence, query_range, query_tiles
 
 _copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name from Triton 3.9 on, and before
 
@@ -23,9 +23,9 @@ def zero():
 
 
 @gluon.jit
-def piece_of(pieces, turn, rounds):
-    """What `deal_pieces` gave this program in a round: sequence, unit, first tile, units, end in the last of them."""
-    piece = pieces + 5 * (gl.program_id(0) * rounds + turn + zero())
+def piece_of(pieces, turn, turns):
+    """What `deal_pieces` gave this program in a turn: sequence, unit, first tile, units, end in the last of them."""
+    piece = pieces + 5 * (gl.program_id(0) * turns + turn + zero())
     return gl.load(piece), gl.load(piece + 1), gl.load(piece + 2), gl.load(piece + 3), gl.load(piece + 4)
 
 
@@ -66,7 +66,7 @@ def stage_of(count, V: gl.constexpr):
 
 
 @gluon.jit
-def load_tiles(arguments, DIM: gl.constexpr, V: gl.constexpr):
+def load_tiles(arguments, DIM: gl.constexpr, PARTS: gl.constexpr, V: gl.constexpr):
     """One warp: copies the keys, or the values, of this program's piece, tile by tile, as buffers become `free`.
 
     What stands past the last key must not show, NaN least of all. Blocks without keys are read past the cache's end,
@@ -74,15 +74,15 @@ def load_tiles(arguments, DIM: gl.constexpr, V: gl.constexpr):
     below 0 are zeros too: its keys stand at the end of its rows (see `key_positions`).
     """
     source, buffers, free, here, work = arguments
-    block_table, table_stride, num_blocks, num_kv_heads, pieces, rounds, batch = work
+    block_table, table_stride, num_blocks, num_kv_heads, pieces, turns, batch = work
     BLOCKS: gl.constexpr = V.tile // V.copy_rows
     PIECES: gl.constexpr = DIM // COLUMNS
     COUNT: gl.constexpr = V.num_stages * PIECES * BLOCKS
     ROWS: gl.constexpr = V.copy_rows
     slices = buffers._reinterpret(source.dtype, [COUNT, 1, ROWS, 1, COLUMNS], gl.NVMMASharedLayout(128, 16, 4))
     count = num_kv_heads * 0
-    for turn in range(rounds if V.parts > 1 else 1):
-        sequence, unit, begin, units, end_tile = piece_of(pieces, turn, rounds)
+    for turn in range(PARTS - 1, turns if PARTS > 1 else 1):
+        sequence, unit, begin, units, end_tile = piece_of(pieces, turn, turns)
         for index in range(units):
             _, queries, keys, tiles, head, first_row, rows = unit_of(sequence, unit, batch, V)
             first, last = span_of(index, begin, units, end_tile, tiles_of_keys(first_row, rows, queries, keys, V))

@@ -13,6 +13,7 @@ from torch_paged.kernels.launch_tiles import (
     MANY_ROWS,
     Tiles,
     copy_rows,
+    forms,
     loads_pairs,
     max_registers,
     narrowest_piece,
@@ -55,12 +56,12 @@ class Variant:
     rows_above: int  # serves the sequences of more rows than this ...
     rows_upto: int  # ... and at most as many as this
     unit_cost: int  # fixed cost of a unit, in keys times group
+    resident: int  # programs on a multiprocessor
     least_work: int  # work below which a program's piece is not divided further, in keys times group
     precision: str  # of float32 products: "ieee" is true float32
     has: Features
     overlap: bool  # begins while the kernel before it ends, and waits for its results (Hopper and later)
     copy_rows: int  # keys that the copy engine of `attention_hopper` takes at a time; 0 in the general kernel
-    parts: int  # of its warps that multiply: 1 with common code, or 2, where one's softmax hides the other's product
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ class AttentionLaunch:
     num_warps: int
     max_registers: int | None  # of a thread; None leaves it to the compiler
     programs: int
-    rounds: int  # in which their work is dealt out (Hopper)
+    forms: tuple[int, ...]  # of `attention_hopper`, for the device to choose from
+    rounds: int  # in which the work of its second form is dealt out, at most
     unit_rows: int  # most rows that a unit holds
     combine_rows: int  # rows of a unit that one program combines
     combine_parts: int  # partial results that it reads at a time
@@ -140,7 +142,8 @@ def _launch(problem: Problem, device: Device, rows: int, above: int, upto: int) 
         num_warps=tiles.num_warps,
         max_registers=HOPPER_REGISTERS if variant.copy_rows else max_registers(problem, device, tiles),
         programs=programs,
-        rounds=rounds(problem, programs) if variant.copy_rows else 1,
+        forms=forms(problem) if variant.copy_rows else (),
+        rounds=rounds(problem, programs) if variant.copy_rows else 0,
         unit_rows=tiles.rows if problem.ragged else min(rows, tiles.rows),
         combine_rows=combine_rows,
         combine_parts=max(2, min(32, 4096 // variant.value_width)) if combine_rows == 1 else 1,
@@ -175,12 +178,12 @@ def _variant(problem: Problem, device: Device, tiles: Tiles, rows: int, above: i
         rows_above=above,
         rows_upto=upto,
         unit_cost=(4 if rows > FEW_ROWS else 2) * tiles.keys * group,
+        resident=tiles.resident,
         least_work=2 * tiles.keys * group,
         precision="ieee",
         has=_features(problem.features, device),
         overlap=device.capability >= 90 and not device.amd,
         copy_rows=copied,
-        parts=8 // tiles.num_warps if copied else 1,
     )
 
 

@@ -10,6 +10,7 @@ from torch_paged.kernels.problem import Device, Problem, split_dim
 FEW_ROWS = 64
 MANY_ROWS = 128
 LONG = 2048  # query tokens of a sequence, on average
+LONG_LOOP = 7  # tiles of keys that a unit of 128 rows has, on average
 HOPPER_DIMS = {64, 128, 256}
 MOST_ROUNDS = 6
 MANY_UNITS = 128  # of decode: KV heads of all sequences
@@ -48,24 +49,29 @@ def copy_rows(problem: Problem, device: Device, rows: int) -> int:
 def _hopper_tiles(problem: Problem) -> Tiles:
     """Tiles of `attention_hopper`: two warpgroups of 64 rows, several buffers each for keys and for values."""
     width = max(problem.head_dim, problem.value_dim)
-    # Short prompts run through all of the code for few tiles: half of it takes less time to fetch.
-    warps = 4 if _is_long(problem) else 8
-    return Tiles(MANY_ROWS, 64 if width > 128 else 128, warps, {64: 4, 128: 3, 256: 2}[width], 1)
+    return Tiles(MANY_ROWS, 64 if width > 128 else 128, 8, {64: 4, 128: 3, 256: 2}[width], 1)
 
 
-def _is_long(problem: Problem) -> bool:
-    """Whether sequences have many query tokens, on average."""
-    return problem.num_tokens >= LONG * max(problem.num_seqs, 1)
+def forms(problem: Problem) -> tuple[int, ...]:
+    """Parts of the warps that multiply in the fastest form of `attention_hopper`, or in both if it may be either.
+
+    Short prompts run through all of the code for few tiles: half of it, as one part needs, takes less time to fetch. Of
+    ragged batches the device alone knows what they are, if they have tokens enough for a long prompt (see `rounds`).
+    """
+    if problem.num_tokens >= LONG * max(problem.num_seqs, 1):
+        return (2,)
+    return (1, 2) if problem.ragged and problem.num_tokens >= LONG else (1,)
 
 
 def rounds(problem: Problem, programs: int) -> int:
     """How many times each of the programs of `attention_hopper` gets a piece, so that all stand in few heads at a time.
 
-    About three units are left to a piece, as pieces end between units in all rounds but one.
+    About three units are left to a piece, as pieces end between units in all rounds but one. Of its form for short
+    prompts, programs get all at once: 0 rounds.
     """
     group = problem.num_heads // problem.num_kv_heads
     units = problem.num_tokens * group // MANY_ROWS * problem.num_kv_heads
-    return max(1, min(units // programs // 3, MOST_ROUNDS)) if _is_long(problem) else 1
+    return max(1, min(units // programs // 3, MOST_ROUNDS)) if 2 in forms(problem) else 0
 
 
 def max_registers(problem: Problem, device: Device, tiles: Tiles) -> int | None:
@@ -73,8 +79,8 @@ def max_registers(problem: Problem, device: Device, tiles: Tiles) -> int | None:
     if device.amd:
         return None
     if problem.itemsize == 4:
-        by_key = tiles.rows == 32 and tiles.keys == 16 and paging(problem.block_size, 16) == "any"
-        return 128 if by_key and device.capability < 90 else None
+        spared = tiles.rows == 32 and not 96 < max(problem.head_dim, problem.value_dim) <= 128
+        return 128 if spared and device.capability < 90 else None
     if tiles.num_warps > 4:
         return None
     return min(65536 // (32 * tiles.num_warps * tiles.resident) // 8 * 8, 255)

@@ -1,225 +1,33 @@
-"""Deals attention's work out to programs, on the device: no length is ever needed on the host.
+"""Deals attention's work out once a step, for all layers whose calls agree in shapes and lengths."""
 
-A unit is one tile of query rows of one KV head of one sequence, and costs about what it has keys to read. Units stand
-in a row, sequence by sequence, head by head, tile by tile; each program takes an equal, contiguous piece of that row,
-so that a program's piece may begin and end inside a unit.
+from torch import Tensor
 
-Worked example: 2 KV heads, one query each for sequences of 128 and 64 keys, tiles of 64 keys, 4 programs:
-
-    unit      sequence 0, head 0    sequence 0, head 1    sequence 1, head 0    sequence 1, head 1
-    keys      0......64......128    0......64......128    0......64             0......64
-    program   |----- 0 -----|------- 1 --------|------------- 2 -----------|-------- 3 ----------|
-
-A position is (sequence, unit of the sequence, key tile of the unit, counted from the first that it sees). Sequence
-number `num_seqs` stands for the rows past `cu_seqlens_q[-1]`: queries without keys.
-"""
-
-import triton
-import triton.language as tl
-
-SEQUENCES: tl.constexpr = tl.constexpr(128)  # read at a time by every program
-LAST_TILE: tl.constexpr = tl.constexpr(2**31 - 1)  # of any unit
+from torch_paged.kernels.attention import steps_of
+from torch_paged.kernels.attention_plan import options_of, stamp_of
+from torch_paged.kernels.vectors import dense
+from torch_paged.options import AttentionOptions
 
 
-@triton.jit
-def query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V: tl.constexpr):
-    """First query token and number of queries of `sequence` (a scalar or a vector)."""
-    if V.ragged:
-        start = tl.load(cu_seqlens_q + sequence, mask=sequence <= num_seqs, other=num_tokens)
-        stop = tl.load(cu_seqlens_q + sequence + 1, mask=sequence < num_seqs, other=num_tokens)
-        start = tl.minimum(tl.maximum(start, 0), num_tokens)
-        queries = tl.maximum(tl.minimum(stop, num_tokens) - start, 0)
-    else:
-        count = num_tokens // num_seqs
-        start = sequence * count
-        queries = tl.where(sequence < num_seqs, count, 0)
-    return start, queries
+def schedule(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor | None,
+    causal: bool,
+    options: AttentionOptions,
+    schedule: Tensor,
+) -> None:
+    """Writes to int32 `schedule`, zeros, what `attention` will look for: its last launch in the first row.
 
-
-@triton.jit
-def key_count(sequence, seq_lens, num_seqs, max_keys):
-    """Number of keys of `sequence`, never more than its row of the block table can name."""
-    keys = tl.load(seq_lens + sequence, mask=sequence < num_seqs, other=0)
-    return tl.minimum(tl.maximum(keys, 0), max_keys)
-
-
-@triton.jit
-def query_tiles(queries, V: tl.constexpr):
-    """Number of query tiles of a sequence; 0 for the sequences that another variant serves."""
-    rows = queries * V.group
-    mine = (rows > V.rows_above) & (rows <= V.rows_upto)
-    if V.single_tile:
-        tiles = ((rows > 0) & mine).to(tl.int32)
-    else:
-        tiles = tl.where(mine, tl.cdiv(rows, V.block_m), 0)
-    return tiles
-
-
-@triton.jit
-def _work(tile, queries, keys, window, V: tl.constexpr):
-    """Cost of the query tiles before `tile`: the keys that each of them sees, times the group, plus a fixed part."""
-    tile = tile.to(tl.int64)
-    if V.has.window and V.single_tile:
-        keys = tl.minimum(keys, queries - 1 + tl.minimum(window, keys))
-    if V.causal and not V.single_tile:
-        seen = tl.maximum(keys - queries, 0).to(tl.int64) * V.group
-        work = tile * (seen + V.unit_cost) + tile * (tile + 1) // 2 * V.block_m
-        if V.has.window:
-            # From the tile on that stands `seen + tile * V.block_m` behind the first key, more than the window does,
-            # each sees a window and itself.
-            most = window.to(tl.int64) * V.group
-            growing = tl.minimum(tl.maximum(tl.cdiv(most - seen, V.block_m), 0), tile)
-            work = tile * (V.unit_cost + V.block_m) + (tile - growing) * most
-            work += growing * seen + growing * (growing - 1) // 2 * V.block_m
-    else:
-        work = tile * (keys.to(tl.int64) * V.group + V.unit_cost)
-    return work
-
-
-@triton.jit
-def _sequence_work(
-    sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, window, V: tl.constexpr
-):
-    """Work and number of the units of `sequence`."""
-    _, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
-    keys = key_count(sequence, seq_lens, num_seqs, max_keys)
-    tiles = query_tiles(queries, V)
-    return _work(tiles, queries, keys, window, V) * num_kv_heads, tiles * num_kv_heads
-
-
-@triton.jit
-def _position(offset, sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys, window, V: tl.constexpr):
-    """The unit that stands `offset` into the work of `sequence`, and how far into that unit."""
-    _, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
-    keys = key_count(sequence, seq_lens, num_seqs, max_keys)
-    tiles = query_tiles(queries, V)
-    head_work = _work(tiles, queries, keys, window, V)
-    # Dividing 64-bit numbers is a slow call, so estimate and correct: at most one off, as there are few heads.
-    head = (offset.to(tl.float32) / tl.maximum(head_work, 1).to(tl.float32)).to(tl.int32)
-    head -= (head * head_work > offset).to(tl.int32)
-    head += ((head + 1) * head_work <= offset).to(tl.int32)
-    head = tl.where(head_work > 0, head, 0)
-    offset -= head * head_work
-    low = tl.zeros_like(tiles)
-    if not V.single_tile:
-        high = tl.maximum(tiles, 1)
-        while high - low > 1:
-            middle = (low + high) // 2
-            inside = _work(middle, queries, keys, window, V) <= offset
-            low = tl.where(inside, middle, low)
-            high = tl.where(inside, high, middle)
-        offset -= _work(low, queries, keys, window, V)
-    return head * tiles + low, offset
-
-
-@triton.jit
-def next_sequence(sequence, lane, cu_seqlens_q, num_tokens, num_seqs, V: tl.constexpr):
-    """The sequence after `sequence` that has units in this variant, or a number past the last one.
-
-    `lane` is 0, 1, ...: as many sequences are looked at together.
+    Other arguments are those of `attention`. What a row holds: see `attention_schedule`.
     """
-    LANES: tl.constexpr = lane.shape[0]
-    following = sequence + 1
-    if V.ragged:
-        found = following
-        searching = following <= num_seqs
-        while searching:
-            candidate = following + lane
-            _, queries = query_range(candidate, cu_seqlens_q, num_tokens, num_seqs, V)
-            found = tl.min(tl.where(query_tiles(queries, V) > 0, candidate, following + LANES), 0)
-            following += LANES
-            searching = (found == following) & (following <= num_seqs)
-        following = found
-    return following
-
-
-@triton.jit
-def all_work(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V: tl.constexpr, window=0):
-    """Work of all sequences, and of the longest of their units."""
-    lane = tl.arange(0, SEQUENCES)
-    work = tl.zeros([SEQUENCES], tl.int64)
-    longest = tl.zeros([SEQUENCES], tl.int64)
-    for first in range(0, _rows_of_batch(num_seqs, V), SEQUENCES):
-        sequence = first + lane
-        more, units = _sequence_work(
-            sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, window, V
-        )
-        work += more
-        keys = key_count(sequence, seq_lens, num_seqs, max_keys).to(tl.int64)
-        longest = tl.maximum(longest, tl.where(units > 0, keys * V.group + V.unit_cost, 0))
-    return tl.sum(work), tl.max(longest)
-
-
-@triton.jit
-def _rows_of_batch(num_seqs, V: tl.constexpr):
-    """Sequences, and in a ragged batch what stands past the last one."""
-    return num_seqs + 1 if V.ragged else num_seqs
-
-
-@triton.jit
-def tile_at(inside, V: tl.constexpr):
-    """The first key tile of a unit that is not before an offset into it."""
-    return tl.cdiv(inside, V.group * V.tile).to(tl.int32)
-
-
-@triton.jit
-def locate(begin, end, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V: tl.constexpr, window=0):
-    """What stands between two offsets of the row of all work.
-
-    Returns the sequence and unit at `begin` and how far inside it is, how many units are touched, and the key tile at
-    which the last of them ends.
-    """
-    lane = tl.arange(0, SEQUENCES)
-    num_rows = _rows_of_batch(num_seqs, V)
-    before = begin * 0
-    begin_before = before
-    end_before = before
-    begin_sequence = num_seqs * 0
-    end_sequence = begin_sequence
-    units = begin_sequence
-    for first in range(0, num_rows, SEQUENCES):
-        work, count = _sequence_work(
-            first + lane, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, window, V
-        )
-        after = before + tl.cumsum(work)
-        begin_sequence += tl.sum((after <= begin).to(tl.int32))
-        end_sequence += tl.sum((after <= end).to(tl.int32))
-        begin_before = tl.maximum(begin_before, tl.max(tl.where(after <= begin, after, 0)))
-        end_before = tl.maximum(end_before, tl.max(tl.where(after <= end, after, 0)))
-        units += tl.sum(tl.where((after > begin) & (after <= end), count, 0))
-        before += tl.sum(work)
-    # Work is 0 past the last sequence, which counts those rows as ended too.
-    begin_sequence = tl.minimum(begin_sequence, num_rows)
-    end_sequence = tl.minimum(end_sequence, num_rows)
-    begin_unit, inside = _position(
-        begin - begin_before, begin_sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys, window, V
-    )
-    end_unit, end_inside = _position(
-        end - end_before, end_sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys, window, V
-    )
-    units += end_unit - begin_unit
-    # A piece that ends between two units ends with the whole of the first.
-    end_tile = tile_at(end_inside, V)
-    whole = end_tile == 0
-    return begin_sequence, begin_unit, inside, units + 1 - whole.to(tl.int32), tl.where(whole, LAST_TILE, end_tile)
-
-
-@triton.jit
-def equal_share(total, V: tl.constexpr):
-    """Begin and end of this program's piece, where each has one."""
-    needed = tl.minimum(tl.maximum(tl.cdiv(total, V.least_work), 1), tl.num_programs(0))
-    # A little more than an equal share will do, and needs no 64-bit division; the last program has a little less.
-    share = (total.to(tl.float32) / needed.to(tl.float32) * 1.000001).to(tl.int64) + 1
-    begin = tl.minimum(share * tl.program_id(0), total)
-    return begin, tl.minimum(begin + share, total)
-
-
-@triton.jit
-def deal(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V: tl.constexpr, window=0):
-    """Where this program's piece begins, how many units it touches, and the key tile at which the last of them ends."""
-    total, _ = all_work(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V, window)
-    begin, end = equal_share(total, V)
-    sequence, unit, inside, units, end_tile = locate(
-        begin, end, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V, window
-    )
-    return sequence, unit, tile_at(inside, V), units, end_tile
+    seq_lens, cu_seqlens_q = dense(seq_lens), None if cu_seqlens_q is None else dense(cu_seqlens_q)
+    steps = steps_of(query, key_cache, value_cache, block_table, cu_seqlens_q, causal, options)
+    for row, step in zip(schedule, reversed(steps), strict=False):
+        if step.schedule is not None:
+            _, max_keys, *_ = step.layout
+            window = options_of(options)[0]
+            step.schedule(seq_lens, cu_seqlens_q, row, *step.sizes, max_keys, window)
+            row[:1].fill_(stamp_of(step, options))  # last, by a kernel of its own: see `attention_schedule`

@@ -33,7 +33,7 @@ SHIPPED_OPTIONS = {
 }
 # Name, sequences, query tokens, whether ragged.
 _KINDS = (("decode", 8, 8, False), ("prefill", 8, 16384, False), ("mixed", 8, 4096, True))
-_HOPPER_KINDS = (("short", 8, 4096, False), ("long", 8, 16384, True))  # whose kernel has two forms
+_SHORT = ("short", 8, 4096, False)  # prompts, for which Hopper's kernel has another form; ragged batches have both
 _MANY = ("decode-of-many", 16, 16, False)  # served otherwise than a few are where caches hold 8-bit numbers
 
 
@@ -42,9 +42,9 @@ def shipped_variants(device: Device) -> list[ShippedVariant]:
     return [
         variant
         for dtype, dim, block_size in itertools.product(SHIPPED_DTYPES, SHIPPED_HEAD_DIMS, SHIPPED_BLOCK_SIZES)
-        for kind in (_KINDS + _HOPPER_KINDS if device.capability == 90 and not device.amd else _KINDS)
+        for kind in (*_KINDS, _SHORT)
         for variant in _variants(device, "", PLAIN_FEATURES, dtype, dim, block_size, *kind)
-        if kind in _KINDS or variant.launch.variant.copy_rows
+        if kind in _KINDS or variant.launch.forms
     ]
 
 

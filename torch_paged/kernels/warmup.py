@@ -18,7 +18,8 @@ from torch_paged.kernels.launch_config import AttentionLaunch, attention_launche
 from torch_paged.kernels.launch_tiles import LONG, MANY_ROWS, MANY_UNITS
 from torch_paged.kernels.merge_attention import merge_attention
 from torch_paged.kernels.rotary_append import rotary_append
-from torch_paged.options import AttentionOptions
+from torch_paged.kernels.schedule import schedule
+from torch_paged.options import SCHEDULE_SHAPE, AttentionOptions
 
 
 def warmup(
@@ -59,7 +60,9 @@ def warmup(
         for its_values in [values] if value_head_dim >= head_dim else [values, keys[..., :value_head_dim]]:
             batches += [(model, keys, its_values, *kind) for kind in _kinds(model, keys, its_values)]
     for done, batch in enumerate(batches, 1):
-        output, lse = attention(*_batch(*batch), 1.0, causal, batch[0].options)
+        arguments = _batch(*batch)
+        schedule(*arguments, causal, batch[0].options, arguments[0].new_empty(SCHEDULE_SHAPE, dtype=torch.int32))
+        output, lse = attention(*arguments, 1.0, causal, batch[0].options)
         if done == 1:
             merge_attention(output, lse, output, lse)
         if progress is not None:

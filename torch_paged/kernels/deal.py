@@ -1,0 +1,312 @@
+"""Deals attention's work out to programs, on the device: no length is ever needed on the host.
+
+A unit is one tile of query rows of one KV head of one sequence, and costs about what it has keys to read. Units stand
+in a row, sequence by sequence, head by head, tile by tile; each program takes an equal, contiguous piece of that row,
+so that a program's piece may begin and end inside a unit.
+
+Worked example: 2 KV heads, one query each for sequences of 128 and 64 keys, tiles of 64 keys, 4 programs:
+
+    unit      sequence 0, head 0    sequence 0, head 1    sequence 1, head 0    sequence 1, head 1
+    keys      0......64......128    0......64......128    0......64             0......64
+    program   |----- 0 -----|------- 1 --------|------------- 2 -----------|-------- 3 ----------|
+
+A position is (sequence, unit of the sequence, key tile of the unit, counted from the first that it sees). Sequence
+number `num_seqs` stands for the rows past `cu_seqlens_q[-1]`: queries without keys.
+"""
+
+import triton
+import triton.language as tl
+
+from torch_paged.kernels.attention_rows import tiles_of_keys
+
+SEQUENCES: tl.constexpr = tl.constexpr(128)  # read at a time by every program
+LAST_TILE: tl.constexpr = tl.constexpr(2**31 - 1)  # of any unit
+
+
+@triton.jit
+def query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V: tl.constexpr):
+    """First query token and number of queries of `sequence` (a scalar or a vector)."""
+    if V.ragged:
+        start = tl.load(cu_seqlens_q + sequence, mask=sequence <= num_seqs, other=num_tokens)
+        stop = tl.load(cu_seqlens_q + sequence + 1, mask=sequence < num_seqs, other=num_tokens)
+        start = tl.minimum(tl.maximum(start, 0), num_tokens)
+        queries = tl.maximum(tl.minimum(stop, num_tokens) - start, 0)
+    else:
+        count = num_tokens // num_seqs
+        start = sequence * count
+        queries = tl.where(sequence < num_seqs, count, 0)
+    return start, queries
+
+
+@triton.jit
+def key_count(sequence, seq_lens, num_seqs, max_keys):
+    """Number of keys of `sequence`, never more than its row of the block table can name."""
+    keys = tl.load(seq_lens + sequence, mask=sequence < num_seqs, other=0)
+    return tl.minimum(tl.maximum(keys, 0), max_keys)
+
+
+@triton.jit
+def query_tiles(queries, V: tl.constexpr):
+    """Number of query tiles of a sequence; 0 for the sequences that another variant serves."""
+    rows = queries * V.group
+    mine = (rows > V.rows_above) & (rows <= V.rows_upto)
+    if V.single_tile:
+        tiles = ((rows > 0) & mine).to(tl.int32)
+    else:
+        tiles = tl.where(mine, tl.cdiv(rows, V.block_m), 0)
+    return tiles
+
+
+@triton.jit
+def _work(tile, queries, keys, window, V: tl.constexpr):
+    """Cost of the query tiles before `tile`: the keys that each of them sees, times the group, plus a fixed part."""
+    tile = tile.to(tl.int64)
+    if V.has.window and V.single_tile:
+        keys = tl.minimum(keys, queries - 1 + tl.minimum(window, keys))
+    if V.causal and not V.single_tile:
+        seen = tl.maximum(keys - queries, 0).to(tl.int64) * V.group
+        work = tile * (seen + V.unit_cost) + tile * (tile + 1) // 2 * V.block_m
+        if V.has.window:
+            # From the tile on that stands `seen + tile * V.block_m` behind the first key, more than the window does,
+            # each sees a window and itself.
+            most = window.to(tl.int64) * V.group
+            growing = tl.minimum(tl.maximum(tl.cdiv(most - seen, V.block_m), 0), tile)
+            work = tile * (V.unit_cost + V.block_m) + (tile - growing) * most
+            work += growing * seen + growing * (growing - 1) // 2 * V.block_m
+    else:
+        work = tile * (keys.to(tl.int64) * V.group + V.unit_cost)
+    return work
+
+
+@triton.jit
+def _sequence_work(
+    sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, window, V: tl.constexpr
+):
+    """Work and number of the units of `sequence`."""
+    _, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
+    keys = key_count(sequence, seq_lens, num_seqs, max_keys)
+    tiles = query_tiles(queries, V)
+    return _work(tiles, queries, keys, window, V) * num_kv_heads, tiles * num_kv_heads
+
+
+@triton.jit
+def _position(offset, near, sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys, window, V: tl.constexpr):
+    """The unit that stands `offset` into the work of `sequence`, and how far into that unit.
+
+    What is as `near` to the beginning of a unit stands there.
+    """
+    _, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
+    keys = key_count(sequence, seq_lens, num_seqs, max_keys)
+    tiles = query_tiles(queries, V)
+    head_work = _work(tiles, queries, keys, window, V)
+    # Dividing 64-bit numbers is a slow call, so estimate and correct: at most one off, as there are few heads.
+    head = (offset.to(tl.float32) / tl.maximum(head_work, 1).to(tl.float32)).to(tl.int32)
+    head -= (head * head_work > offset).to(tl.int32)
+    head += ((head + 1) * head_work <= offset).to(tl.int32)
+    head = tl.where(head_work > 0, head, 0)
+    offset -= head * head_work
+    low = tl.zeros_like(tiles)
+    work = head_work
+    if not V.single_tile:
+        high = tl.maximum(tiles, 1)
+        while high - low > 1:
+            middle = (low + high) // 2
+            inside = _work(middle, queries, keys, window, V) <= offset
+            low = tl.where(inside, middle, low)
+            high = tl.where(inside, high, middle)
+        work = _work(low + 1, queries, keys, window, V) - _work(low, queries, keys, window, V)
+        offset -= _work(low, queries, keys, window, V)
+    next_one = (offset > near) & (work - offset <= near)
+    return head * tiles + low + next_one.to(tl.int32), tl.where((offset <= near) | next_one, 0, offset)
+
+
+@triton.jit
+def next_sequence(sequence, lane, cu_seqlens_q, num_tokens, num_seqs, V: tl.constexpr):
+    """The sequence after `sequence` that has units in this variant, or a number past the last one.
+
+    `lane` is 0, 1, ...: as many sequences are looked at together.
+    """
+    LANES: tl.constexpr = lane.shape[0]
+    following = sequence + 1
+    if V.ragged:
+        found = following
+        searching = following <= num_seqs
+        while searching:
+            candidate = following + lane
+            _, queries = query_range(candidate, cu_seqlens_q, num_tokens, num_seqs, V)
+            found = tl.min(tl.where(query_tiles(queries, V) > 0, candidate, following + LANES), 0)
+            following += LANES
+            searching = (found == following) & (following <= num_seqs)
+        following = found
+    return following
+
+
+@triton.jit
+def following(sequence, unit, tiles, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, V: tl.constexpr):
+    """`unit` of `sequence`, or as that has no more than `tiles` in each head, the first unit after them."""
+    if unit >= tiles * num_kv_heads:
+        unit = unit * 0
+        sequence = next_sequence(sequence, tl.arange(0, SEQUENCES), cu_seqlens_q, num_tokens, num_seqs, V)
+    return sequence, unit
+
+
+@triton.jit
+def all_work(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V: tl.constexpr, window=0):
+    """Work of all sequences and of the longest of their units; the units, if all are alike in work, else 0."""
+    lane = tl.arange(0, SEQUENCES)
+    work = tl.zeros([SEQUENCES], tl.int64)
+    longest = tl.zeros([SEQUENCES], tl.int64)
+    most = tl.zeros([SEQUENCES], tl.int64)
+    all_units = tl.zeros([SEQUENCES], tl.int32)
+    for first in range(0, _rows_of_batch(num_seqs, V), SEQUENCES):
+        sequence = first + lane
+        more, units = _sequence_work(
+            sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, window, V
+        )
+        work += more
+        most = tl.maximum(most, more)
+        all_units += units
+        keys = key_count(sequence, seq_lens, num_seqs, max_keys).to(tl.int64)
+        longest = tl.maximum(longest, tl.where(units > 0, keys * V.group + V.unit_cost, 0))
+    total = tl.sum(work)
+    count = tl.sum(all_units)
+    alike = 0
+    if V.single_tile:
+        alike = tl.where(tl.max(most) * (count // num_kv_heads) == total, count, 0)
+    return total, tl.max(longest), alike
+
+
+@triton.jit
+def _rows_of_batch(num_seqs, V: tl.constexpr):
+    """Sequences, and in a ragged batch what stands past the last one."""
+    return num_seqs + 1 if V.ragged else num_seqs
+
+
+@triton.jit
+def tile_at(inside, V: tl.constexpr):
+    """The first key tile of a unit that is not before an offset into it."""
+    return tl.cdiv(inside, V.group * V.tile).to(tl.int32)
+
+
+@triton.jit
+def locate(
+    begin, end, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V: tl.constexpr, window=0, near=0
+):
+    """What stands between two offsets of the row of all work; those `near` to where a unit begins stand there.
+
+    Returns the sequence and unit at `begin` and how far inside it is, how many units are touched, and the key tile at
+    which the last of them ends.
+    """
+    lane = tl.arange(0, SEQUENCES)
+    num_rows = _rows_of_batch(num_seqs, V)
+    before = begin * 0
+    begin_before = before
+    end_before = before
+    begin_sequence = num_seqs * 0
+    end_sequence = begin_sequence
+    units = begin_sequence
+    for first in range(0, num_rows, SEQUENCES):
+        work, count = _sequence_work(
+            first + lane, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, window, V
+        )
+        after = before + tl.cumsum(work)
+        begin_sequence += tl.sum((after <= begin).to(tl.int32))
+        end_sequence += tl.sum((after <= end).to(tl.int32))
+        begin_before = tl.maximum(begin_before, tl.max(tl.where(after <= begin, after, 0)))
+        end_before = tl.maximum(end_before, tl.max(tl.where(after <= end, after, 0)))
+        units += tl.sum(tl.where((after > begin) & (after <= end), count, 0))
+        before += tl.sum(work)
+    # Work is 0 past the last sequence, which counts those rows as ended too.
+    begin_sequence = tl.minimum(begin_sequence, num_rows)
+    end_sequence = tl.minimum(end_sequence, num_rows)
+    begin_unit, inside = _position(
+        begin - begin_before, near, begin_sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys, window, V
+    )
+    end_unit, end_inside = _position(
+        end - end_before, near, end_sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys, window, V
+    )
+    units += end_unit - begin_unit
+    # A piece that ends between two units ends with the whole of the first.
+    end_tile = tile_at(end_inside, V)
+    whole = end_tile == 0
+    return begin_sequence, begin_unit, inside, units + 1 - whole.to(tl.int32), tl.where(whole, LAST_TILE, end_tile)
+
+
+@triton.jit
+def _divided(total, count):
+    """`total / count` in 64 bits, rounded up: division of such numbers is a slow call."""
+    result = (total.to(tl.float32) / count.to(tl.float32)).to(tl.int64)
+    result += ((total - result * count).to(tl.float32) / count.to(tl.float32)).to(tl.int64)
+    rest = total - result * count
+    return result + (rest > 0).to(tl.int64) - (rest <= -count).to(tl.int64)
+
+
+@triton.jit
+def equal_share(total, V: tl.constexpr, alike=0):
+    """Begin and end of this program's share, and how near to a unit's beginning is as good as there.
+
+    Of so many units that are `alike`, each is cut into as many parts, or programs get as many whole ones each if that
+    makes shares hardly longer.
+    """
+    # Less than four tiles are not worth a second program on a multiprocessor.
+    several = tl.maximum(tl.cdiv(total, 2 * V.least_work), tl.num_programs(0) // V.resident)
+    needed = tl.minimum(tl.minimum(tl.cdiv(total, V.least_work), several), tl.num_programs(0))
+    needed = tl.maximum(needed, 1).to(tl.int32)
+    count = needed
+    units = 1
+    parts = 1
+    if alike > 0:
+        units = tl.cdiv(alike, needed)
+        parts = tl.maximum(needed // alike, 1)
+        if (units == 1) | (units * needed * 24 <= alike * 25):
+            count = alike
+        else:
+            units = 1
+    whole = _divided(total, count) * units
+    share = (whole.to(tl.float32) / parts).to(tl.int64) + 1
+    program = tl.program_id(0)
+    before = program // parts * whole
+    begin = tl.minimum(before + tl.minimum(program % parts * share, whole), total)
+    end = tl.minimum(before + tl.minimum((program % parts + 1) * share, whole), total)
+    return begin, end, tl.minimum(share // 4, V.unit_cost)
+
+
+@triton.jit
+def share_of(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V: tl.constexpr, window):
+    """Begin and end of this program's share of all work, and how near to a unit's beginning is as good as there."""
+    total, _, alike = all_work(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V, window)
+    return equal_share(total, V, alike)
+
+
+@triton.jit
+def piece_of(
+    begin, end, near, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V: tl.constexpr, window
+):
+    """Sequence, unit and tile at which a share begins, how many units it touches, and the tile at which the last ends.
+
+    One that would begin or end near a unit's beginning does so there: that costs less than to combine two parts.
+    """
+    sequence, unit, inside, units, end_tile = locate(
+        begin, end, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V, window, near
+    )
+    if units > 0:
+        _, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
+        tiles = query_tiles(queries, V)
+        sequence, unit = following(sequence, unit, tiles, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, V)
+    return sequence, unit, tile_at(inside, V), units, end_tile
+
+
+@triton.jit
+def deal(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V: tl.constexpr, window=0):
+    """The piece of this program, see `piece_of`."""
+    begin, end, near = share_of(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V, window)
+    return piece_of(begin, end, near, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V, window)
+
+
+@triton.jit
+def tiles_of_unit(sequence, unit, seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys, V: tl.constexpr, window=0):
+    """Key tiles of a unit, counted from the first that one of its rows sees."""
+    _, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
+    keys = key_count(sequence, seq_lens, num_seqs, max_keys)
+    first_row = unit % tl.maximum(query_tiles(queries, V), 1) * V.block_m
+    return tiles_of_keys(first_row, tl.minimum(queries * V.group - first_row, V.block_m), queries, keys, V, window)
