@@ -30,6 +30,8 @@ class _Address(NamedTuple):
 class HopperLauncher:
     """Takes the arguments of the general kernel, of calls that one `Launcher` could serve."""
 
+    ready = False  # it takes tensors alone
+
     def __init__(self, launch: AttentionLaunch) -> None:
         self._programs, self._rounds, self._rows = launch.programs, launch.rounds, launch.variant.copy_rows
         self._partial = launch.partial_floats
