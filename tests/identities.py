@@ -77,6 +77,7 @@ def record_compilations(device):
 
     triton.runtime.driver.set_active(FreshDevice(device))
     attention_plan._plans.clear()
+    ops._calls.clear()
     for plans in (append._plans, append._quantising_plans, rotary_append._plans):
         plans.clear()
     JITFunction._do_compile = compile_nothing
