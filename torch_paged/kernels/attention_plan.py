@@ -1,9 +1,10 @@
 """What a call of attention launches: decided by its tensors' metadata, and remembered, as decoding repeats one call."""
 
+from __future__ import annotations
+
 import math
 import zlib
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,13 +20,16 @@ from torch_paged.kernels.storage import stored_in, viewed
 from torch_paged.kernels.vectors import dense, effective_strides
 from torch_paged.options import PLAIN, AttentionOptions
 
+if TYPE_CHECKING:
+    from torch_paged.kernels.hopper_launch import HopperLauncher
+
 _LIMIT = 2**31 - 1
 
 
 class Step(NamedTuple):
     """One launch of the kernel and of the one that combines, with all that the metadata of a call decide."""
 
-    attend: Launcher
+    attend: Launcher | HopperLauncher
     combine: Launcher
     schedule: Launcher | None  # writes what the two find in a schedule, where they look for one
     stamp: int  # of such a schedule; 0: they do not
@@ -177,7 +181,7 @@ def features_of(query: Tensor, key_cache: Tensor, value_cache: Tensor, options: 
     )
 
 
-def _launcher(kernel: Any, launch: AttentionLaunch) -> Callable[..., None]:
+def _launcher(kernel: Any, launch: AttentionLaunch) -> Launcher | HopperLauncher:
     """Launches `kernel`, or what serves in its place."""
     if launch.variant.copy_rows:
         from torch_paged.kernels.hopper_launch import HopperLauncher
