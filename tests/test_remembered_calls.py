@@ -100,6 +100,12 @@ def test_what_decides_is_noticed_when_it_changes(prepared, name):
     assert len(prepared) == 2
 
 
+def test_options_of_one_form_are_told_apart(prepared):
+    call(arguments(sinks=torch.zeros(8)))
+    call(arguments(alibi_slopes=torch.zeros(8)))
+    assert len(prepared) == 2
+
+
 def test_what_was_checked_vouches_for_nothing_else(prepared):
     call(arguments())
     with pytest.raises(TypeError, match=r"seq_lens must be int32 \[num_seqs\], got int64 \[4\]"):
@@ -128,7 +134,7 @@ def test_values_that_are_keys_are_told_from_values_beside_them():
     inputs = attention_inputs([1] * 3, [40, 0, 65], uniform=True, dtype=torch.float16)
     alone = inputs._replace(value_cache=torch.randn_like(inputs.key_cache))
     shared = inputs._replace(value_cache=inputs.key_cache)
-    for either in (alone, shared, alone, shared):
+    for either in (shared, alone, shared, alone):
         exact = either._replace(query=either.query.double()).call(reference.attention)
         assert_within_budget(either.call(attention), exact, low_precision_attention(either)[0])
 
