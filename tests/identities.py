@@ -21,8 +21,9 @@ from torch_paged.kernels import attention_plan
 from torch_paged.kernels.problem import Device
 
 # Functions of these names hide the modules.
-append, rotary_append, warmup = (
-    import_module(f"torch_paged.kernels.{name}") for name in ("append", "rotary_append", "warmup")
+append, copy_blocks, merge_attention, rotary_append, warmup = (
+    import_module(f"torch_paged.kernels.{name}")
+    for name in ("append", "copy_blocks", "merge_attention", "rotary_append", "warmup")
 )
 DTYPE = torch.bfloat16
 H200 = Device(multiprocessors=132, shared_memory=227 * 1024, capability=90)
@@ -77,8 +78,10 @@ def record_compilations(device):
 
     triton.runtime.driver.set_active(FreshDevice(device))
     attention_plan._plans.clear()
-    for plans in (append._plans, append._quantising_plans, rotary_append._plans):
-        plans.clear()
+    ops._calls.clear()
+    append._quantising_plans.clear()
+    for module in (append, copy_blocks, merge_attention, rotary_append):
+        module._plans.clear()
     JITFunction._do_compile = compile_nothing
     for module in (attention_plan, warmup):
         module.device_of = lambda _: H200

@@ -93,3 +93,29 @@ def test_plans_are_bounded(monkeypatch):
         assert plans.remember((number,), number) == number
         assert plans[(number,)] == number
         assert len(plans) <= 3
+
+
+def test_a_loaded_kernel_is_launched_by_the_c_function_which_takes_addresses(monkeypatch):
+    nvidia = pytest.importorskip("triton.backends.nvidia.driver")
+    active = SimpleNamespace(get_current_stream=lambda device: 100 + device, get_current_device=lambda: 3)
+    monkeypatch.setattr("torch_paged.kernels.launch.driver", SimpleNamespace(active=active))
+    monkeypatch.setattr("torch_paged.kernels.launch._KNOWN_RELEASES", ("",))
+
+    def launches(scratch):
+        ran = []
+        run = nvidia.CudaLauncher.__new__(nvidia.CudaLauncher)
+        vars(run).update(launch_cooperative_grid=0, launch_pdl=1, global_scratch_size=scratch, profile_scratch_size=0)
+        vars(run).update(launch=lambda *args: ran.append(args))
+        kernel = Kernel(loaded=True)
+        vars(kernel.compiled).update(run=run, function=11, packed_metadata=(4,))
+        launcher = Launcher(kernel, (7, 2, 1), dict(WIDTH=16), {})
+        assert not launcher.ready
+        launcher(torch.zeros(1))
+        assert launcher.ready
+        return launcher, ran
+
+    launcher, ran = launches(scratch=0)
+    launcher(4096)
+    assert ran == [(7, 2, 1, 103, 11, 0, 1, None, None, (4,), None, None, None, 4096, 16)]
+    launcher, _ = launches(scratch=8)  # which Triton has to allocate
+    assert launcher._direct.run is launcher._kernel.compiled.run

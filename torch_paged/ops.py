@@ -8,8 +8,8 @@ import importlib
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from contextlib import AbstractContextManager
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -30,7 +30,9 @@ _WRITTEN_SCALES = """Tensor? key_scale=None, Tensor? value_scale=None, Tensor(c!
     Tensor(d!)? value_scale_cache=None"""
 
 _REMEMBERED = 4096
-_HERE = nullcontext()
+_ALIGNMENT = 16  # bytes; kernels are compiled for addresses that are multiples of it, or for any
+_Preparing = Callable[[ModuleType, tuple[Any, ...], dict[str, Any]], Callable[..., Any]]
+_calls: dict[tuple[Any, ...], Callable[..., Any]] = {}  # what serves a call, by all that decides it
 
 _library = torch.library.Library("paged", "DEF")
 
@@ -65,30 +67,43 @@ def _fake_merge_attention(output_a: Tensor, lse_a: Tensor, output_b: Tensor, lse
     return output_a.new_empty(output_a.shape), _empty_lse(output_a)
 
 
-def _attend(
+def _prepare_attention(
+    with_lse: bool,
     package: ModuleType,
     query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    *,
+    *args: Tensor,
     cu_seqlens_q: Tensor | None = None,
     scale: float | None = None,
     causal: bool = True,
-    schedule: Tensor | None = None,
+    schedule: Tensor | None = None,  # noqa: ARG001
     **options: Any,
-) -> tuple[Tensor, Tensor]:
-    """Run the attention with its default scale resolved and its options as one tuple."""
+) -> Callable[..., Any]:
+    """What attends, its default scale resolved: the package's own for calls like this one, or its function."""
     scale = query.shape[2] ** -0.5 if scale is None else scale
     if abs(scale) < torch.finfo(torch.float32).tiny:  # what float32 would flush to 0
         scale = 0.0
-    result: tuple[Tensor, Tensor] = package.attention(
-        query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, scale, causal,
-        AttentionOptions(**options) if options else PLAIN,
-        **({} if schedule is None or not hasattr(package, "schedule") else {"schedule": schedule}),
-    )  # fmt: skip
-    return result
+    if not hasattr(package, "prepare_attention"):
+        return partial(_attend, package, with_lse, scale)
+    settled = cu_seqlens_q, scale, causal, AttentionOptions(**options), with_lse
+    prepared: Callable[..., Any] = package.prepare_attention(query, *args, *settled)
+    return prepared
+
+
+def _attend(
+    package: ModuleType,
+    with_lse: bool,
+    settled_scale: float,
+    *args: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    scale: float | None = None,  # noqa: ARG001
+    causal: bool = True,
+    schedule: Tensor | None = None,  # noqa: ARG001 - it only saves time, elsewhere
+    **options: Any,
+) -> Any:
+    """Run the attention with its options as one tuple."""
+    options_tuple = AttentionOptions(**options) if options else PLAIN
+    result = package.attention(*args, cu_seqlens_q, settled_scale, causal, options_tuple)
+    return result if with_lse else result[0]
 
 
 def _schedule(
@@ -123,36 +138,48 @@ def _fake_rotary_append(query: Tensor, *args: Tensor, **options: Any) -> Tensor:
     return query.new_empty(query.shape)
 
 
-def _define(schema: str, fake: Callable[..., Any] | None = None, run: Callable[..., Any] | None = None) -> None:
+def _define(
+    schema: str,
+    fake: Callable[..., Any] | None = None,
+    run: Callable[..., Any] | None = None,
+    prepare: Callable[..., Callable[..., Any]] | None = None,
+) -> None:
     """Define one operator and register it for every device.
 
-    `fake` is the fake kernel (default: the checks alone, for an operator that returns nothing) and
-    `run(package, *arguments)` calls the implementation (default: the package's function of the operator's name).
+    `fake` is the fake kernel (default: the checks alone, for an operator that returns nothing). An implementation is
+    `prepare(package, *arguments)`, which serves whatever agrees with these arguments in metadata and options, or else
+    `run(package, *arguments)` (default: the package's function of the operator's name).
     """
     name = schema.partition("(")[0]
     meaning = name.removesuffix("_with_lse")
     check: Callable[..., None] = getattr(checks, meaning)
-    checked = check if "[]" in schema else _remembering(check)
     run = run or (lambda package, *args, **kwargs: getattr(package, name)(*args, **kwargs))
+    prepare = prepare or (lambda package, *_, **__: partial(run, package))
+    prepared = _prepared(check, prepare) if "[]" in schema else _remembered(name, _prepared(check, prepare))
 
     def on_cpu(*args: Any, **kwargs: Any) -> Any:
-        checked(*args, **kwargs)
         package = _package(_cpu_package())
+        call = prepared(package, args, kwargs)
         if package.CHECKS_VALUES:
             try:
-                return run(package, *args, **kwargs)
+                return call(*args, **kwargs)
             except (IndexError, ValueError):
                 getattr(bounds, meaning)(*args, **kwargs)  # which says what is wrong, and where
                 raise
         getattr(bounds, meaning)(*args, **kwargs)
-        return run(package, *args, **kwargs)
+        return call(*args, **kwargs)
 
     def on_cuda(*args: Any, **kwargs: Any) -> Any:
-        checked(*args, **kwargs)
-        with _device_of(args) if _several_devices() else _HERE:
-            if _debugging():
-                getattr(bounds, meaning)(*args, **kwargs)
-            return run(_package("torch_paged.kernels"), *args, **kwargs)
+        if _several_devices():
+            with _device_of(args):
+                return on_its_device(args, kwargs)
+        return on_its_device(args, kwargs)
+
+    def on_its_device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = prepared(_package("torch_paged.kernels"), args, kwargs)
+        if _debugging():
+            getattr(bounds, meaning)(*args, **kwargs)
+        return call(*args, **kwargs)
 
     _library.define(schema)
     torch.library.register_fake(f"paged::{name}", fake or check, lib=_library)
@@ -173,24 +200,39 @@ def _several_devices() -> bool:
     return torch.cuda.device_count() > 1
 
 
-def _remembering(check: Callable[..., None]) -> Callable[..., None]:
-    """`check`, run once for each combination of metadata and options: a decode loop repeats one."""
-    passed: set[tuple[Any, ...]] = set()
+def _prepared(check: Callable[..., None], prepare: Callable[..., Callable[..., Any]]) -> _Preparing:
+    """Checks the arguments of a call and says what serves it."""
 
-    def checked(*args: Any, **kwargs: Any) -> None:
-        metadata = tuple(
-            [
-                (arg.dtype, arg.shape, arg.stride(), arg.device) if isinstance(arg, Tensor) else arg
+    def prepared(package: ModuleType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+        check(*args, **kwargs)
+        return prepare(package, *args, **kwargs)
+
+    return prepared
+
+
+def _remembered(name: str, prepared: _Preparing) -> _Preparing:
+    """`prepared`, run once for each combination of metadata, alignment and options: a decode loop repeats one."""
+
+    def remembered(package: ModuleType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+        metadata = (
+            name,
+            package,
+            *[
+                (arg.dtype, arg.shape, arg.stride(), arg.device, arg.data_ptr() % _ALIGNMENT)
+                if isinstance(arg, Tensor)
+                else arg
                 for arg in (*args, *kwargs, *kwargs.values())
-            ]
+            ],
         )
-        if metadata not in passed:
-            check(*args, **kwargs)
-            if len(passed) >= _REMEMBERED:
-                passed.clear()
-            passed.add(metadata)
+        call = _calls.get(metadata)
+        if call is None:
+            call = prepared(package, args, kwargs)
+            if len(_calls) >= _REMEMBERED:
+                _calls.clear()
+            _calls[metadata] = call
+        return call
 
-    return checked
+    return remembered
 
 
 def _guard(op: Any, device: str = "", kernel: Callable[..., Any] | None = None) -> Callable[..., Any]:
@@ -298,8 +340,12 @@ def _warn_of_capture() -> None:
     warnings.warn("TORCH_PAGED_DEBUG=1: values are not checked during CUDA graph capture", stacklevel=2)
 
 
-_define(f"attention{_ATTENTION} -> Tensor", _fake_attention, lambda *args, **kwargs: _attend(*args, **kwargs)[0])
-_define(f"attention_with_lse{_ATTENTION} -> (Tensor output, Tensor lse)", _fake_attention_with_lse, _attend)
+_define(f"attention{_ATTENTION} -> Tensor", _fake_attention, prepare=partial(_prepare_attention, False))
+_define(
+    f"attention_with_lse{_ATTENTION} -> (Tensor output, Tensor lse)",
+    _fake_attention_with_lse,
+    prepare=partial(_prepare_attention, True),
+)
 _define(f"schedule({_BATCH}) -> Tensor", _fake_schedule, _schedule)
 _define(
     "merge_attention(Tensor output_a, Tensor lse_a, Tensor output_b, Tensor lse_b) -> (Tensor output, Tensor lse)",

@@ -6,7 +6,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     from torch_paged.kernels import interpreter_fixes  # noqa: F401
 
 from torch_paged.kernels.append import append
-from torch_paged.kernels.attention import attention
+from torch_paged.kernels.attention import attention, prepare_attention
 from torch_paged.kernels.copy_blocks import copy_blocks
 from torch_paged.kernels.gather_blocks import gather_blocks, scatter_blocks
 from torch_paged.kernels.merge_attention import merge_attention
@@ -20,6 +20,7 @@ __all__ = [
     "copy_blocks",
     "gather_blocks",
     "merge_attention",
+    "prepare_attention",
     "rotary_append",
     "scatter_blocks",
     "schedule",

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from torch_paged.kernels.attention_call import AttentionCall
 from torch_paged.kernels.attention_combine import handoff_in
 from torch_paged.kernels.attention_plan import Step, base2_factors, options_of, plan, stamp_of, step_of
 from torch_paged.kernels.attention_rows import first_seen, rows_of, sinks_of, visible_to
@@ -19,8 +20,6 @@ from torch_paged.kernels.attention_stored import normalise, static_scale
 from torch_paged.kernels.attention_tiles import attend, load_query, prefetch
 from torch_paged.kernels.deal import deal, following, key_count, query_range, query_tiles
 from torch_paged.kernels.launch_config import AttentionLaunch
-from torch_paged.kernels.storage import viewed
-from torch_paged.kernels.vectors import dense
 from torch_paged.options import PLAIN, AttentionOptions
 
 
@@ -184,34 +183,6 @@ def _attention(
     tl.store(handoff + 2 * tl.num_programs(0) + program, left_unit)
 
 
-def _take(
-    step: Step,
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    cu_seqlens_q: Tensor | None,
-    output: Tensor,
-    lse: Tensor,
-    scale: float,
-    options: AttentionOptions,
-    schedule: Tensor | None,
-) -> None:
-    workspace = query.new_empty(step.workspace, dtype=torch.float32)
-    if step.key_view:
-        key_cache = viewed(key_cache, step.key_view)
-    if step.value_view:
-        value_cache = viewed(value_cache, step.value_view)
-    # Without a stamp nobody looks at what stands for the schedule.
-    schedule, stamp = (seq_lens, 0) if schedule is None else (schedule, stamp_of(step, options))
-    step.attend(
-        query, (key_cache, value_cache), block_table, seq_lens, cu_seqlens_q, schedule, stamp, output, lse, workspace,
-        base2_factors(scale, options.softcap), *step.sizes, *step.layout, *options_of(options),
-    )  # fmt: skip
-    step.combine(workspace, cu_seqlens_q, schedule, stamp, output, lse, options.sinks, *step.sizes)
-
-
 def steps_of(
     query: Tensor,
     key_cache: Tensor,
@@ -241,8 +212,30 @@ def launch_attention(
 ) -> None:
     """Writes the rows of `output` and `lse` whose sequences `launch` serves: for tests and benchmarks."""
     step = step_of(_attention, launch, query, key_cache, value_cache, block_table, options)
-    arguments = query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, output, lse, scale, options
-    _take(step, *arguments, schedule)
+    step.launch(
+        query, step.viewed(key_cache, value_cache), block_table, seq_lens, cu_seqlens_q,
+        seq_lens if schedule is None else schedule, 0 if schedule is None else stamp_of(step, options), output, lse,
+        query.new_empty(step.workspace, dtype=torch.float32), base2_factors(scale, options.softcap),
+        *options_of(options),
+    )  # fmt: skip
+
+
+def prepare_attention(
+    query: Tensor,
+    key_cache: Tensor,  # noqa: ARG001
+    value_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor | None,
+    scale: float,
+    causal: bool,
+    options: AttentionOptions,
+    with_lse: bool,
+) -> AttentionCall:
+    """`attention` for calls like this one, returning its output alone unless `with_lse`."""
+    return AttentionCall(
+        _attention, query, value_cache, block_table, seq_lens, cu_seqlens_q, scale, causal, options, with_lse
+    )
 
 
 def attention(
@@ -275,30 +268,11 @@ def attention(
     Returns:
         Output `[num_tokens, num_heads, value_dim]` in query's dtype, and float32 lse `[num_tokens, num_heads]`.
     """
-    if scale < 0:  # the kernel multiplies the largest score of a row, so its factor must not turn the order around
-        query, scale = -query, -scale
-    block_table, seq_lens = dense(block_table), dense(seq_lens)
-    cu_seqlens_q = None if cu_seqlens_q is None else dense(cu_seqlens_q)
-    num_tokens, num_heads, _ = query.shape
-    output = query.new_empty(num_tokens, num_heads, value_cache.shape[3])
-    lse = query.new_empty(num_tokens, num_heads, dtype=torch.float32)
-    steps = steps_of(query, key_cache, value_cache, block_table, cu_seqlens_q, causal, options)
-    if not steps:
-        return output.zero_(), lse.copy_(_lse_of_no_key(num_tokens, block_table, cu_seqlens_q, options.sinks))
-    for number, step in enumerate(steps, 1 - len(steps)):  # the last finds its schedule in the first row
-        row = schedule if schedule is None or number == 0 else schedule[-number]
-        _take(
-            step, query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, output, lse, scale, options, row
-        )
+    call = prepare_attention(
+        query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, scale, causal, options, True
+    )
+    given = {} if options is PLAIN else options._asdict()
+    output, lse = call(
+        query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q=cu_seqlens_q, schedule=schedule, **given
+    )
     return output, lse
-
-
-def _lse_of_no_key(num_tokens: int, block_table: Tensor, cu_seqlens_q: Tensor | None, sinks: Tensor | None) -> Tensor:
-    """What the rows' lse is where there is no key: `[num_tokens, num_heads]`, or what expands to it."""
-    nothing = torch.full((), -torch.inf, device=block_table.device)
-    if sinks is None or block_table.shape[0] == 0:
-        return nothing
-    if cu_seqlens_q is None:
-        return sinks
-    row = torch.arange(num_tokens, device=block_table.device)
-    return torch.where((row < cu_seqlens_q[-1])[:, None], sinks, nothing)

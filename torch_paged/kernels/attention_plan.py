@@ -1,9 +1,10 @@
 """What a call of attention launches: decided by its tensors' metadata, and remembered, as decoding repeats one call."""
 
+from __future__ import annotations
+
 import math
 import zlib
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,13 +20,16 @@ from torch_paged.kernels.storage import stored_in, viewed
 from torch_paged.kernels.vectors import dense, effective_strides
 from torch_paged.options import PLAIN, AttentionOptions
 
+if TYPE_CHECKING:
+    from torch_paged.kernels.hopper_launch import HopperLauncher
+
 _LIMIT = 2**31 - 1
 
 
 class Step(NamedTuple):
     """One launch of the kernel and of the one that combines, with all that the metadata of a call decide."""
 
-    attend: Callable[..., None]
+    attend: Launcher | HopperLauncher
     combine: Launcher
     schedule: Launcher | None  # writes what the two find in a schedule, where they look for one
     stamp: int  # of such a schedule; 0: they do not
@@ -34,6 +38,29 @@ class Step(NamedTuple):
     layout: tuple[Any, ...]  # the arguments behind these
     key_view: torch.dtype | None  # what the kernel takes the key cache for, if not for what it is
     value_view: torch.dtype | None
+
+    @property
+    def ready(self) -> bool:
+        """Whether addresses may stand for tensors."""
+        return self.attend.ready and self.combine.ready
+
+    def viewed(self, key_cache: Tensor, value_cache: Tensor) -> tuple[Tensor, Tensor]:
+        """The caches as the kernel takes them."""
+        return (
+            viewed(key_cache, self.key_view) if self.key_view else key_cache,
+            viewed(value_cache, self.value_view) if self.value_view else value_cache,
+        )
+
+    def launch(
+        self, query: Any, caches: Any, block_table: Any, seq_lens: Any, cu_seqlens_q: Any, schedule: Any, stamp: int,
+        output: Any, lse: Any, workspace: Any, factors: Any, window: int, slopes: Any, sinks: Any, *scales: Any,
+    ) -> None:  # fmt: skip
+        """Both kernels, with tensors or, once it is `ready`, with addresses."""
+        self.attend(
+            query, caches, block_table, seq_lens, cu_seqlens_q, schedule, stamp, output, lse, workspace, factors,
+            *self.sizes, *self.layout, window, slopes, sinks, *scales,
+        )  # fmt: skip
+        self.combine(workspace, cu_seqlens_q, schedule, stamp, output, lse, sinks, *self.sizes)
 
 
 _plans: Plans[tuple[Step, ...]] = Plans()
@@ -163,7 +190,7 @@ def features_of(query: Tensor, key_cache: Tensor, value_cache: Tensor, options: 
     )
 
 
-def _launcher(kernel: Any, launch: AttentionLaunch) -> Callable[..., None]:
+def _launcher(kernel: Any, launch: AttentionLaunch) -> Launcher | HopperLauncher:
     """Launches `kernel`, or what serves in its place."""
     if launch.variant.copy_rows:
         from torch_paged.kernels.hopper_launch import HopperLauncher

@@ -6,8 +6,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_paged.kernels.block_groups import block_groups, cache_base, run_words, word_tiles
-from torch_paged.kernels.launch import launch
+from torch_paged.kernels.block_groups import (
+    BlockGroup,
+    WordTiles,
+    block_groups,
+    cache_base,
+    run_words,
+    word_tiles,
+)
+from torch_paged.kernels.launch import Launcher, Plans
 
 
 @triton.jit(
@@ -56,19 +63,21 @@ def copy_blocks(caches: Sequence[Tensor], block_pairs: Tensor) -> None:
     """
     for group in block_groups(caches, packed=False):
         tiles = word_tiles(group, group.alignment)
-        launch(
-            copy_blocks_kernel,
-            (block_pairs.shape[0], group.table.shape[0], tiles.tiles),
-            block_pairs,
-            block_pairs.stride(0),
-            block_pairs.stride(1),
-            group.table,
-            group.run_offsets,
-            caches[0].shape[0],
-            WORD=tiles.word,
-            VECTOR=tiles.vector,
-            RUN_VECTORS=tiles.run_vectors,
-            BLOCK_VECTORS=tiles.block_vectors,
-            VECTORS=tiles.vectors,
-            num_warps=4,
-        )
+        metadata = block_pairs.device, block_pairs.shape, block_pairs.stride(), group.table.shape, tiles
+        launcher = _plans.get(metadata) or _plans.remember(metadata, _launcher(block_pairs, group, tiles))
+        launcher(block_pairs, *block_pairs.stride(), group.table, group.run_offsets, caches[0].shape[0])
+
+
+_plans: Plans[Launcher] = Plans()
+
+
+def _launcher(block_pairs: Tensor, group: BlockGroup, tiles: WordTiles) -> Launcher:
+    constants = dict(
+        WORD=tiles.word,
+        VECTOR=tiles.vector,
+        RUN_VECTORS=tiles.run_vectors,
+        BLOCK_VECTORS=tiles.block_vectors,
+        VECTORS=tiles.vectors,
+    )
+    grid = (block_pairs.shape[0], group.table.shape[0], tiles.tiles)
+    return Launcher(copy_blocks_kernel, grid, constants, dict(num_warps=4))

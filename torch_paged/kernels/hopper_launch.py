@@ -34,6 +34,8 @@ class HopperLauncher:
     Every form of the kernel that the device may choose is launched, one after the other (see `rounds`).
     """
 
+    ready = False  # it takes tensors alone
+
     def __init__(self, launch: AttentionLaunch) -> None:
         self._programs, self._rounds, self._rows = launch.programs, launch.rounds, launch.variant.copy_rows
         self._partial = launch.partial_floats

@@ -1,7 +1,7 @@
 """Launches of Triton kernels: refused where a CUDA graph could not be captured, and cheap where they repeat."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -10,7 +10,7 @@ from triton import knobs
 from triton.runtime import driver
 
 _MAX_PLANS = 4096
-_KNOWN_RELEASES = ("3.6.",)  # of Triton, whose compiled kernels are launched as `_direct` does it
+_KNOWN_RELEASES = ("3.6.",)  # of Triton, whose compiled kernels are launched as `direct` does it
 Plan = TypeVar("Plan")
 Grid = tuple[int, int, int]
 
@@ -54,35 +54,54 @@ class Launcher:
     alignment of tensors, which are None, and all of those ints that the kernel does not list as unspecialised.
     """
 
+    ready = False  # once it is, addresses may stand for tensors, as nobody looks at more of them
+
     def __init__(self, kernel: Any, grid: Grid, constants: dict[str, Any], options: dict[str, Any]) -> None:
         """`constants` are the last parameters of `kernel`, in their order; `options` are the compiler's."""
         self._kernel = kernel
         self._grid = grid
         self._constants = constants
         self._options = options
+        self._values = tuple(constants.values())
         self._loaded: Callable[..., None] | None = None
+        self._direct: Direct | None = None
 
     def __call__(self, *args: Any) -> None:
+        hooks = knobs.runtime
+        if self._direct is None or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
+            self._launch(*args)
+        else:
+            run, stream_of, device, known = self._direct
+            run(*self._grid, stream_of(device), *known, *args, *self._values)
+
+    def _launch(self, *args: Any) -> None:
         if self._loaded is not None:
-            self._loaded(*args, *self._constants.values())
+            self._loaded(*args, *self._values)
             return
         compiled = launch(self._kernel, self._grid, *args, **self._constants, **self._options)
         if getattr(compiled, "module", None) is not None:
-            self._loaded = _direct(compiled, self._grid)
+            self._loaded, self._direct = compiled[self._grid], direct(compiled)
+            self.ready = self._direct is not None
 
 
-def _direct(compiled: Any, grid: Grid) -> Callable[..., None]:
-    """`compiled[grid]` for the current device, which looks up less, and calls profilers' hooks where there are any."""
-    looked_up = compiled[grid]
+class Direct(NamedTuple):
+    """How `compiled[grid]` ends up launching: `run(*grid, stream_of(device), *known, *arguments)`."""
+
+    run: Callable[..., None]
+    stream_of: Callable[[int], int]
+    device: int
+    known: tuple[Any, ...]
+
+
+def direct(compiled: Any) -> Direct | None:
+    """The launch of `compiled` on the current device without lookups and hooks; None where Triton may differ."""
     if not triton.__version__.startswith(_KNOWN_RELEASES):
-        return cast(Callable[..., None], looked_up)
-    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+        return None
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    run, function, metadata = compiled.run, compiled.function, (compiled.packed_metadata, None, None, None)
     stream_of, device = driver.active.get_current_stream, driver.active.get_current_device()
-
-    def run_directly(*args: Any) -> None:
-        if knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
-            looked_up(*args)
-        else:
-            run(*grid, stream_of(device), function, metadata, None, None, None, *args)
-
-    return run_directly
+    if isinstance(run, CudaLauncher) and run.global_scratch_size == run.profile_scratch_size == 0:
+        known = function, run.launch_cooperative_grid, run.launch_pdl, None, None, *metadata
+        return Direct(run.launch, stream_of, device, known)
+    return Direct(run, stream_of, device, (function, *metadata))

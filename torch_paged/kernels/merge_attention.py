@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_paged.kernels.launch import launch
+from torch_paged.kernels.launch import Launcher, Plans, layout
 from torch_paged.kernels.vectors import (
     effective_strides,
     strides_in_vectors,
@@ -80,32 +80,36 @@ def merge_attention(output_a: Tensor, lse_a: Tensor, output_b: Tensor, lse_b: Te
         output, contiguous, of output_a's dtype, and lse float32 `[num_tokens, num_heads]`; zeros and -inf where
         both parts saw no key.
     """
-    num_tokens, num_heads, head_dim = output_a.shape
-    output = torch.empty(output_a.shape, dtype=output_a.dtype, device=output_a.device)
-    lse = torch.empty((num_tokens, num_heads), dtype=torch.float32, device=output_a.device)
+    output = output_a.new_empty(output_a.shape)
+    lse = output_a.new_empty(output_a.shape[:2], dtype=torch.float32)
     if output.numel() == 0:
         return output, torch.logaddexp(lse_a, lse_b)  # rows without elements still have an lse
     parts = (output_a, lse_a, output_b, lse_b)
+    metadata = output_a.device, *map(layout, parts)
+    launcher, numbers = _plans.get(metadata) or _plans.remember(metadata, _plan(parts))
+    launcher(*parts, output, lse, *numbers)
+    return output, lse
+
+
+_plans: Plans[tuple[Launcher, list[int]]] = Plans()
+
+
+def _plan(parts: tuple[Tensor, ...]) -> tuple[Launcher, list[int]]:
+    """The launch for both parts, and the numbers among its arguments."""
+    output_a, _, output_b, _ = parts
+    num_tokens, num_heads, head_dim = output_a.shape
     strides = [effective_strides(part) for part in parts]
     vector = _vector(parts, strides)
-    launch(
-        _merge_attention,
-        (triton.cdiv(output.numel() // vector, _VECTORS), 1, 1),
-        *parts,
-        output,
-        lse,
+    constants = dict(NUM_HEADS=num_heads, HEAD_DIM=head_dim, VECTOR=vector, VECTORS=_VECTORS)
+    numbers = [
         *strides_in_vectors(output_a, vector),
         *strides[1],
         *strides_in_vectors(output_b, vector),
         *strides[3],
         num_tokens,
-        NUM_HEADS=num_heads,
-        HEAD_DIM=head_dim,
-        VECTOR=vector,
-        VECTORS=_VECTORS,
-        num_warps=4,
-    )
-    return output, lse
+    ]
+    grid = (triton.cdiv(output_a.numel() // vector, _VECTORS), 1, 1)
+    return Launcher(_merge_attention, grid, constants, dict(num_warps=4)), numbers
 
 
 def _vector(parts: tuple[Tensor, ...], strides: list[tuple[int, ...]]) -> int:
