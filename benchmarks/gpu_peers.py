@@ -97,6 +97,7 @@ def _flex(case: Case, inputs: Arguments) -> Call:
 
     mask = create_block_mask(visible, count, None, queries, keys, device=device, BLOCK_SIZE=FLEX_PAGE)
     mask = paged.convert_logical_block_mask(mask, kv_len=torch.full((count,), keys, device=device))
+    torch.compiler.reset()  # each case compiles a kernel of its own, and there is a limit
     flex = torch.compile(flex_attention, dynamic=False)
     return lambda: flex(query, *caches, block_mask=mask, enable_gqa=True).transpose(1, 2).flatten(0, 1)
 

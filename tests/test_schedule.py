@@ -224,6 +224,15 @@ def test_a_compiled_model_does_not_copy_its_caches_for_it():
     assert "clone" not in code
 
 
+@pytest.mark.parametrize("scales", ["static", "token"])
+def test_layers_of_a_quantised_cache(scales):
+    cache = make_cache(cache_dtype=torch.int8, scales=scales)
+    batch = cache.prepare([cache.add(), cache.add()], [20, 3])
+    scheduled = cache.layers[0].scheduled(batch, 4)
+    query, key = torch.randn(23, 4, 16), torch.randn(23, 2, 16)
+    assert torch.equal(cache.layers[1](query, key, key, scheduled), cache.layers[1](query, key, key, batch))
+
+
 def test_scheduled_and_with_schedule_refuse():
     cache = make_cache()
     batch = cache.prepare([cache.add()], [2])
@@ -322,14 +331,16 @@ def test_every_tile_is_dealt_once_and_what_is_left_is_told(name, programs):
     handoff = schedule[8 + 5 * programs : 8 + 8 * programs].view(3, -1).T.tolist()
     units = list(units_of([*queries, 0], [*keys, 0], heads, v))
     order = {unit: number for number, (unit, _) in enumerate(units)}
-    dealt = []
-    for (sequence, unit, begin, count, end), (before, left_sequence, left_unit) in zip(pieces, handoff, strict=True):
+    dealt, owners = [], []
+    for owner, (piece, left_by) in enumerate(zip(pieces, handoff, strict=True)):
+        (sequence, unit, begin, count, end), (before, left_sequence, left_unit) = piece, left_by
         left, continued = None, 0
         for index in range(count):
             number = order[sequence, unit] + index
             tiles = units[number][1]
             first, last = (begin if index == 0 else 0), min(end if index == count - 1 else tiles, tiles)
             dealt += [(number, tile) for tile in range(first, last)]
+            owners += [owner] * max(last - first, 0)
             if first and first < last:
                 continued = 2 if last == tiles else 1
             if not first and last < tiles:
@@ -337,5 +348,8 @@ def test_every_tile_is_dealt_once_and_what_is_left_is_told(name, programs):
         assert before == continued
         assert (left_sequence, left_unit) == left if left else left_sequence == -1
     assert dealt == [(number, tile) for number, (_, tiles) in enumerate(units) for tile in range(tiles)]
+    if name == "alike-and-long":
+        longest = max(owners.count(number) for number in range(programs))
+        assert longest <= 1.1 * len(dealt) / programs + 4, "all programs have work"
     if name == "alike" and programs == 24:
         assert all(count == 1 for _, _, _, count, _ in pieces[:20]), "two pieces of every unit"

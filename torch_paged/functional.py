@@ -198,8 +198,8 @@ def schedule(
         sinks=sinks,
         key_scale=key_scale,
         value_scale=value_scale,
-        key_scale_cache=key_scale_cache,
-        value_scale_cache=value_scale_cache,
+        key_scale_cache=None if key_scale_cache is None else _stand_in(key_scale_cache),
+        value_scale_cache=None if value_scale_cache is None else _stand_in(value_scale_cache),
     )
     return result
 

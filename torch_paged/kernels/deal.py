@@ -245,8 +245,8 @@ def _divided(total, count):
 def equal_share(total, V: tl.constexpr, alike=0):
     """Begin and end of this program's share, and how near to a unit's beginning is as good as there.
 
-    Of so many units that are `alike`, each is cut into as many parts, or programs get as many whole ones each if that
-    makes shares hardly longer.
+    Of so many units that are `alike`, each is cut into as many parts, or programs get as many whole ones each, where
+    that makes shares hardly longer.
     """
     # Less than four tiles are not worth a second program on a multiprocessor.
     several = tl.maximum(tl.cdiv(total, 2 * V.least_work), tl.num_programs(0) // V.resident)
@@ -256,12 +256,15 @@ def equal_share(total, V: tl.constexpr, alike=0):
     units = 1
     parts = 1
     if alike > 0:
+        # Programs have `units` whole ones each, or a unit has `parts`.
         units = tl.cdiv(alike, needed)
         parts = tl.maximum(needed // alike, 1)
-        if (units == 1) | (units * needed * 24 <= alike * 25):
+        work = total.to(tl.float32)
+        if work * units / (parts * alike) <= work * 1.04 / needed + V.unit_cost:
             count = alike
         else:
             units = 1
+            parts = 1
     whole = _divided(total, count) * units
     share = (whole.to(tl.float32) / parts).to(tl.int64) + 1
     program = tl.program_id(0)
