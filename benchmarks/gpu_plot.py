@@ -12,17 +12,25 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 OURS, PEER, LINE = "#2a6f97", "#bc6c25", "#d9d9d9"
+ALONE = "without a schedule"
 
 
-def panel(axes: Any, bars: dict[str, float], peers: dict[str, dict[str, float]], unit: str, ceiling: float) -> None:
+def panel(
+    axes: Any,
+    bars: dict[str, float],
+    peers: dict[str, dict[str, float]],
+    marks: dict[str, Any],
+    unit: str,
+    ceiling: float,
+) -> None:
     """Our figure as a bar, the peers' as marks, the device's ceiling as a line."""
     names = list(bars)[::-1]
     axes.barh(names, [bars[name] for name in names], color=OURS, height=0.7, label="torch_paged")
-    markers = dict(zip(sorted({peer for each in peers.values() for peer in each}), "oD^svPX", strict=False))
-    for peer, marker in markers.items():
+    for peer, marker in marks.items():
         seen = [(each[peer], name) for name, each in peers.items() if peer in each and name in bars]
         if seen:
-            axes.scatter(*zip(*seen, strict=True), color=PEER, marker=marker, zorder=3, label=peer)
+            color = "white" if peer == ALONE else PEER
+            axes.scatter(*zip(*seen, strict=True), color=color, marker=marker, zorder=3, label=peer)
     axes.axvline(ceiling, color="black", linewidth=1, linestyle=":", label="measured ceiling")
     for name in names:
         axes.text(0, name, f" {bars[name]:.0f}", va="center", fontsize=8, color="white")
@@ -36,23 +44,24 @@ def draw(report: dict[str, Any]) -> Any:
     cases, ceilings = report["cases"], report["ceilings"]
     compute = [name for name in cases if "prefill" in name or "chunk" in name]
     memory = [name for name in cases if name not in compute]
-    figure, axes = plt.subplots(
-        2, 1, figsize=(9, 3.6 + 0.3 * len(cases)), height_ratios=[max(len(memory), 1), max(len(compute), 3)]
-    )
+    beside = {name: {ALONE: case.get(ALONE, {}), **case.get("peers", {})} for name, case in cases.items()}
+    names = sorted({peer for each in beside.values() for peer in each} - {ALONE})
+    marks = {ALONE: "|", **{peer: f"${chr(ord('a') + number)}$" for number, peer in enumerate(names)}}
+    height = 4.4 + 0.3 * len(cases)
+    figure, axes = plt.subplots(2, 1, figsize=(9, height), height_ratios=[max(len(memory), 1), max(len(compute), 3)])
     for part, names, key, unit, ceiling in (
         (axes[0], memory, "gb_s", "GB/s of keys and values", ceilings["read_gb_s"]),
         (axes[1], compute, "tflop_s", "TFLOP/s of unmasked pairs", ceilings["bf16_tflop_s"]),
     ):
-        peers = {
-            name: {peer: each[key] for peer, each in cases[name].get("peers", {}).items() if key in each}
-            for name in names
-        }
-        panel(part, {name: cases[name][key] for name in names}, peers, unit, ceiling)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=3, fontsize=8)
+        peers = {name: {peer: each[key] for peer, each in beside[name].items() if key in each} for name in names}
+        panel(part, {name: cases[name][key] for name in names}, peers, marks, unit, ceiling)
+    labelled = {label: handle for part in axes for handle, label in zip(*part.get_legend_handles_labels(), strict=True)}
+    legend = figure.legend(labelled.values(), labelled, loc="lower center", ncols=3, fontsize=8, facecolor=LINE)
+    legend.set_zorder(5)
     figure.suptitle(
         f"Attention on one {report['device']}: PyTorch {report['torch']}, Triton {report['triton']}, {report['date']}"
     )
-    figure.tight_layout(rect=(0, 0.035, 1, 1))
+    figure.tight_layout(rect=(0, 1 / height, 1, 1))
     return figure
 
 
