@@ -14,9 +14,10 @@ PACKAGE = Path(__file__).parent.parent / "torch_paged"
 ALLOWED = {
     "__init__": {"batch", "cache", "functional", "memory", "ops", "quantise"},
     "functional": {"ops"},
-    "ops": {"bounds", "checks", "options"},  # and, by name, cpu and kernels on first use
+    "ops": {"bounds", "checks", "guard", "options"},  # and, by name, cpu and kernels on first use
     "checks": {"options"},
     "bounds": set(),
+    "guard": set(),
     "cache": {
         "batch",
         "capacity",

@@ -7,7 +7,7 @@ a function of the operator's name in `torch_paged.cpu` or `torch_paged.kernels`,
 import importlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache, partial
 from types import ModuleType
@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from torch_paged import bounds, checks
+from torch_paged.guard import guarded
 from torch_paged.options import PLAIN, SCHEDULE_SHAPE, AttentionOptions
 
 _OPTIONS = """Tensor? cu_seqlens_q=None, float? scale=None, bool causal=True, int? sliding_window=None,
@@ -184,10 +184,10 @@ def _define(
     _library.define(schema)
     torch.library.register_fake(f"paged::{name}", fake or check, lib=_library)
     op = getattr(torch.ops.paged, name).default
-    _library.impl(name, _guard(op), "Autograd", with_keyset=True)
+    _library.impl(name, guarded(op), "Autograd", with_keyset=True)
     for device, kernel in (("CPU", on_cpu), ("CUDA", on_cuda)):
         _library.impl(name, kernel, device)
-        _library.impl(name, _guard(op, device, kernel), f"Autograd{device}", with_keyset=True)
+        _library.impl(name, guarded(op, device, kernel), f"Autograd{device}", with_keyset=True)
 
 
 def _device_of(args: tuple[Any, ...]) -> AbstractContextManager[Any]:
@@ -233,72 +233,6 @@ def _remembered(name: str, prepared: _Preparing) -> _Preparing:
         return call
 
     return remembered
-
-
-def _guard(op: Any, device: str = "", kernel: Callable[..., Any] | None = None) -> Callable[..., Any]:
-    """An Autograd-key kernel that refuses what would need a backward, and marks mutated tensors as changed.
-
-    Where nothing stands between Autograd and the device's `kernel`, it calls that without a second dispatch.
-    """
-    arguments = op._schema.arguments
-    names = [argument.name for argument in arguments]
-    mutated = [i for i, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write]
-    redispatch, below = op.redispatch, torch._C._after_autograd_keyset
-    plain = torch._C.DispatchKeySet.from_raw_repr(0)
-    if kernel:
-        for key in (device, f"Autograd{device}"):
-            plain = plain.add(getattr(torch._C.DispatchKey, key))
-    direct = plain.raw_repr()
-
-    def guard(keyset: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled():
-            for arg in (*args, *kwargs.values()):
-                if isinstance(arg, list) or getattr(arg, "requires_grad", False):
-                    _refuse_grad(op, names, args, kwargs)
-        if forward_ad._current_level >= 0:
-            _refuse_tangents(op, names, args, kwargs)
-        if kernel and keyset.raw_repr() == direct:
-            result = kernel(*args, **kwargs)
-        else:
-            result = redispatch(keyset & below, *args, **kwargs)
-        for position in mutated:
-            _mark_changed(args[position] if position < len(args) else kwargs.get(names[position]))
-        return result
-
-    return guard
-
-
-def _refuse_grad(op: Any, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    for name, tensor in _named_tensors(names, args, kwargs):
-        if tensor.requires_grad:
-            raise NotImplementedError(
-                f"{op._schema.name} has no backward, but {name} requires grad: "
-                "call it under torch.no_grad() or torch.inference_mode(), or pass a detached tensor"
-            )
-
-
-def _refuse_tangents(op: Any, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    for name, tensor in _named_tensors(names, args, kwargs):
-        if forward_ad.unpack_dual(tensor).tangent is not None:
-            raise NotImplementedError(
-                f"{op._schema.name} has no forward derivative, but {name} has a tangent: "
-                "pass its primal, see torch.autograd.forward_ad.unpack_dual"
-            )
-
-
-def _named_tensors(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
-        if isinstance(value, Tensor):
-            yield name, value
-        elif isinstance(value, list):
-            yield from ((f"{name}[{i}]", item) for i, item in enumerate(value))
-
-
-def _mark_changed(value: Tensor | list[Tensor] | None) -> None:
-    """Raise the version, as in-place operators of PyTorch do, so that autograd notices a stale saved tensor."""
-    for tensor in [value] if isinstance(value, Tensor) else value or ():
-        if not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
 
 
 @cache
