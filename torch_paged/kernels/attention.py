@@ -122,6 +122,8 @@ def _attention(
         rows = tl.minimum(queries * V.group - first_row, BLOCK_M)
         last_token = (first_row + rows - 1) // V.group
         packed = first_row % V.group + lane
+        if V.overlap and V.has.alibi:
+            gdc_wait()  # the kernel before may have written the slopes
         its_rows = rows_of(packed, first_token, head, queries, keys, alibi_slopes, window, V)
         low = first_seen(first_token, queries, keys, window, V)
         skipped = low // TILE  # tiles that no row sees; `first` and `end_tile` count from the first that one does
