@@ -79,8 +79,13 @@ def max_registers(problem: Problem, device: Device, tiles: Tiles) -> int | None:
     if device.amd:
         return None
     if problem.itemsize == 4:
-        spared = tiles.rows == 32 and not 96 < max(problem.head_dim, problem.value_dim) <= 128
-        return 128 if spared and device.capability < 90 else None
+        width = max(problem.head_dim, problem.value_dim)
+        if device.capability < 90:
+            return 128 if tiles.rows == 32 and not 96 < width <= 128 else None
+        if tiles.rows == 16 and width > 128:
+            return 255
+        by_key = device.capability == 90 and paging(problem.block_size, tiles.keys) == "any"
+        return 128 if tiles.rows == 16 and 64 < width <= 96 and by_key else None
     if tiles.num_warps > 4:
         return None
     return min(65536 // (32 * tiles.num_warps * tiles.resident) // 8 * 8, 255)
@@ -145,7 +150,8 @@ def _largest_tiles(problem: Problem, device: Device, rows: int) -> Tiles:
         # Before Hopper, numbers are widened in registers.
         fewer_rows = width > 128 or (device.capability < 90 and not problem.plain_caches)
         rows = FEW_ROWS if device.capability != 90 and fewer_rows else MANY_ROWS
-        keys = min(keys, 64) if fewer else keys
+        # Of a window little is seen at a time, and its masks take registers.
+        keys = min(keys, 64) if fewer or problem.features.window else keys
         # One register of 255 too few, with 64 keys.
         if device.capability < 90 and width <= 64 and problem.ragged and paging(problem.block_size, keys) == "one":
             keys = 32
