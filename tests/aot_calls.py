@@ -76,7 +76,7 @@ def schedule_launch(variant: ShippedVariant) -> None:
     """What writes the schedule of one shipped variant."""
     v, ints = variant.launch.variant, functools.partial(torch.zeros, dtype=torch.int32)
     bounds = ints(5) if v.ragged else None
-    schedule_launcher(variant.launch)(ints(4), bounds, ints(SCHEDULE_SHAPE[1]), 7, 8, 4, 2, 80, 0)
+    schedule_launcher(variant.launch)(ints(4), bounds, ints(SCHEDULE_SHAPE[1]), 8, 4, 2, 80, 0)
 
 
 def attention(num_seqs: int, num_tokens: int, width: int, num_blocks: int, ragged: bool) -> None:

@@ -223,13 +223,13 @@ def test_scheduling_kernels(job, workers):
 
 
 # Registers and instructions without any option, of Triton 3.6, to which options that are off may not add. A schedule,
-# and pieces that end where units do, took 300 to 550 instructions outside the loops.
+# and pieces that end where units do, took 136 to 567 instructions outside the loops.
 PLAIN_LIMITS = {
-    ("sm_80", "decode-bf16-dim128-block16-rows16"): (236, 2280),
-    ("sm_90", "decode-bf16-dim128-block16-rows16"): (237, 2416),
-    ("sm_100", "decode-bf16-dim128-block16-rows16"): (237, 2416),
-    ("gfx942", "decode-bf16-dim128-block16-rows16"): (204, 2806),
-    ("sm_80", "prefill-fp16-dim64-block64-rows128"): (255, 2880),
+    ("sm_80", "decode-bf16-dim128-block16-rows16"): (236, 2416),
+    ("sm_90", "decode-bf16-dim128-block16-rows16"): (237, 2552),
+    ("sm_100", "decode-bf16-dim128-block16-rows16"): (237, 2552),
+    ("gfx942", "decode-bf16-dim128-block16-rows16"): (204, 3045),
+    ("sm_80", "prefill-fp16-dim64-block64-rows128"): (255, 2928),
 }
 
 
