@@ -30,7 +30,7 @@ def candidates(launch: AttentionLaunch, multiprocessors: int) -> Iterator[Attent
         registers = min(65536 // (32 * warps * resident) // 8 * 8, 255) if warps == 4 else None
         yield replace(
             launch,
-            variant=replace(variant, least_work=2 * cost),
+            variant=replace(variant, least_work=2 * cost, resident=resident),
             num_warps=warps,
             max_registers=registers,
             programs=multiprocessors * resident,
