@@ -65,10 +65,10 @@ def dealt_pieces(*batch):
     return list(itertools.chain(*served))
 
 
-def variant_of(queries, keys, spare, heads, programs, causal=True):
+def variant_of(queries, keys, spare, heads, programs, causal=True, block_m=128):
     problem = Problem(sum(queries) + spare, len(keys), 8, heads, 128, 128, 16, 2, causal, ragged=True)
     variant = attention_launches(problem, Device(programs, 227 * 1024, 90))[0].variant
-    return replace(variant, overlap=False)  # of which the interpreter knows nothing
+    return replace(variant, block_m=block_m, overlap=False)  # the interpreter knows nothing of that
 
 
 def check_covered(pieces, queries, keys, spare, heads, v):
@@ -91,14 +91,14 @@ def check_covered(pieces, queries, keys, spare, heads, v):
 
 
 @pytest.mark.parametrize(
-    ("programs", "rounds", "causal"),
-    [(3, 0, True), (1, 1, True), (13, 1, True), (3, 2, False), (3, 4, True)],
+    ("programs", "rounds", "causal", "block_m"),
+    [(3, 0, True, 128), (1, 1, True, 128), (13, 1, True, 192), (3, 2, False, 128), (3, 4, True, 192)],
 )
 @pytest.mark.parametrize("name", BATCHES)
-def test_every_tile_is_dealt_once(name, programs, rounds, causal):
+def test_every_tile_is_dealt_once(name, programs, rounds, causal, block_m):
     queries, keys = BATCHES[name]
     spare, heads = 3, 2
-    v = variant_of(queries, keys, spare, heads, programs, causal)
+    v = variant_of(queries, keys, spare, heads, programs, causal, block_m)
     pieces = dealt_pieces(queries, keys, spare, heads, programs, rounds, v)
     whole = check_covered(pieces, queries, keys, spare, heads, v)
     assert all(whole[: max(rounds - 1, 0) * programs])
@@ -138,11 +138,11 @@ def test_one_form_gets_everything(name, rounds, seed):
         assert idle[0] == (mean >= LONG_LOOP)
 
 
-@pytest.mark.parametrize("long_loop", [0, LONG_LOOP])
-def test_nothing_is_left_to_others_yet(long_loop):
+@pytest.mark.parametrize(("long_loop", "block_m"), [(0, 128), (LONG_LOOP, 128), (0, 192)])
+def test_nothing_is_left_to_others_yet(long_loop, block_m):
     """What the form with the work overwrites, and the other leaves alone: an empty first slot of each program."""
     queries, keys, programs = *BATCHES["mixed"], 3
-    v = variant_of(queries, keys, 0, 2, programs)
+    v = variant_of(queries, keys, 0, 2, programs, block_m=block_m)
     _, partial, handoff = dealt_turns(queries, keys, 0, 2, programs, 2, v, long_loop)
     assert handoff.tolist() == [[0] * programs, [-1] * programs, [77] * programs]
     outputs, sums = partial.split([2 * programs * v.block_m * v.value_dim, 4 * programs * v.block_m])

@@ -110,6 +110,21 @@ def test_any_number_of_programs_gives_the_same(name, programs):
     check(inputs, *launch(inputs, programs=programs))
 
 
+@pytest.mark.parametrize("forms", [(None, None)], ids=["three-parts"], indirect=True)
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "all"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("name", [name for name in BATCHES if name not in ("block-8", "narrow-values", "wide-values")])
+def test_three_parts(name, dtype, causal, monkeypatch):
+    """The form for long prompts of narrow heads, whatever their number of queries, programs and rounds."""
+    monkeypatch.setattr(launch_tiles, "LONG", 0)
+    inputs = attention_inputs(**BATCHES[name] | dict(head_dim=64), dtype=dtype, device="cuda")
+    assert launches_of(inputs, causal)[0].forms == (3,)
+    check(inputs, *attention(*inputs, inputs.query.shape[2] ** -0.5, causal), causal)
+    if causal:
+        for programs, rounds in ((1, 1), (3, 5), (7, 2), (132, 1)):
+            check(inputs, *launch(inputs, programs=programs, rounds=rounds))
+
+
 @pytest.mark.parametrize("rounds", [2, 5])
 @pytest.mark.parametrize("name", ["mixed", "no-group", "uniform"])
 def test_any_number_of_rounds_gives_the_same(name, rounds, forms):

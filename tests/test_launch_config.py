@@ -206,6 +206,24 @@ def test_the_device_chooses_the_form_of_the_hopper_kernel_where_shapes_do_not(qu
     assert attention_launches(problem, DEVICES["sm_80"])[0].forms == ()
 
 
+@pytest.mark.parametrize(
+    ("changes", "forms", "rows", "warps"),
+    [
+        (dict(), (3,), 192, 12),
+        (dict(ragged=True), (3,), 192, 12),
+        (dict(block_size=8), (2,), 128, 8),  # ids of 16 blocks take the registers of a third part
+        (dict(value_dim=128), (2,), 128, 8),
+        (dict(num_seqs=5), (1,), 128, 8),
+        (dict(num_seqs=5, ragged=True), (1, 2), 128, 8),
+    ],
+)
+def test_three_parts_serve_long_prompts_of_narrow_heads(changes, forms, rows, warps):
+    problem = replace(PREFILL, **dict(head_dim=64, value_dim=64, num_tokens=8192, num_seqs=2) | changes)
+    launch = attention_launches(problem, DEVICES["sm_90"])[0]
+    assert (launch.forms, launch.variant.block_m, launch.num_warps) == (forms, rows, warps)
+    assert launch.max_registers * 32 * (warps + 4) <= 65536  # of a multiprocessor, loaders among them
+
+
 def test_forms_differ_in_nothing_that_the_other_kernels_see():
     """They share workspace and pieces, and what is compiled for one of them serves both."""
     batches = [replace(PREFILL, num_tokens=tokens, num_seqs=5, ragged=True) for tokens in (2000, 8000, 16000)]

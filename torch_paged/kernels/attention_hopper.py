@@ -1,7 +1,7 @@
-"""Paged attention for many query rows on Hopper: warps that copy blocks, two warpgroups that multiply.
+"""Paged attention for many query rows on Hopper: warps that copy blocks, two or three warpgroups that multiply.
 
-Either the two are one part and share their code, which suits units of few tiles, where the code itself must be fetched
-again and again; or they are two, each with its own code, and while one computes weights the other has the tensor cores.
+Either two are one part and share their code, which suits units of few tiles, where the code itself must be fetched
+again and again; or each is a part with its own code, and while one computes weights another has the tensor cores.
 
 Computes what `attention` computes, dealt out as `rounds` says, and leaves its partial results to the same `combine`.
 Written in Gluon, as plain Triton cannot let the copy engine fill slices of one operand from several blocks, nor keep a
@@ -84,7 +84,7 @@ def _attend(PART: gl.constexpr, arguments, PARTS: gl.constexpr, V: gl.constexpr)
     rows_here = buffers[0].index(PART)
     lane = lanes_of(PART, ROW)
     count = num_kv_heads * 0
-    for turn in range(PARTS - 1, turns if PARTS > 1 else 1):
+    for turn in range(min(PARTS - 1, 1), turns if PARTS > 1 else 1):
         sequence, unit, begin, units, end_tile = piece_of(pieces, turn, turns)
         start, queries, keys, tiles, head, first_row, rows = unit_of(sequence, unit, batch, V)
         if units > 0:
@@ -125,6 +125,17 @@ def _attend(PART: gl.constexpr, arguments, PARTS: gl.constexpr, V: gl.constexpr)
                 _write_partial(partial, state, slot, lane, valid, V)
 
 
+@gluon.constexpr_function
+def _registers(PARTS, V):
+    """Registers of a thread, of all parts but the first and of the loaders, which keep ids of the blocks of a tile."""
+    BLOCKS = V.tile // V.copy_rows
+    if PARTS == 1:
+        return [40, 40]
+    if PARTS == 3:
+        return [160, 160, 32, 32]
+    return [240, 24, 24] if BLOCKS <= 2 else [232, 40, 40] if BLOCKS <= 8 else [224, 56, 56]
+
+
 @gluon.jit(
     do_not_specialize=["num_tokens", "num_seqs", "num_kv_heads", "num_blocks", "max_keys", "turns", "table_stride"],
     do_not_specialize_on_alignment=["block_table", "seq_lens", "cu_seqlens_q"],
@@ -140,7 +151,7 @@ def attention_hopper(
     value loader  | V0 | V1 | V2 | ...
     warpgroup     |    Q K0^T | softmax | Q K1^T, P0 V0 | softmax | Q K2^T, P1 V1 | ...       for 64 rows each
     """
-    if gl.load(pieces + 5 * (gl.program_id(0) * turns + PARTS - 1) + 3) < 0:
+    if gl.load(pieces + 5 * (gl.program_id(0) * turns + (PARTS > 1)) + 3) < 0:
         return  # the other form has all of the work
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     STAGES: gl.constexpr = V.num_stages
@@ -168,8 +179,7 @@ def attention_hopper(
     attend = (tensors, query_strides, scale, num_kv_heads, pieces, turns, batch, buffers, barriers)
     load_keys = (key_map, buffers[1], keys_free, keys_here, work)
     load_values = (value_map, buffers[2], values_free, values_here, work)
-    # Behind the functions: warps of all but the first, and registers of their threads. Ids of many blocks need more.
-    REGISTERS: gl.constexpr = [240, 24, 24] if V.tile // V.copy_rows <= 2 else [232, 40, 40]
+    REGISTERS: gl.constexpr = _registers(PARTS, V)
     if PARTS == 1:
         gl.warp_specialize(
             [
@@ -178,9 +188,9 @@ def attention_hopper(
                 (load_tiles, (load_values, VALUE_DIM, PARTS, V)),
             ],
             [1, 1],
-            [40, 40],
+            REGISTERS,
         )
-    else:
+    elif PARTS == 2:
         gl.warp_specialize(
             [
                 (_attend, (0, attend, PARTS, V)),
@@ -189,5 +199,17 @@ def attention_hopper(
                 (load_tiles, (load_values, VALUE_DIM, PARTS, V)),
             ],
             [4, 1, 1],
+            REGISTERS,
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_attend, (0, attend, PARTS, V)),
+                (_attend, (1, attend, PARTS, V)),
+                (_attend, (2, attend, PARTS, V)),
+                (load_tiles, (load_keys, KEY_DIM, PARTS, V)),
+                (load_tiles, (load_values, VALUE_DIM, PARTS, V)),
+            ],
+            [4, 4, 1, 1],
             REGISTERS,
         )

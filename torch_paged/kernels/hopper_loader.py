@@ -71,7 +71,7 @@ def load_tiles(arguments, DIM: gl.constexpr, PARTS: gl.constexpr, V: gl.constexp
 
     What stands past the last key must not show, NaN least of all. Blocks without keys are read past the cache's end,
     where the copy engine finds zeros. The last block is copied as many slots too early as it lacks keys, and slots
-    below 0 are zeros too: its keys stand at the end of its rows (see `key_positions`).
+    below 0 are zeros too: its keys stand at the end of its rows (see `gap_of`).
     """
     source, buffers, free, here, work = arguments
     block_table, table_stride, num_blocks, num_kv_heads, pieces, turns, batch = work
@@ -81,7 +81,7 @@ def load_tiles(arguments, DIM: gl.constexpr, PARTS: gl.constexpr, V: gl.constexp
     ROWS: gl.constexpr = V.copy_rows
     slices = buffers._reinterpret(source.dtype, [COUNT, 1, ROWS, 1, COLUMNS], gl.NVMMASharedLayout(128, 16, 4))
     count = num_kv_heads * 0
-    for turn in range(PARTS - 1, turns if PARTS > 1 else 1):
+    for turn in range(min(PARTS - 1, 1), turns if PARTS > 1 else 1):
         sequence, unit, begin, units, end_tile = piece_of(pieces, turn, turns)
         for index in range(units):
             _, queries, keys, tiles, head, first_row, rows = unit_of(sequence, unit, batch, V)
@@ -106,9 +106,7 @@ def load_tiles(arguments, DIM: gl.constexpr, PARTS: gl.constexpr, V: gl.constexp
 
 
 @gluon.jit
-def key_positions(tile, keys, LAYOUT: gl.constexpr, V: gl.constexpr):
-    """Positions in the sequence of a tile's keys, as `load_tiles` copied them; rows without a key are past the last."""
-    position = tile * V.tile + gl.arange(0, V.tile, LAYOUT)
+def gap_of(keys, V: gl.constexpr):
+    """Position of the first key of the last block, and how many rows without a key `load_tiles` left before it."""
     last_block = (keys - 1) // V.copy_rows * V.copy_rows
-    shifted = position - (last_block + V.copy_rows - keys)
-    return gl.where(position < last_block, position, gl.where(shifted < last_block, keys, shifted))
+    return last_block, last_block + V.copy_rows - keys

@@ -10,7 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from torch_paged.kernels.hopper_loader import key_positions, stage_of, zero
+from torch_paged.kernels.hopper_loader import gap_of, stage_of, zero
 
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name from Triton 3.7 on, and before
 
@@ -75,13 +75,6 @@ def _scores(query, keys, count, V: gl.constexpr):
 
 
 @gluon.jit
-def _mask(scores, tile, visible, keys, V: gl.constexpr):
-    """`scores` of a tile, -inf where a row does not see a key."""
-    position = key_positions(tile, keys, gl.SliceLayout(0, scores.type.layout), V)
-    return gl.where(position[None, :] < visible[:, None], scores, float("-inf"))
-
-
-@gluon.jit
 def _columns(tile):
     """`tile` with its columns apart that one thread holds, over which it shall not go one after another."""
     return gl.reshape(tile, [tile.shape[0], tile.shape[1] // 8, 8])
@@ -91,6 +84,24 @@ def _columns(tile):
 def _of_rows(reduced, like):
     """`reduced` columns as numbers of rows."""
     return gl.convert_layout(reduced, like.type.layout, assert_trivial=True)
+
+
+@gluon.jit
+def _mask(scores, tile, visible, keys, V: gl.constexpr):
+    """`scores` of a tile, -inf where a row does not see a key: in columns, a thread's own are known to the compiler."""
+    columns = _columns(scores)
+    FLAT: gl.constexpr = gl.SliceLayout(1, columns.type.layout)
+    EIGHTS: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, columns.type.layout))
+    step = (8 * gl.arange(0, V.tile // 8, EIGHTS))[None, :, None]
+    within = tile * V.tile + gl.arange(0, 8, gl.SliceLayout(0, FLAT))[None, :]
+    last_block, gap = gap_of(keys, V)
+    ends = visible + gl.where(visible > last_block, gap, 0)
+    ends = gl.convert_layout(ends, gl.SliceLayout(1, FLAT), assert_trivial=True)[:, None] - within
+    columns = gl.where(step < ends[:, None, :], columns, float("-inf"))
+    if (gap > 0) & (last_block < (tile + 1) * V.tile):
+        begins = (last_block - within)[:, None, :]
+        columns = gl.where((step < begins) | (step >= begins + gap), columns, float("-inf"))
+    return gl.convert_layout(gl.reshape(columns, scores.shape), scores.type.layout, assert_trivial=True)
 
 
 @gluon.jit

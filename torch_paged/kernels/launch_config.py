@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from torch_paged.kernels.features import Features, Stored
 from torch_paged.kernels.launch_tiles import (
     FEW_ROWS,
-    HOPPER_REGISTERS,
     MANY_ROWS,
     Tiles,
     copy_rows,
     forms,
+    hopper_registers,
     loads_pairs,
     max_registers,
     narrowest_piece,
@@ -21,6 +21,7 @@ from torch_paged.kernels.launch_tiles import (
     rounds,
     shares_tiles,
     tiles_of,
+    unit_cost,
 )
 from torch_paged.kernels.problem import Device, Problem, next_power_of_two, split_dim
 
@@ -140,7 +141,7 @@ def _launch(problem: Problem, device: Device, rows: int, above: int, upto: int) 
     return AttentionLaunch(
         variant=variant,
         num_warps=tiles.num_warps,
-        max_registers=HOPPER_REGISTERS if variant.copy_rows else max_registers(problem, device, tiles),
+        max_registers=hopper_registers(tiles) if variant.copy_rows else max_registers(problem, device, tiles),
         programs=programs,
         forms=forms(problem) if variant.copy_rows else (),
         rounds=rounds(problem, programs) if variant.copy_rows else 0,
@@ -177,7 +178,7 @@ def _variant(problem: Problem, device: Device, tiles: Tiles, rows: int, above: i
         unmasked_first=rows > FEW_ROWS,
         rows_above=above,
         rows_upto=upto,
-        unit_cost=(4 if rows > FEW_ROWS else 2) * tiles.keys * group,
+        unit_cost=unit_cost(tiles, rows, copied) * tiles.keys * group,
         resident=tiles.resident,
         least_work=2 * tiles.keys * group,
         precision="ieee",

@@ -14,7 +14,6 @@ LONG_LOOP = 7  # tiles of keys that a unit of 128 rows has, on average
 HOPPER_DIMS = {64, 128, 256}
 MOST_ROUNDS = 6
 MANY_UNITS = 128  # of decode: KV heads of all sequences
-HOPPER_REGISTERS = 168  # of a thread before loader and warpgroups trade theirs
 
 
 class Tiles(NamedTuple):
@@ -47,9 +46,11 @@ def copy_rows(problem: Problem, device: Device, rows: int) -> int:
 
 
 def _hopper_tiles(problem: Problem) -> Tiles:
-    """Tiles of `attention_hopper`: two warpgroups of 64 rows, several buffers each for keys and for values."""
+    """Tiles of `attention_hopper`: warpgroups of 64 rows, several buffers each for keys and for values."""
     width = max(problem.head_dim, problem.value_dim)
-    return Tiles(MANY_ROWS, 64 if width > 128 else 128, 8, {64: 4, 128: 3, 256: 2}[width], 1)
+    warpgroups = max(forms(problem)[-1], 2)
+    stages = 3 if warpgroups > 2 else {64: 4, 128: 3, 256: 2}[width]
+    return Tiles(64 * warpgroups, 64 if width > 128 else 128, 4 * warpgroups, stages, 1)
 
 
 def forms(problem: Problem) -> tuple[int, ...]:
@@ -57,9 +58,10 @@ def forms(problem: Problem) -> tuple[int, ...]:
 
     Short prompts run through all of the code for few tiles: half of it, as one part needs, takes less time to fetch. Of
     ragged batches the device alone knows what they are, if they have tokens enough for a long prompt (see `rounds`).
+    Keys of 64 elements take as long to weight as to multiply: a third part has products for the tensor cores meanwhile.
     """
     if problem.num_tokens >= LONG * max(problem.num_seqs, 1):
-        return (2,)
+        return (3,) if problem.head_dim == problem.value_dim == 64 and problem.block_size >= 16 else (2,)
     return (1, 2) if problem.ragged and problem.num_tokens >= LONG else (1,)
 
 
@@ -70,8 +72,20 @@ def rounds(problem: Problem, programs: int) -> int:
     prompts, programs get all at once: 0 rounds.
     """
     group = problem.num_heads // problem.num_kv_heads
-    units = problem.num_tokens * group // MANY_ROWS * problem.num_kv_heads
-    return max(1, min(units // programs // 3, MOST_ROUNDS)) if 2 in forms(problem) else 0
+    units = problem.num_tokens * group // _hopper_tiles(problem).rows * problem.num_kv_heads
+    return max(1, min(units // programs // 3, MOST_ROUNDS)) if forms(problem)[-1] > 1 else 0
+
+
+def unit_cost(tiles: Tiles, rows: int, copied: int) -> int:
+    """What a unit of sequences of `rows` rows costs beside its keys, in tiles of keys."""
+    if copied:
+        return 6 if tiles.rows > MANY_ROWS else 3
+    return 4 if rows > FEW_ROWS else 2
+
+
+def hopper_registers(tiles: Tiles) -> int:
+    """Registers of a thread of `attention_hopper`, before its warps, with four for the loaders, trade theirs."""
+    return 65536 // (32 * (tiles.num_warps + 4)) // 8 * 8
 
 
 def max_registers(problem: Problem, device: Device, tiles: Tiles) -> int | None:

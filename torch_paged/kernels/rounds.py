@@ -96,8 +96,8 @@ def _has_long_loops(total, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, lon
 @triton.jit
 def _leave_nothing(partial, handoff, V: tl.constexpr):
     """Empties what this program of attention leaves to others; they may look in its first slot for a part."""
-    program, lane = tl.program_id(0), tl.arange(0, V.block_m)
-    write_sums(partial, lane * 0.0 - float("inf"), lane * 0.0, 2 * program * V.block_m + lane, lane >= 0, V)
+    program, lane = tl.program_id(0), tl.arange(0, triton.next_power_of_2(V.block_m))
+    write_sums(partial, lane * 0.0 - float("inf"), lane * 0.0, 2 * program * V.block_m + lane, lane < V.block_m, V)
     tl.store(handoff + program, 0)
     tl.store(handoff + tl.num_programs(0) + program, -1)
 
