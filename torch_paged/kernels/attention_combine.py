@@ -78,10 +78,12 @@ def _combine(
             if program == 0:  # whoever waits for this kernel waits for attention, too
                 gdc_wait()
         return
-    end = tl.min(tl.where((left_before == 2) & (others > program), others, PROGRAMS)) + 1
     start, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
     tiles = tl.maximum(query_tiles(queries, V), 1)
     first_row = unit % tiles * V.block_m
+    if tl.program_id(1) * ROWS >= queries * V.group - first_row:
+        return
+    end = tl.min(tl.where((left_before == 2) & (others > program), others, PROGRAMS)) + 1
     head = tl.minimum(unit // tiles, num_kv_heads - 1)  # whatever a schedule of other lengths says
     lane = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     valid = lane < queries * V.group - first_row

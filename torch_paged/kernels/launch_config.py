@@ -135,7 +135,7 @@ def _launch(problem: Problem, device: Device, rows: int, above: int, upto: int) 
     """Launch for sequences of more than `above` and at most `upto` rows, made for `rows` of them."""
     tiles = tiles_of(problem, device, rows)
     variant = _variant(problem, device, tiles, rows, above, upto)
-    combine_rows = 1 if tiles.rows <= 16 else 4
+    combine_rows = 1 if tiles.rows <= 16 else max(4, min(16, 2048 // next_power_of_two(problem.value_dim)))
     slots = WORKSPACE_LIMIT // (2 * tiles.rows * (problem.value_dim + 2) * 4)
     programs = max(1, min(device.multiprocessors * tiles.resident, slots))
     return AttentionLaunch(
