@@ -32,7 +32,11 @@ MODELS = {
     for (dim, value_dim), (heads, kv_heads), block_size in itertools.product(
         [(72, 72), (128, 128), (200, 72)], [(3, 1), (8, 1), (32, 8), (40, 40)], [1, 16]
     )
-} | {"latent": (16, 1, 576, 512, 64)}
+} | {
+    "latent": (16, 1, 576, 512, 64),
+    "dim 64, 14/2 heads": (14, 2, 64, 64, 16),  # long prompts have a form with other tiles
+    "dim 64, 32/2 heads": (32, 2, 64, 64, 16),
+}
 
 OPTIONS = {
     "window, sinks": dict(sliding_window=True, sinks=True),

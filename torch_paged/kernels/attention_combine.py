@@ -48,6 +48,14 @@ def _left(handoff, others):
     return before, tl.load(handoff + programs + program), tl.load(handoff + 2 * programs + program)
 
 
+@triton.jit
+def _leave(program, V: tl.constexpr):
+    """What is left to do where there is nothing: whoever waits for this kernel waits for attention, too."""
+    if V.overlap:
+        if program == 0:
+            gdc_wait()
+
+
 @triton.jit(
     do_not_specialize=["stamp", "num_tokens", "num_seqs", "num_kv_heads"],
     do_not_specialize_on_alignment=["cu_seqlens_q", "schedule", "sinks"],
@@ -74,14 +82,13 @@ def _combine(
             gdc_wait()
         left_before, sequence, unit = _left(handoff_in(workspace, V), others)
     if sequence < 0:
-        if V.overlap:
-            if program == 0:  # whoever waits for this kernel waits for attention, too
-                gdc_wait()
+        _leave(program, V)
         return
     start, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
     tiles = tl.maximum(query_tiles(queries, V), 1)
     first_row = unit % tiles * V.block_m
     if tl.program_id(1) * ROWS >= queries * V.group - first_row:
+        _leave(program, V)
         return
     end = tl.min(tl.where((left_before == 2) & (others > program), others, PROGRAMS)) + 1
     head = tl.minimum(unit // tiles, num_kv_heads - 1)  # whatever a schedule of other lengths says

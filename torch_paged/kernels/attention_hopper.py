@@ -11,7 +11,6 @@ product under way during the softmax before it.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
-from triton.language.extra.cuda import gdc_wait
 
 from torch_paged.kernels.attention_logits import LN_2
 from torch_paged.kernels.attention_rows import tiles_of_keys, visible_to
@@ -152,8 +151,6 @@ def attention_hopper(
     value loader  | V0 | V1 | V2 | ...
     warpgroup     |    Q K0^T | softmax | Q K1^T, P0 V0 | softmax | Q K2^T, P1 V1 | ...       for 64 rows each
     """
-    if V.overlap and PARTS == 1:
-        gdc_wait()
     if gl.load(pieces + 5 * (gl.program_id(0) * turns + (PARTS > 1)) + 3) < 0:
         return  # the other form has all of the work
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)

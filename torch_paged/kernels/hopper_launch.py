@@ -50,8 +50,7 @@ class HopperLauncher:
                 attention_hopper,
                 (launch.programs, 1, 1),
                 dict(PARTS=parts, **constants),
-                dict(num_warps=launch.num_warps // parts, maxnreg=launch.max_registers)
-                | (launch.overlap_option if parts == 1 else {}),
+                dict(num_warps=launch.num_warps // parts, maxnreg=launch.max_registers),
             )
             for parts in launch.forms
         ]

@@ -74,7 +74,7 @@ class AttentionLaunch:
     max_registers: int | None  # of a thread; None leaves it to the compiler
     programs: int
     forms: tuple[int, ...]  # of `attention_hopper`, for the device to choose from
-    rounds: int  # in which the work of its second form is dealt out, at most
+    rounds: int  # in which the work of its form for long prompts is dealt out, at most
     unit_rows: int  # most rows that a unit holds
     combine_rows: int  # rows of a unit that one program combines
     combine_parts: int  # partial results that it reads at a time
@@ -135,7 +135,9 @@ def _launch(problem: Problem, device: Device, rows: int, above: int, upto: int) 
     """Launch for sequences of more than `above` and at most `upto` rows, made for `rows` of them."""
     tiles = tiles_of(problem, device, rows)
     variant = _variant(problem, device, tiles, rows, above, upto)
-    combine_rows = 1 if tiles.rows <= 16 else max(4, min(16, 2048 // next_power_of_two(problem.value_dim)))
+    combine_rows = 1 if tiles.rows <= 16 else 4
+    if tiles.rows >= MANY_ROWS:
+        combine_rows = max(4, min(16, 2048 // next_power_of_two(problem.value_dim)))
     slots = WORKSPACE_LIMIT // (2 * tiles.rows * (problem.value_dim + 2) * 4)
     programs = max(1, min(device.multiprocessors * tiles.resident, slots))
     return AttentionLaunch(

@@ -16,8 +16,7 @@ The other sees that first, ends, and has written nothing.
     turn      |  0: everything, for the form for short prompts  |  1: round 0  |  2: round 1  |  3: last round  |
 
 Both kernels here begin while the one before them ends, and touch no memory until all of it has: by then whoever had
-their workspace has done with it. So does the form for short prompts; the other begins when they have ended, as it is
-slower otherwise.
+their workspace has done with it. The Hopper kernel begins when they have ended, as it is slower otherwise.
 """
 
 import triton
@@ -120,7 +119,6 @@ def deal_pieces(
     PROGRAMS is a power of two that is no less than programs.
     """
     if V.overlap:
-        gdc_launch_dependents()
         gdc_wait()
     program, turn = tl.program_id(0), tl.program_id(1)
     programs, rounds = tl.num_programs(0), tl.num_programs(1) - 1

@@ -127,6 +127,7 @@ def _kinds(model: _Model, keys: Tensor, values: Tensor) -> list[tuple[int, int, 
     few = range(1, MANY_ROWS * keys.shape[2] // model.num_heads + 2)
     longer = [LONG << times for times in range(8)]  # the last of them are dealt out in rounds
     batches = [(1, queries) for queries in (*few, *longer)] + [(MANY_UNITS, queries) for queries in few]
+    batches += [(2 << times, LONG // 2) for times in range(8)]  # of which only the device knows whether some are long
     for ragged, (sequences, queries) in itertools.product((False, True), batches):
         asked = replace(problem, num_seqs=sequences, num_tokens=sequences * queries, ragged=ragged)
         launches = attention_launches(asked, device_of(keys.device))
