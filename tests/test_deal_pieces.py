@@ -9,10 +9,11 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from torch_paged.kernels.deal import LAST_TILE, LATE_UNITS
 from torch_paged.kernels.launch_config import attention_launches
 from torch_paged.kernels.launch_tiles import LONG_LOOP
 from torch_paged.kernels.problem import Device, Problem, next_power_of_two
-from torch_paged.kernels.rounds import begin_rounds, deal_pieces
+from torch_paged.kernels.rounds import begin_rounds, deal_pieces, most_late, num_piece_ints
 
 pytestmark = [pytest.mark.interpreter if os.environ.get("TRITON_INTERPRET") == "1" else pytest.mark.gpu]
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -40,39 +41,64 @@ def units_of(queries, keys, heads, v):
             yield (sequence, unit), max(-(-seen // v.tile), 1)
 
 
-def dealt_turns(queries, keys, spare, heads, programs, rounds, v, long_loop=0):
-    """What `deal_pieces` writes, `[turns, programs]` pieces, and what it leaves for `combine`."""
+def dealt_turns(queries, keys, spare, heads, programs, rounds, v, long_loop=0, bounds=None):
+    """What `deal_pieces` writes, `[turns, programs]` pieces and late ones, and what it leaves for `combine`."""
     lens = torch.tensor(keys, dtype=torch.int32, device=DEVICE)
-    bounds = torch.tensor([0, *queries]).cumsum(0).int().to(DEVICE)
+    if bounds is None:
+        bounds = [0, *itertools.accumulate(queries)]
     batch = sum(queries) + spare, len(keys), heads, 8192
+    bounds = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
     starts = torch.full((max(rounds - 1, 0) * programs + 1,), -1, dtype=torch.int64, device=DEVICE)
     if rounds > 1:
         begin_rounds[(len(starts),)](lens, bounds, starts, *batch, programs, rounds, V=v)
-    pieces = torch.full((programs, rounds + 1, 5), -1, dtype=torch.int32, device=DEVICE)
+    room = most_late(batch[0], heads, v.group, v.block_m)
+    turns = rounds + 1
+    pieces = torch.full((num_piece_ints(programs, rounds, room) + 500,), -1, dtype=torch.int32, device=DEVICE)
     partial = torch.full((2 * programs * v.block_m * (v.value_dim + 2),), torch.nan, device=DEVICE)
     handoff = torch.full((3, programs), 77, dtype=torch.int32, device=DEVICE)
-    work = lens, bounds, starts, pieces, partial, handoff, *batch, long_loop
-    deal_pieces[(programs, rounds + 1)](*work, PROGRAMS=next_power_of_two(programs), V=v)
-    return pieces.transpose(0, 1).tolist(), partial, handoff
+    work = lens, bounds, starts, pieces, partial, handoff, *batch, long_loop, room
+    deal_pieces[(programs, turns)](*work, PROGRAMS=next_power_of_two(programs), V=v)
+    (begin, end), pieces = pieces[:2].tolist(), pieces[2:].view(-1, 5)
+    assert begin == programs * turns and end <= begin + room
+    assert (pieces[end:] == -1).all()
+    return (
+        pieces[:begin].view(programs, turns, 5).transpose(0, 1).tolist(),
+        pieces[begin:end].tolist(),
+        partial,
+        handoff,
+    )
 
 
 def dealt_pieces(*batch):
-    """The pieces of the form that has all of the work, in the order of the row: of its rounds, else of turn 0."""
-    (first, *others), _, _ = dealt_turns(*batch)
+    """The pieces of the form that has the work, in the order of the row, of its rounds or of turn 0; late ones."""
+    (first, *others), late, _, _ = dealt_turns(*batch)
     idle, served = ([first], others) if others else ([], [first])
     assert all(count < 0 for turn in idle for *_, count, _ in turn)
     assert all(count >= 0 for turn in served for *_, count, _ in turn)
-    return list(itertools.chain(*served))
+    return list(itertools.chain(*served)), late
 
 
-def variant_of(queries, keys, spare, heads, programs, causal=True, block_m=128):
-    problem = Problem(sum(queries) + spare, len(keys), 8, heads, 128, 128, 16, 2, causal, ragged=True)
+def variant_of(queries, keys, spare, heads, programs, causal=True, block_m=128, num_heads=8):
+    problem = Problem(sum(queries) + spare, len(keys), num_heads, heads, 128, 128, 16, 2, causal, ragged=True)
     variant = attention_launches(problem, Device(programs, 227 * 1024, 90))[0].variant
     return replace(variant, block_m=block_m, overlap=False)  # the interpreter knows nothing of that
 
 
-def check_covered(pieces, queries, keys, spare, heads, v):
+def late_of(queries, keys, heads, v):
+    """The late units, longest first: whose rows all see less than a quarter of a sequence that has enough of them."""
+    for sequence, (count, length) in enumerate(zip(queries, keys, strict=True)):
+        rows = count * v.group
+        late = max(length // 4 - max(length - count, 0), 0) * v.group // v.block_m if v.causal else 0
+        assert length - count + late * v.block_m // v.group <= length // 4 or not late
+        if v.rows_above < rows <= v.rows_upto and late * heads >= LATE_UNITS.value:
+            for tile in reversed(range(late)):
+                yield from ((sequence, head * -(-rows // v.block_m) + tile) for head in range(heads))
+
+
+def check_covered(pieces, late, queries, keys, spare, heads, v):
     """Each tile of keys of each unit is in one piece, and returns whether each piece has whole units alone."""
+    assert late == [[*unit, 0, 1, LAST_TILE.value] for unit in late_of(queries, keys, heads, v)]
+    late = {(sequence, unit) for sequence, unit, *_ in late}
     # The rows past the last query are a sequence of their own.
     units = list(units_of([*queries, spare], [*keys, 0], heads, v))
     order = {unit: number for number, (unit, _) in enumerate(units)}
@@ -81,12 +107,14 @@ def check_covered(pieces, queries, keys, spare, heads, v):
         whole.append(True)
         for index in range(count):
             number = order[sequence, unit] + index
-            tiles = units[number][1]
+            its, tiles = units[number]
+            if its in late:
+                continue
             first, last = (begin if index == 0 else 0), min(end if index == count - 1 else tiles, tiles)
             assert first < last
             whole[-1] &= (first, last) == (0, tiles)
             dealt += [(number, tile) for tile in range(first, last)]
-    assert dealt == list(itertools.chain(*([(n, tile) for tile in range(tiles)] for n, (_, tiles) in enumerate(units))))
+    assert dealt == [(n, i) for n, (its, tiles) in enumerate(units) if its not in late for i in range(tiles)]
     return whole
 
 
@@ -99,9 +127,50 @@ def test_every_tile_is_dealt_once(name, programs, rounds, causal, block_m):
     queries, keys = BATCHES[name]
     spare, heads = 3, 2
     v = variant_of(queries, keys, spare, heads, programs, causal, block_m)
-    pieces = dealt_pieces(queries, keys, spare, heads, programs, rounds, v)
-    whole = check_covered(pieces, queries, keys, spare, heads, v)
+    pieces, late = dealt_pieces(queries, keys, spare, heads, programs, rounds, v)
+    whole = check_covered(pieces, late, queries, keys, spare, heads, v)
     assert all(whole[: max(rounds - 1, 0) * programs])
+
+
+@pytest.mark.parametrize(("programs", "rounds", "causal"), [(3, 0, True), (7, 1, True), (5, 3, True), (5, 3, False)])
+@pytest.mark.parametrize(
+    ("queries", "keys"),
+    [
+        ([2048], [2048]),
+        ([4000], [4100]),
+        ([3000], [2900]),
+        ([1, 2500, 1, 60, 2100, 2047], [500, 2500, 4000, 60, 2100, 2047]),
+        ([2400] + [100] * 130 + [2400], [2400] + [100] * 130 + [2500]),
+    ],
+    ids=["just-enough", "a-few-keys-before", "more-queries-than-keys", "several", "far-behind"],
+)
+def test_units_that_see_little_of_a_long_prompt_come_last(queries, keys, programs, rounds, causal):
+    heads, spare = 8, 3
+    v = variant_of(queries, keys, spare, heads, programs, causal, num_heads=64)
+    pieces, late = dealt_pieces(queries, keys, spare, heads, programs, rounds, v)
+    assert (len(late) >= LATE_UNITS.value) == causal
+    whole = check_covered(pieces, late, queries, keys, spare, heads, v)
+    assert all(whole[: max(rounds - 1, 0) * programs])
+
+
+def test_no_more_late_units_than_there_is_room_for():
+    """Of sequences that overlap there may be more."""
+    queries, heads = [2048] * 5, 8
+    v = variant_of(queries, queries, 0, heads, 3, num_heads=64)
+    _, late, _, _ = dealt_turns([2048, 100], queries, 0, heads, 3, 1, v, bounds=[0, 2048, 0, 2048, 0, 2048])
+    assert len(late) == most_late(2148, heads, v.group, v.block_m) < 3 * LATE_UNITS.value
+
+
+def test_late_units_do_not_decide_for_a_form():
+    """The others have long loops, all together short ones."""
+    queries, heads = [60] * 5 + [2100] + [60] * 5, 8
+    v = variant_of(queries, queries, 0, heads, 3, num_heads=64)
+    turns, late, _, _ = dealt_turns(queries, queries, 0, heads, 3, 1, v, LONG_LOOP)
+    units = dict(units_of(queries, queries, heads, v))
+    all_units, others = len(units), len(units) - len(late)
+    long = sum(tiles for its, tiles in units.items() if [*its, 0, 1, LAST_TILE.value] not in late)
+    assert 1.05 * all_units * LONG_LOOP > 1.1 * long > 1.2 * others * LONG_LOOP
+    assert all(count == -1 for *_, count, _ in turns[0])
 
 
 SHAPES = {
@@ -129,10 +198,10 @@ def test_one_form_gets_everything(name, rounds, seed):
     queries = chance.sample(queries, len(queries))
     keys = [max(count, chance.choice(lengths)) for count in queries]
     v = variant_of(queries, keys, spare, heads, programs)
-    turns, _, _ = dealt_turns(queries, keys, spare, heads, programs, rounds, v, LONG_LOOP)
+    turns, late, _, _ = dealt_turns(queries, keys, spare, heads, programs, rounds, v, LONG_LOOP)
     idle = [all(count == -1 for *_, count, _ in turn) for turn in turns]
     assert idle[1:] == [not idle[0]] * rounds
-    check_covered(itertools.chain(*turns), queries, keys, spare, heads, v)
+    check_covered(itertools.chain(*turns), late, queries, keys, spare, heads, v)
     mean = mean_loop(queries, keys, heads, v)
     if mean and not 0.9 * LONG_LOOP < mean < 1.1 * LONG_LOOP:
         assert idle[0] == (mean >= LONG_LOOP)
@@ -143,7 +212,7 @@ def test_nothing_is_left_to_others_yet(long_loop, block_m):
     """What the form with the work overwrites, and the other leaves alone: an empty first slot of each program."""
     queries, keys, programs = *BATCHES["mixed"], 3
     v = variant_of(queries, keys, 0, 2, programs, block_m=block_m)
-    _, partial, handoff = dealt_turns(queries, keys, 0, 2, programs, 2, v, long_loop)
+    _, _, partial, handoff = dealt_turns(queries, keys, 0, 2, programs, 2, v, long_loop)
     assert handoff.tolist() == [[0] * programs, [-1] * programs, [77] * programs]
     outputs, sums = partial.split([2 * programs * v.block_m * v.value_dim, 4 * programs * v.block_m])
     sums = sums.view(programs, 2, v.block_m, 2)
@@ -161,7 +230,7 @@ def test_rounds_end_together(rounds):
     units = dict(units_of(queries, keys, heads, v))
     costs = itertools.accumulate((tiles + fixed for tiles in units.values()), initial=0)
     before = dict(zip([*units, "end"], costs, strict=True))
-    pieces = dealt_pieces(queries, keys, 0, heads, programs, rounds, v)
+    pieces, _ = dealt_pieces(queries, keys, 0, heads, programs, rounds, v)
     begins = [(place % programs, before[s, u] + first) for place, (s, u, first, count, _) in enumerate(pieces) if count]
     work = [0] * programs
     for (program, begin), (_, end) in itertools.pairwise([*begins, (None, before["end"])]):

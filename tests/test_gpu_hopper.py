@@ -144,8 +144,35 @@ def test_batches_of_which_shapes_say_little(queries, keys):
     check(inputs, *attention(*inputs, inputs.query.shape[2] ** -0.5, True))
 
 
-def test_repeated_calls_agree_to_the_bit():
-    inputs = attention_inputs(**BATCHES["mixed"], dtype=torch.bfloat16, device="cuda")
+LATE = dict(
+    query_lens=[270, 1, 90, 300, 257],
+    seq_lens=[270, 900, 90, 265, 257],
+    num_heads=512,
+    num_kv_heads=32,
+    head_dim=64,
+    spare_tokens=3,
+)
+
+
+@pytest.mark.parametrize("programs", [1, 7, 132])
+def test_units_that_come_last(programs, forms):
+    """Those that see little of a long prompt, which whoever is first done with all others takes."""
+    inputs = attention_inputs(**LATE, dtype=torch.bfloat16, device="cuda")
+    check(inputs, *launch(inputs, rounds=3 if 2 in forms else 0, programs=programs))
+
+
+@pytest.mark.parametrize("forms", [(None, None)], ids=["three-parts"], indirect=True)
+def test_units_that_come_last_in_three_parts(monkeypatch):
+    monkeypatch.setattr(launch_tiles, "LONG", 0)
+    batch = dict(LATE, query_lens=[410, 385], seq_lens=[410, 385])
+    inputs = attention_inputs(**batch, dtype=torch.bfloat16, device="cuda")
+    assert launches_of(inputs)[0].forms == (3,)
+    check(inputs, *attention(*inputs, 64**-0.5, True))
+
+
+@pytest.mark.parametrize("batch", [BATCHES["mixed"], LATE], ids=["mixed", "late"])
+def test_repeated_calls_agree_to_the_bit(batch):
+    inputs = attention_inputs(**batch, dtype=torch.bfloat16, device="cuda")
     expected = launch(inputs)
     for _ in range(20):
         output, lse = launch(inputs)
@@ -213,9 +240,20 @@ def test_query_bounds_that_run_backwards_or_away_do_not_fault():
     torch.cuda.synchronize()
 
 
-def test_a_captured_graph_serves_other_lengths():
-    query = torch.randn(200, 8, 128, device="cuda", dtype=torch.bfloat16)
-    caches = [torch.randn(80, 16, 2, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+@pytest.mark.parametrize(
+    ("heads", "batches"),
+    [
+        (8, [([100, 50, 40, 10], [300, 50, 320, 11]), ([1] * 4, [320, 1, 9, 0]), ([0, 200, 0, 0], [0, 310, 0, 5])]),
+        (
+            512,
+            [([260, 0, 1, 9], [260, 0, 320, 9]), ([2, 299, 0, 0], [2, 299, 5, 0]), ([260, 0, 0, 40], [260, 0, 0, 40])],
+        ),
+    ],
+    ids=["few-heads", "late-units"],
+)
+def test_a_captured_graph_serves_other_lengths(heads, batches):
+    query = torch.randn(300, heads, 128, device="cuda", dtype=torch.bfloat16)
+    caches = [torch.randn(80, 16, max(heads // 16, 2), 128, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     table = torch.randperm(80, device="cuda").int().view(4, 20)
     lens, bounds = (torch.zeros(n, dtype=torch.int32, device="cuda") for n in (4, 5))
 
@@ -227,12 +265,7 @@ def test_a_captured_graph_serves_other_lengths():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         output, lse = attend()
-    for queries, keys in (
-        ([100, 50, 40, 10], [300, 50, 320, 11]),
-        ([50, 50, 50, 50], [60, 50, 70, 90]),
-        ([1, 1, 1, 1], [320, 1, 9, 0]),
-        ([0, 200, 0, 0], [0, 310, 0, 5]),
-    ):
+    for queries, keys in batches:
         bounds.copy_(torch.tensor([0, *queries]).cumsum(0))
         lens.copy_(torch.tensor(keys))
         output.fill_(torch.nan)

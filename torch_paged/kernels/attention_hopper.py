@@ -10,12 +10,22 @@ product under way during the softmax before it.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from torch_paged.kernels.attention_logits import LN_2
-from torch_paged.kernels.attention_rows import tiles_of_keys, visible_to
-from torch_paged.kernels.hopper_loader import load_tiles, next_unit, piece_of, span_of, unit_of, zero
-from torch_paged.kernels.hopper_tiles import attend_tiles, fetch_query, first_tile, lanes_of, last_product
+from torch_paged.kernels.attention_rows import visible_to
+from torch_paged.kernels.hopper_loader import load_keys, load_values
+from torch_paged.kernels.hopper_ring import RECORD, RING, forget, keys_of_unit, left_of_unit, rows_of_unit
+from torch_paged.kernels.hopper_tiles import (
+    attend_tiles,
+    await_tile,
+    fetch_query,
+    first_tile,
+    free_tile,
+    lanes_of,
+    zero,
+)
+from torch_paged.kernels.hopper_units import UNITS, of_piece
 
 
 @gluon.jit
@@ -60,80 +70,85 @@ def _write_output(output_rows, lse, state, first_row, row, valid, V: gl.constexp
 
 
 @gluon.jit
-def _hand_over(handoff, sequence, unit, first, last, key_tiles):
-    """Says what of a unit this program leaves to others, or did for them, and returns its slot; -1 if it is whole."""
+def _hand_over(handoff, sequence, unit, part):
+    """Says what of a unit this program leaves to others, or did for them."""
     program, programs = gl.program_id(0), _num_programs()
-    slot = 2 * program + (first == 0).to(gl.int32)
-    if (first == 0) & (last == key_tiles):
-        slot = -1
-    elif first == 0:
+    if part == 0:
         gl.store(handoff + programs + program, sequence)
         gl.store(handoff + 2 * programs + program, unit)
     else:
-        gl.store(handoff + program, gl.where(last == key_tiles, 2, 1))
-    return slot
+        gl.store(handoff + program, part)
 
 
 @gluon.jit
-def _attend(PART: gl.constexpr, arguments, PARTS: gl.constexpr, V: gl.constexpr):
-    """A part of the warps that multiply: attention of its rows of every unit in this program's pieces."""
+def _write(tensors, state, ring, number, num_kv_heads, lane, PART: gl.constexpr, V: gl.constexpr):
+    """Writes these rows of unit number `number`: finished, or as a part of a unit (see `left_of_unit`)."""
+    output, lse, partial, handoff = tensors
+    head, token, rows, offset = rows_of_unit(ring, number)
+    sequence, unit, part = left_of_unit(ring, number)
+    valid = lane < rows
+    if part < 0:
+        num_heads = (num_kv_heads + zero()) * V.group
+        packed = offset + lane + zero()
+        row = packed // V.group * num_heads + packed % V.group
+        _write_output(output, lse, state, token.to(gl.int64) * num_heads + head * V.group, row, valid, V)
+    else:
+        _write_partial(partial, state, 2 * gl.program_id(0) + (part == 0).to(gl.int32), lane, valid, V)
+        if PART == 0:
+            _hand_over(handoff, sequence, unit, part)
+
+
+@gluon.jit
+def _attend(PART: gl.constexpr, arguments, V: gl.constexpr):
+    """A part of the warps that multiply: attention of its rows of every unit of this program."""
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, V.value_dim, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, V.tile, 16]))
-    tensors, query_strides, scale, num_kv_heads, pieces, turns, batch, buffers, barriers = arguments
-    query, output, lse, partial, handoff = tensors
-    rows_here = buffers[0].index(PART)
+    query, query_strides, scale, num_kv_heads, tensors, ring, buffers, barriers = arguments
+    queries, _, value_buffers = buffers
+    _, _, values_free, values_here = barriers
+    rows = queries.index(PART)
     lane = lanes_of(PART, ROW)
+    if V.block_m > 128:
+        lane += zero()  # three parts spill without it; of two, those of head dim 256 get slower by it
     count = num_kv_heads * 0
-    for turn in range(min(PARTS - 1, 1), turns if PARTS > 1 else 1):
-        sequence, unit, begin, units, end_tile = piece_of(pieces, turn, turns)
-        start, queries, keys, tiles, head, first_row, rows = unit_of(sequence, unit, batch, V)
-        if units > 0:
-            fetch_query(query, query_strides, rows_here, PART, start, head, first_row, rows, V)
-        for index in range(units):
-            key_tiles = tiles_of_keys(first_row, rows, queries, keys, V)
-            first, last = span_of(index, begin, units, end_tile, key_tiles)
-            slot = _hand_over(handoff, sequence, unit, first, last, key_tiles)
-            first_token = first_row // V.group
-            packed = first_row % V.group + lane
-            visible = visible_to(first_token + packed // V.group, queries, keys, V)
-            unmasked = visible_to(first_token, queries, keys, V) // V.tile  # tiles that every row sees whole
-            masked = gl.minimum(gl.maximum(unmasked, first + 1), last)
-            state, weights = first_tile(
-                rows_here, buffers, barriers, first, count, first >= unmasked, visible, keys, scale, ROW, OUTPUT, V
-            )
-            state, weights, count = attend_tiles(
-                state, weights, rows_here, buffers, barriers, first + 1, masked, count, visible, keys, scale, False, V
-            )  # fmt: skip
-            state, weights, count = attend_tiles(
-                state, weights, rows_here, buffers, barriers, masked, last, count, visible, keys, scale, True, V
-            )  # fmt: skip
-
-            num_heads = (num_kv_heads + zero()) * V.group
-            first_output = (start + first_token).to(gl.int64) * num_heads + head * V.group
-            valid = lane < rows
-            sequence, unit = next_unit(sequence, unit, tiles, num_kv_heads, batch, V)
-            start, queries, keys, tiles, head, first_row, rows = unit_of(sequence, unit, batch, V)
-            if index < units - 1:
-                fetch_query(query, query_strides, rows_here, PART, start, head, first_row, rows, V)
-            state = last_product(state, weights, buffers, barriers, count, V)
-            count += 1
-            if slot < 0:
-                packed += zero()
-                row = packed // V.group * num_heads + packed % V.group
-                _write_output(output, lse, state, first_output, row, valid, V)
-            else:
-                _write_partial(partial, state, slot, lane, valid, V)
+    number = count
+    head = fetch_query(query, query_strides, rows, PART, ring, number, V)
+    while head >= 0:
+        offset, behind, keys, first, last = keys_of_unit(ring, number)
+        visible = visible_to(behind + (offset + lane) // V.group, 0, keys, V)
+        unmasked = visible_to(behind, 0, keys, V) // V.tile  # tiles that every row sees whole
+        masked = gl.minimum(gl.maximum(unmasked, first + 1), last)
+        state, weights = first_tile(
+            rows, buffers, barriers, first, count, first >= unmasked, visible, keys, scale, ROW, OUTPUT, V
+        )
+        state, weights, count = attend_tiles(
+            state, weights, rows, buffers, barriers, first + 1, masked, count, visible, keys, scale, False, V
+        )
+        state, weights, count = attend_tiles(
+            state, weights, rows, buffers, barriers, masked, last, count, visible, keys, scale, True, V
+        )
+        # The last product, and meanwhile the query rows of the next unit: the other way around is slower.
+        largest, total, result = state
+        await_tile(values_here, count, V)
+        result = warpgroup_mma(weights, value_buffers.index(count % V.num_stages), result, is_async=True)
+        head = fetch_query(query, query_strides, rows, PART, ring, number + 1, V)
+        result, weights = warpgroup_mma_wait(0, deps=(result, weights))
+        free_tile(values_free, count, V)
+        count += 1
+        _write(tensors, (largest, total, result), ring, number, num_kv_heads, lane, PART, V)
+        forget(ring, number)
+        number += 1
 
 
 @gluon.constexpr_function
 def _registers(PARTS, V):
-    """Registers of a thread, of all parts but the first and of the loaders, which keep ids of the blocks of a tile."""
+    """Registers of a thread of all parts but the first, and of the loaders: the more and smaller blocks, the more."""
     BLOCKS = V.tile // V.copy_rows
     if PARTS == 1:
-        return [40, 40]
+        return [56, 56] if V.copy_rows > 8 else [72, 72]
     if PARTS == 3:
         return [160, 160, 32, 32]
-    return [240, 24, 24] if BLOCKS <= 2 else [232, 40, 40] if BLOCKS <= 8 else [224, 56, 56]
+    return [240, 24, 24] if BLOCKS <= 2 else [232, 40, 40] if V.copy_rows > 8 else [216, 72, 72]
 
 
 @gluon.jit(
@@ -145,13 +160,13 @@ def attention_hopper(
     num_tokens, num_seqs, num_kv_heads, num_blocks, max_keys, turns, query_strides, table_stride,
     PARTS: gl.constexpr, V: gl.constexpr,
 ):  # fmt: skip
-    """Grid: one persistent program per multiprocessor, each with the pieces that `deal_pieces` gave it.
+    """Grid: one persistent program per multiprocessor, each with its pieces (see `rounds`), then late units.
 
     key loader    | K0 | K1 | K2 | ...                                                as buffers become free
     value loader  | V0 | V1 | V2 | ...
     warpgroup     |    Q K0^T | softmax | Q K1^T, P0 V0 | softmax | Q K2^T, P1 V1 | ...       for 64 rows each
     """
-    if gl.load(pieces + 5 * (gl.program_id(0) * turns + (PARTS > 1)) + 3) < 0:
+    if of_piece(pieces, gl.program_id(0) * turns + (PARTS > 1), UNITS) < 0:
         return  # the other form has all of the work
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     STAGES: gl.constexpr = V.num_stages
@@ -172,20 +187,27 @@ def attention_hopper(
         mbarrier.init(values_free.index(stage), count=PARTS)
         mbarrier.init(keys_here.index(stage), count=1)
         mbarrier.init(values_here.index(stage), count=1)
+    units_free = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
+    units_here = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
+    for place in gl.static_range(RING):
+        mbarrier.init(units_free.index(place), count=PARTS + 1)
+        mbarrier.init(units_here.index(place), count=1)
+    records = gl.allocate_shared_memory(gl.int32, [RING, RECORD], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    ring = (records, units_free, units_here)
     barriers = (keys_free, keys_here, values_free, values_here)
+    work = (block_table, table_stride, num_blocks, num_kv_heads)
+    tensors = (output, lse, partial, handoff)
+    attend = (query, query_strides, scale, num_kv_heads, tensors, ring, buffers, barriers)
+    keys_memory = (key_map, buffers[1], keys_free, keys_here)
+    values_memory = (value_map, buffers[2], values_free, values_here)
     batch = (seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys)
-    tensors = (query, output, lse, partial, handoff)
-    work = (block_table, table_stride, num_blocks, num_kv_heads, pieces, turns, batch)
-    attend = (tensors, query_strides, scale, num_kv_heads, pieces, turns, batch, buffers, barriers)
-    load_keys = (key_map, buffers[1], keys_free, keys_here, work)
-    load_values = (value_map, buffers[2], values_free, values_here, work)
     REGISTERS: gl.constexpr = _registers(PARTS, V)
     if PARTS == 1:
         gl.warp_specialize(
             [
-                (_attend, (0, attend, PARTS, V)),
-                (load_tiles, (load_keys, KEY_DIM, PARTS, V)),
-                (load_tiles, (load_values, VALUE_DIM, PARTS, V)),
+                (_attend, (0, attend, V)),
+                (load_keys, (keys_memory, ring, work, pieces, turns, batch, PARTS, V)),
+                (load_values, (values_memory, ring, work, V)),
             ],
             [1, 1],
             REGISTERS,
@@ -193,10 +215,10 @@ def attention_hopper(
     elif PARTS == 2:
         gl.warp_specialize(
             [
-                (_attend, (0, attend, PARTS, V)),
-                (_attend, (1, attend, PARTS, V)),
-                (load_tiles, (load_keys, KEY_DIM, PARTS, V)),
-                (load_tiles, (load_values, VALUE_DIM, PARTS, V)),
+                (_attend, (0, attend, V)),
+                (_attend, (1, attend, V)),
+                (load_keys, (keys_memory, ring, work, pieces, turns, batch, PARTS, V)),
+                (load_values, (values_memory, ring, work, V)),
             ],
             [4, 1, 1],
             REGISTERS,
@@ -204,11 +226,11 @@ def attention_hopper(
     else:
         gl.warp_specialize(
             [
-                (_attend, (0, attend, PARTS, V)),
-                (_attend, (1, attend, PARTS, V)),
-                (_attend, (2, attend, PARTS, V)),
-                (load_tiles, (load_keys, KEY_DIM, PARTS, V)),
-                (load_tiles, (load_values, VALUE_DIM, PARTS, V)),
+                (_attend, (0, attend, V)),
+                (_attend, (1, attend, V)),
+                (_attend, (2, attend, V)),
+                (load_keys, (keys_memory, ring, work, pieces, turns, batch, PARTS, V)),
+                (load_values, (values_memory, ring, work, V)),
             ],
             [4, 4, 1, 1],
             REGISTERS,

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch_paged.kernels.attention_rows import tiles_of_keys
 
 SEQUENCES: tl.constexpr = tl.constexpr(128)  # read at a time by every program
+LATE_UNITS: tl.constexpr = tl.constexpr(256)  # a sequence has so many, or none
 LAST_TILE: tl.constexpr = tl.constexpr(2**31 - 1)  # of any unit
 
 
@@ -58,7 +59,30 @@ def query_tiles(queries, V: tl.constexpr):
 
 
 @triton.jit
-def _work(tile, queries, keys, window, V: tl.constexpr):
+def late_tiles(queries, keys, num_kv_heads, V: tl.constexpr):
+    """How many of a head's query tiles are not dealt out here, from the first on: they come last (see `rounds`).
+
+    They see no more than a quarter of the sequence, and its heads have enough of them for programs to end together.
+    """
+    late = queries * 0
+    if V.causal:
+        late = tl.maximum(keys // 4 - tl.maximum(keys - queries, 0), 0) * V.group // V.block_m
+        late = tl.where(late * num_kv_heads >= LATE_UNITS, late, 0)
+    return late
+
+
+@triton.jit
+def _work(tile, queries, keys, num_kv_heads, window, V: tl.constexpr):
+    """Cost of the query tiles before `tile`, without late ones."""
+    work = _cost(tile, queries, keys, window, V)
+    if V.copy_rows:
+        late = late_tiles(queries, keys, num_kv_heads, V)
+        work = tl.maximum(work - _cost(late, queries, keys, window, V), 0)
+    return work
+
+
+@triton.jit
+def _cost(tile, queries, keys, window, V: tl.constexpr):
     """Cost of the query tiles before `tile`: the keys that each of them sees, times the group, plus a fixed part."""
     tile = tile.to(tl.int64)
     if V.has.window and V.single_tile:
@@ -82,15 +106,18 @@ def _work(tile, queries, keys, window, V: tl.constexpr):
 def _sequence_work(
     sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, window, V: tl.constexpr
 ):
-    """Work and number of the units of `sequence`."""
+    """Work of the units of `sequence`, and their number, which counts late ones too."""
     _, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
     keys = key_count(sequence, seq_lens, num_seqs, max_keys)
     tiles = query_tiles(queries, V)
-    return _work(tiles, queries, keys, window, V) * num_kv_heads, tiles * num_kv_heads
+    return _work(tiles, queries, keys, num_kv_heads, window, V) * num_kv_heads, tiles * num_kv_heads
 
 
 @triton.jit
-def _position(offset, near, sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys, window, V: tl.constexpr):
+def _position(
+    offset, near, sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, window,
+    V: tl.constexpr,
+):  # fmt: skip
     """The unit that stands `offset` into the work of `sequence`, and how far into that unit.
 
     What is as `near` to the beginning of a unit stands there.
@@ -98,7 +125,7 @@ def _position(offset, near, sequence, seq_lens, cu_seqlens_q, num_tokens, num_se
     _, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
     keys = key_count(sequence, seq_lens, num_seqs, max_keys)
     tiles = query_tiles(queries, V)
-    head_work = _work(tiles, queries, keys, window, V)
+    head_work = _work(tiles, queries, keys, num_kv_heads, window, V)
     # Dividing 64-bit numbers is a slow call, so estimate and correct: at most one off, as there are few heads.
     head = (offset.to(tl.float32) / tl.maximum(head_work, 1).to(tl.float32)).to(tl.int32)
     head -= (head * head_work > offset).to(tl.int32)
@@ -111,11 +138,13 @@ def _position(offset, near, sequence, seq_lens, cu_seqlens_q, num_tokens, num_se
         high = tl.maximum(tiles, 1)
         while high - low > 1:
             middle = (low + high) // 2
-            inside = _work(middle, queries, keys, window, V) <= offset
+            inside = _work(middle, queries, keys, num_kv_heads, window, V) <= offset
             low = tl.where(inside, middle, low)
             high = tl.where(inside, high, middle)
-        work = _work(low + 1, queries, keys, window, V) - _work(low, queries, keys, window, V)
-        offset -= _work(low, queries, keys, window, V)
+        work = _work(low + 1, queries, keys, num_kv_heads, window, V) - _work(
+            low, queries, keys, num_kv_heads, window, V
+        )
+        offset -= _work(low, queries, keys, num_kv_heads, window, V)
     next_one = (offset > near) & (work - offset <= near)
     return head * tiles + low + next_one.to(tl.int32), tl.where((offset <= near) | next_one, 0, offset)
 
@@ -220,11 +249,13 @@ def locate(
     begin_sequence = tl.minimum(begin_sequence, num_rows)
     end_sequence = tl.minimum(end_sequence, num_rows)
     begin_unit, inside = _position(
-        begin - begin_before, near, begin_sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys, window, V
-    )
+        begin - begin_before, near, begin_sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads,
+        max_keys, window, V,
+    )  # fmt: skip
     end_unit, end_inside = _position(
-        end - end_before, near, end_sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys, window, V
-    )
+        end - end_before, near, end_sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads,
+        max_keys, window, V,
+    )  # fmt: skip
     units += end_unit - begin_unit
     # A piece that ends between two units ends with the whole of the first.
     end_tile = tile_at(end_inside, V)

@@ -12,7 +12,7 @@ from torch_paged.kernels.hopper_loader import COLUMNS
 from torch_paged.kernels.launch import Launcher
 from torch_paged.kernels.launch_config import AttentionLaunch
 from torch_paged.kernels.launch_tiles import LONG_LOOP
-from torch_paged.kernels.rounds import begin_rounds, deal_pieces
+from torch_paged.kernels.rounds import begin_rounds, deal_pieces, most_late, num_piece_ints
 
 _MAX_MAPS = 1024
 _SWIZZLED = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
@@ -38,6 +38,7 @@ class HopperLauncher:
 
     def __init__(self, launch: AttentionLaunch) -> None:
         self._programs, self._rounds, self._rows = launch.programs, launch.rounds, launch.variant.copy_rows
+        self._rows_of_unit = launch.variant.group, launch.variant.block_m
         self._partial = launch.partial_floats
         self._starts = max(launch.rounds - 1, 0) * launch.programs + 1
         self._long_loop = LONG_LOOP if len(launch.forms) > 1 else 0
@@ -68,8 +69,9 @@ class HopperLauncher:
         if self._rounds > 1:
             self._begin(seq_lens, cu_seqlens_q, starts, *batch, self._programs, self._rounds)
         turns = self._rounds + 1
-        pieces = handoff.new_empty(5 * self._programs * turns)
-        self._deal(seq_lens, cu_seqlens_q, starts, pieces, partial, handoff, *batch, self._long_loop)
+        room = most_late(num_tokens, num_kv_heads, *self._rows_of_unit)
+        pieces = handoff.new_empty(num_piece_ints(self._programs, self._rounds, room))
+        self._deal(seq_lens, cu_seqlens_q, starts, pieces, partial, handoff, *batch, self._long_loop, room)
         maps = self._map(caches[0]), self._map(caches[1])
         for attend in self._forms:
             attend(

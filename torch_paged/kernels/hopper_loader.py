@@ -1,62 +1,32 @@
-"""The warps of `attention_hopper` that copy blocks into shared memory, and the walk over a program's units.
+"""The warps of `attention_hopper` that copy blocks into shared memory.
 
 Several blocks make one tile: each is copied into a slice of it by the copy engine (TMA), which knows a cache by its
 strides, so that neither layout nor block size matters. The instructions that multiply see one operand.
+
+What stands past the last key must not show, NaN least of all. Blocks without keys are read past the cache's end, where
+the copy engine finds zeros. The last block is copied as many slots too early as it lacks keys, and slots below 0 are
+zeros too: its keys stand at the end of its rows (see `gap_of`).
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from torch_paged.kernels.attention_rows import tiles_of_keys
-from torch_paged.kernels.deal import key_count, next_sequence, query_range, query_tiles
+from torch_paged.kernels.hopper_ring import forget, hear, rows_of_unit, source_of_unit, tell
+from torch_paged.kernels.hopper_units import (
+    SEQUENCE,
+    UNIT,
+    UNITS,
+    next_piece,
+    next_unit,
+    of_piece,
+    sequence_of,
+    span_of,
+)
 
 _copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name from Triton 3.9 on, and before
 
 COLUMNS: gl.constexpr = gl.constexpr(64)  # of one copy: 128 bytes, as the swizzled rows of an operand are
-
-
-@gluon.jit
-def zero():
-    """0, which the compiler does not know: what it is added to is computed where it is used, and costs no registers."""
-    return gl.inline_asm_elementwise("mov.b32 $0, 0;", "=r", [], gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def piece_of(pieces, turn, turns):
-    """What `deal_pieces` gave this program in a turn: sequence, unit, first tile, units, end in the last of them."""
-    piece = pieces + 5 * (gl.program_id(0) * turns + turn + zero())
-    return gl.load(piece), gl.load(piece + 1), gl.load(piece + 2), gl.load(piece + 3), gl.load(piece + 4)
-
-
-@gluon.jit
-def unit_of(sequence, unit, batch, V: gl.constexpr):
-    """What a unit is: first token, queries, keys and units per head of its sequence, its head, first row and rows."""
-    seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys = batch
-    start, queries = query_range(sequence, cu_seqlens_q, num_tokens + zero(), num_seqs, V)
-    keys = key_count(sequence, seq_lens, num_seqs, max_keys)
-    tiles = gl.maximum(query_tiles(queries, V), 1)
-    first_row = unit % tiles * V.block_m
-    rows = gl.minimum(queries * V.group - first_row, V.block_m)
-    return start, queries, keys, tiles, unit // tiles, first_row, rows
-
-
-@gluon.jit
-def span_of(index, begin, units, end_tile, key_tiles):
-    """First tile and end of unit number `index` of a piece. Not carried from one to the next: Triton 3.6 loses it."""
-    return gl.where(index == 0, begin, 0), gl.minimum(gl.where(index == units - 1, end_tile, key_tiles), key_tiles)
-
-
-@gluon.jit
-def next_unit(sequence, unit, tiles, num_kv_heads, batch, V: gl.constexpr):
-    """The unit after `unit`, of `tiles` a head."""
-    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    _, cu_seqlens_q, num_tokens, num_seqs, _ = batch
-    unit += 1
-    if unit >= tiles * num_kv_heads:
-        unit = unit * 0
-        sequence = next_sequence(sequence, gl.arange(0, 32, LANES), cu_seqlens_q, num_tokens, num_seqs, V)
-    return sequence, unit
 
 
 @gluon.jit
@@ -66,47 +36,101 @@ def stage_of(count, V: gl.constexpr):
 
 
 @gluon.jit
-def load_tiles(arguments, DIM: gl.constexpr, PARTS: gl.constexpr, V: gl.constexpr):
-    """One warp: copies the keys, or the values, of this program's piece, tile by tile, as buffers become `free`.
+def gap_of(keys, V: gl.constexpr):
+    """Position of the first key of the last block, and how many rows without a key the loaders left before it."""
+    last_block = (keys - 1) // V.copy_rows * V.copy_rows
+    return last_block, last_block + V.copy_rows - keys
 
-    What stands past the last key must not show, NaN least of all. Blocks without keys are read past the cache's end,
-    where the copy engine finds zeros. The last block is copied as many slots too early as it lacks keys, and slots
-    below 0 are zeros too: its keys stand at the end of its rows (see `gap_of`).
-    """
-    source, buffers, free, here, work = arguments
-    block_table, table_stride, num_blocks, num_kv_heads, pieces, turns, batch = work
+
+@gluon.jit
+def _copy_tiles(
+    memory, table, num_blocks, head, keys, first, last, count, WHOLE: gl.constexpr, DIM: gl.constexpr,
+    V: gl.constexpr,
+):  # fmt: skip
+    """Copies tiles [first, last), all of whose keys there are if they are WHOLE, as buffers become `free`."""
+    source, buffers, free, here = memory
     BLOCKS: gl.constexpr = V.tile // V.copy_rows
     PIECES: gl.constexpr = DIM // COLUMNS
     COUNT: gl.constexpr = V.num_stages * PIECES * BLOCKS
     ROWS: gl.constexpr = V.copy_rows
     slices = buffers._reinterpret(source.dtype, [COUNT, 1, ROWS, 1, COLUMNS], gl.NVMMASharedLayout(128, 16, 4))
-    count = num_kv_heads * 0
-    for turn in range(min(PARTS - 1, 1), turns if PARTS > 1 else 1):
-        sequence, unit, begin, units, end_tile = piece_of(pieces, turn, turns)
-        for index in range(units):
-            _, queries, keys, tiles, head, first_row, rows = unit_of(sequence, unit, batch, V)
-            first, last = span_of(index, begin, units, end_tile, tiles_of_keys(first_row, rows, queries, keys, V))
-            table = block_table + sequence.to(gl.int64) * table_stride
-            for tile in range(first, last):
-                ids = ()
-                for block in gl.static_range(BLOCKS):
-                    position = tile * V.tile + block * V.copy_rows
-                    ids += (gl.load(table + position // V.block_size, mask=position < keys, other=num_blocks),)  # type: ignore[assignment]
-                stage, phase = stage_of(count, V)
-                mbarrier.wait(free.index(stage), phase ^ 1)
-                mbarrier.expect(here.index(stage), V.tile * DIM * 2)
-                for block in gl.static_range(BLOCKS):
-                    position = tile * V.tile + block * V.copy_rows
-                    slot = position % V.block_size - gl.maximum(position + V.copy_rows - keys, 0)
-                    for piece in gl.static_range(PIECES):
-                        copied = slices.index((stage * PIECES + piece) * BLOCKS + block)
-                        _copy(source, [ids[block], slot, head, piece * COLUMNS], here.index(stage), copied)
-                count += 1
-            sequence, unit = next_unit(sequence, unit, tiles, num_kv_heads, batch, V)
+    for tile in range(first, last):
+        ids = ()
+        for block in gl.static_range(BLOCKS):
+            position = tile * V.tile + block * V.copy_rows
+            exists = True if WHOLE else position < keys
+            ids += (gl.load(table + position // V.block_size, mask=exists, other=num_blocks),)  # type: ignore[assignment]
+        stage, phase = stage_of(count, V)
+        mbarrier.wait(free.index(stage), phase ^ 1)
+        mbarrier.expect(here.index(stage), V.tile * DIM * 2)
+        for block in gl.static_range(BLOCKS):
+            position = tile * V.tile + block * V.copy_rows
+            lacking = 0 if WHOLE else gl.maximum(position + V.copy_rows - keys, 0)
+            slot = position % V.block_size - lacking
+            for piece in gl.static_range(PIECES):
+                copied = slices.index((stage * PIECES + piece) * BLOCKS + block)
+                _copy(source, [ids[block], slot, head, piece * COLUMNS], here.index(stage), copied)
+        count += 1
+    return count
 
 
 @gluon.jit
-def gap_of(keys, V: gl.constexpr):
-    """Position of the first key of the last block, and how many rows without a key `load_tiles` left before it."""
-    last_block = (keys - 1) // V.copy_rows * V.copy_rows
-    return last_block, last_block + V.copy_rows - keys
+def _load_tiles(memory, table, num_blocks, head, keys, first, last, count, DIM: gl.constexpr, V: gl.constexpr):
+    """One warp: copies tiles [first, last) of a unit's keys, or values."""
+    whole = gl.minimum(gl.maximum(keys // V.tile, first), last)
+    count = _copy_tiles(memory, table, num_blocks, head, keys, first, whole, count, True, DIM, V)
+    return _copy_tiles(memory, table, num_blocks, head, keys, whole, last, count, False, DIM, V)
+
+
+@gluon.jit
+def load_keys(memory, ring, work, pieces, turns, batch, PARTS: gl.constexpr, V: gl.constexpr):
+    """Walks over this program's units, tells the other warps of each, and loads its keys."""
+    block_table, table_stride, num_blocks, num_kv_heads = work
+    nothing = num_kv_heads * 0
+    count = nothing
+    number = nothing
+    turn = nothing + (PARTS > 1)
+    last_turn = turns if PARTS > 1 else nothing + 1
+    piece = next_piece(pieces, turn, last_turn, turns)
+    while piece >= 0:
+        sequence, unit = of_piece(pieces, piece, SEQUENCE), of_piece(pieces, piece, UNIT)
+        index = nothing
+        while index < of_piece(pieces, piece, UNITS):
+            start, queries, keys, tiles, late = sequence_of(sequence, num_kv_heads, batch, V)
+            # Late units are pieces of their own.
+            skipped = gl.where(turn < last_turn, gl.maximum(late - unit % tiles, 0), 0)
+            index += skipped
+            unit += skipped
+            if index < of_piece(pieces, piece, UNITS):
+                head, first_row = unit // tiles, unit % tiles * V.block_m
+                rows = gl.minimum(queries * V.group - first_row, V.block_m)
+                first, last, part = span_of(pieces, piece, index, first_row, rows, queries, keys, V)
+                token, offset = first_row // V.group, first_row % V.group
+                record = (head, start + token, rows, offset, token - queries, keys, first, last, sequence, unit, part)
+                tell(ring, number, record)
+                number += 1
+                table = block_table + sequence.to(gl.int64) * table_stride
+                count = _load_tiles(memory, table, num_blocks, head, keys, first, last, count, V.head_dim, V)
+                sequence, unit = next_unit(sequence, unit, tiles, num_kv_heads, batch, V)
+            index += 1
+        turn += 1
+        piece = next_piece(pieces, turn, last_turn, turns)
+    tell(ring, number, (-1,))
+
+
+@gluon.jit
+def load_values(memory, ring, work, V: gl.constexpr):
+    """Loads the values of every unit of which `load_keys` tells."""
+    block_table, table_stride, num_blocks, num_kv_heads = work
+    count = num_kv_heads * 0
+    number = count
+    hear(ring, number)
+    head, _token, _rows, _offset = rows_of_unit(ring, number)
+    while head >= 0:
+        keys, first, last, sequence = source_of_unit(ring, number)
+        table = block_table + sequence.to(gl.int64) * table_stride
+        count = _load_tiles(memory, table, num_blocks, head, keys, first, last, count, V.value_dim, V)
+        forget(ring, number)
+        number += 1
+        hear(ring, number)
+        head, _token, _rows, _offset = rows_of_unit(ring, number)

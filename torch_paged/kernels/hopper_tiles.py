@@ -10,11 +10,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from torch_paged.kernels.hopper_loader import gap_of, stage_of, zero
+from torch_paged.kernels.hopper_loader import gap_of, stage_of
+from torch_paged.kernels.hopper_ring import hear, rows_of_unit
 
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name from Triton 3.7 on, and before
 
 ROWS: gl.constexpr = gl.constexpr(16)  # of a warp: 64 of a warpgroup
+
+
+@gluon.jit
+def zero():
+    """0, which the compiler does not know: what it is added to is computed where it is used, and costs no registers."""
+    return gl.inline_asm_elementwise("mov.b32 $0, 0;", "=r", [], gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -25,23 +32,30 @@ def lanes_of(PART: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def fetch_query(query, query_strides, memory, PART: gl.constexpr, start, head, first_row, rows, V: gl.constexpr):
-    """Starts copying this part's query rows of a unit: (query token, head of the group), packed."""
+def fetch_query(query, query_strides, memory, PART: gl.constexpr, ring, number, V: gl.constexpr):
+    """Starts copying this part's query rows, (query token, head of the group) packed, of unit number `number`.
+
+    Returns the unit's head, -1 if there is no such unit.
+    """
     DIM: gl.constexpr = V.head_dim
     THREADS: gl.constexpr = 8  # of a row, 16 bytes each time
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // THREADS, THREADS], [gl.num_warps(), 1], [1, 0])
-    nothing = zero()
-    lane = lanes_of(PART, gl.SliceLayout(1, LAYOUT)) + nothing
-    packed = first_row % V.group + lane
-    column = gl.arange(0, DIM, gl.SliceLayout(0, LAYOUT))
-    token_stride, head_stride = query_strides[0] + nothing, query_strides[1] + nothing
-    offsets = (packed // V.group).to(gl.int64) * token_stride + (packed % V.group).to(gl.int64) * head_stride
-    offsets += (start + first_row // V.group).to(gl.int64) * token_stride + (head * V.group).to(gl.int64) * head_stride
-    pointers = query + offsets[:, None] + column[None, :]
-    pointers = gl.max_contiguous(gl.multiple_of(pointers, [1, 16]), [1, DIM])
-    _barrier()  # all warps have done with the rows before
-    async_copy.async_copy_global_to_shared(memory, pointers, mask=(lane < rows)[:, None])
-    async_copy.commit_group()
+    hear(ring, number)
+    head, token, rows, offset = rows_of_unit(ring, number)
+    if head >= 0:
+        nothing = zero()
+        lane = lanes_of(PART, gl.SliceLayout(1, LAYOUT)) + nothing
+        packed = offset + lane
+        column = gl.arange(0, DIM, gl.SliceLayout(0, LAYOUT))
+        token_stride, head_stride = query_strides[0] + nothing, query_strides[1] + nothing
+        offsets = (packed // V.group).to(gl.int64) * token_stride + (packed % V.group).to(gl.int64) * head_stride
+        offsets += token.to(gl.int64) * token_stride + (head * V.group).to(gl.int64) * head_stride
+        pointers = query + offsets[:, None] + column[None, :]
+        pointers = gl.max_contiguous(gl.multiple_of(pointers, [1, 16]), [1, DIM])
+        _barrier()  # all warps have done with the rows before
+        async_copy.async_copy_global_to_shared(memory, pointers, mask=(lane < rows)[:, None])
+        async_copy.commit_group()
+    return head
 
 
 @gluon.jit
@@ -52,14 +66,14 @@ def _await_query():
 
 
 @gluon.jit
-def _await(here, count, V: gl.constexpr):
+def await_tile(here, count, V: gl.constexpr):
     """Waits until tile number `count` has arrived."""
     stage, phase = stage_of(count, V)
     mbarrier.wait(here.index(stage), phase)
 
 
 @gluon.jit
-def _free(free, count, V: gl.constexpr):
+def free_tile(free, count, V: gl.constexpr):
     """Tells the loader that all warps of this part have read the buffer of tile number `count`: it is a barrier."""
     mbarrier.arrive(free.index(count % V.num_stages), count=1)
 
@@ -137,17 +151,17 @@ def attend_tiles(
     _, key_buffers, value_buffers = buffers
     keys_free, keys_here, values_free, values_here = barriers
     for tile in range(first, last):
-        _await(keys_here, count + 1, V)
+        await_tile(keys_here, count + 1, V)
         scores = _scores(query, key_buffers, count + 1, V)
-        _await(values_here, count, V)
+        await_tile(values_here, count, V)
         output = warpgroup_mma(weights, value_buffers.index(count % V.num_stages), output, is_async=True)
         scores = warpgroup_mma_wait(1, deps=(scores,))
-        _free(keys_free, count + 1, V)
+        free_tile(keys_free, count + 1, V)
         if MASK:
             scores = _mask(scores, tile, visible, keys, V)
         later, largest, total, decay = _softmax(scores, largest, total, scale, MASK)
         output, weights = warpgroup_mma_wait(0, deps=(output, weights))
-        _free(values_free, count, V)
+        free_tile(values_free, count, V)
         output = output * gl.convert_layout(decay, gl.SliceLayout(1, output.type.layout))[:, None]
         weights = gl.convert_layout(_narrow(later, weights), weights.type.layout)
         count += 1
@@ -164,26 +178,13 @@ def first_tile(
     keys_free, keys_here, _, _ = barriers
     LANES: gl.constexpr = ROWS * gl.num_warps()
     DIM: gl.constexpr = V.value_dim
-    _await(keys_here, count, V)
+    await_tile(keys_here, count, V)
     _await_query()
     scores = warpgroup_mma_wait(0, deps=(_scores(query, key_buffers, count, V),))
-    _free(keys_free, count, V)
+    free_tile(keys_free, count, V)
     if masked:
         scores = _mask(scores, first, visible, keys, V)
     nothing = gl.zeros([LANES], gl.float32, ROW)
     weights, largest, total, _ = _softmax(scores, nothing - float("inf"), nothing, scale, True)
     weights = gl.convert_layout(weights.to(key_buffers.dtype), gl.DotOperandLayout(0, OUTPUT, 2))
     return (largest, total, gl.zeros([LANES, DIM], gl.float32, OUTPUT)), weights
-
-
-@gluon.jit
-def last_product(state, weights, buffers, barriers, count, V: gl.constexpr):
-    """State of the rows with their last tile, whose number is `count`."""
-    _, _, value_buffers = buffers
-    _, _, values_free, values_here = barriers
-    largest, total, output = state
-    _await(values_here, count, V)
-    output = warpgroup_mma(weights, value_buffers.index(count % V.num_stages), output, is_async=True)
-    output, weights = warpgroup_mma_wait(0, deps=(output, weights))
-    _free(values_free, count, V)
-    return largest, total, output

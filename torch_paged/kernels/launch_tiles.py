@@ -10,7 +10,7 @@ from torch_paged.kernels.problem import Device, Problem, split_dim
 FEW_ROWS = 64
 MANY_ROWS = 128
 LONG = 2048  # query tokens of a sequence, on average
-LONG_LOOP = 7  # tiles of keys that a unit of 128 rows has, on average
+LONG_LOOP = 7  # tiles of keys that a unit of 128 rows has, on average, late ones aside
 HOPPER_DIMS = {64, 128, 256}
 MOST_ROUNDS = 6
 MANY_UNITS = 128  # of decode: KV heads of all sequences

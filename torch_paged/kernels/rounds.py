@@ -13,7 +13,11 @@ short prompts, gets all of its work at once. Shapes alone do not tell many promp
 decodes: the host launches both forms then, and `deal_pieces`, which sees the lengths, gives everything to one of them.
 The other sees that first, ends, and has written nothing.
 
-    turn      |  0: everything, for the form for short prompts  |  1: round 0  |  2: round 1  |  3: last round  |
+    turn      |  0: all of it, for the form for short prompts   |  1: round 0  |  2: round 1  |  3: last round  |
+
+Programs with equal work end up to 4% apart, in each run others. So the units of a long prompt that see less than a
+quarter of it are late: not dealt out, but in a list, the longest of a sequence first, from which who has done with its
+pieces takes the next one.
 
 Both kernels here begin while the one before them ends, and touch no memory until all of it has: by then whoever had
 their workspace has done with it. The Hopper kernel begins when they have ended, as it is slower otherwise.
@@ -25,16 +29,34 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from torch_paged.kernels.attention_state import write_sums
 from torch_paged.kernels.deal import (
+    LAST_TILE,
     SEQUENCES,
     all_work,
     equal_share,
     following,
+    key_count,
+    late_tiles,
     locate,
     query_range,
     query_tiles,
     tile_at,
     tiles_of_unit,
 )
+
+PIECE: tl.constexpr = tl.constexpr(5)  # numbers of one
+PIECES_BEGIN: tl.constexpr = tl.constexpr(2)  # where `deal_pieces` writes the first
+
+
+def most_late(num_tokens: int, num_kv_heads: int, group: int, block_m: int) -> int:
+    """Late units that a batch can have (see `late_tiles`)."""
+    return num_tokens * group // (4 * block_m) * num_kv_heads
+
+
+def num_piece_ints(programs: int, rounds: int, room: int) -> int:
+    """int32 numbers that `deal_pieces` writes for so many rounds, with room for so many late units."""
+    begin: int = PIECES_BEGIN.value
+    piece: int = PIECE.value
+    return begin + piece * (programs * (rounds + 1) + room)
 
 
 @triton.jit(
@@ -83,14 +105,25 @@ def _last_piece(starts, total, programs, rounds, PROGRAMS: tl.constexpr, V: tl.c
 
 
 @triton.jit
-def _has_long_loops(total, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, long_loop, V: tl.constexpr):
-    """Whether the units of the whole work have `long_loop` tiles of keys or more, on average."""
+def _late_units(sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V: tl.constexpr):
+    """Query tiles of each head of a sequence (or of several), and late units of all heads."""
+    _, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
+    keys = key_count(sequence, seq_lens, num_seqs, max_keys)
+    tiles = query_tiles(queries, V)
+    return tiles, tl.where(tiles > 0, late_tiles(queries, keys, num_kv_heads, V) * num_kv_heads, 0)
+
+
+@triton.jit
+def _has_long_loops(
+    total, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, long_loop, V: tl.constexpr
+):
+    """Whether the units that are not late have `long_loop` tiles of keys or more, on average."""
     lane = tl.arange(0, SEQUENCES)
     units = tl.zeros([SEQUENCES], tl.int64)
     for first in range(0, num_seqs + 1, SEQUENCES):
-        _, queries = query_range(first + lane, cu_seqlens_q, num_tokens, num_seqs, V)
-        units += query_tiles(queries, V)
-    return total >= tl.sum(units) * num_kv_heads * (long_loop * V.tile * V.group + V.unit_cost)
+        tiles, late = _late_units(first + lane, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
+        units += tiles * num_kv_heads - late
+    return total >= tl.sum(units) * (long_loop * V.tile * V.group + V.unit_cost)
 
 
 @triton.jit
@@ -102,18 +135,59 @@ def _leave_nothing(partial, handoff, V: tl.constexpr):
     tl.store(handoff + tl.num_programs(0) + program, -1)
 
 
+@triton.jit
+def _write_piece(pieces, number, sequence, unit, first, units, end_tile, valid):
+    """Writes a piece, or several."""
+    piece = pieces + PIECES_BEGIN + PIECE * number
+    tl.store(piece, sequence, mask=valid)
+    tl.store(piece + 1, unit, mask=valid)
+    tl.store(piece + 2, first, mask=valid)
+    tl.store(piece + 3, units, mask=valid)
+    tl.store(piece + 4, end_tile, mask=valid)
+
+
+@triton.jit
+def _deal_late(
+    pieces, dealt, room, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V: tl.constexpr
+):
+    """Writes a piece for every late unit, behind the `dealt` ones, and before them where these begin and end."""
+    program, lane = tl.program_id(0), tl.arange(0, SEQUENCES)
+    before = num_seqs * 0
+    for first in range(0, num_seqs, SEQUENCES):
+        _, units = _late_units(first + lane, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
+        for sequence in range(first + program, tl.minimum(first + SEQUENCES, num_seqs), tl.num_programs(0)):
+            tiles, its_units = _late_units(
+                sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V
+            )
+            begin = before + tl.sum(tl.where(first + lane < sequence, units, 0))
+            for start in range(0, its_units, SEQUENCES):
+                number = start + lane
+                tile = (its_units - 1 - number) // num_kv_heads
+                unit = number % num_kv_heads * tiles + tile
+                valid = (number < its_units) & (begin + number < room)
+                _write_piece(pieces, dealt + begin + number, sequence, unit, 0, 1, LAST_TILE, valid)
+        before = tl.minimum(before + tl.sum(units), room)
+    if program == 0:
+        tl.store(pieces, dealt)
+        tl.store(pieces + 1, dealt + before)
+
+
 @triton.jit(
-    do_not_specialize=["num_tokens", "num_seqs", "num_kv_heads", "max_keys", "long_loop"],
+    do_not_specialize=["num_tokens", "num_seqs", "num_kv_heads", "max_keys", "long_loop", "room"],
     do_not_specialize_on_alignment=["seq_lens", "cu_seqlens_q"],
 )
 def deal_pieces(
     seq_lens, cu_seqlens_q, starts, pieces, partial, handoff, num_tokens, num_seqs, num_kv_heads, max_keys, long_loop,
-    PROGRAMS: tl.constexpr, V: tl.constexpr,
+    room, PROGRAMS: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    """Writes the pieces to `pieces`, int32 `[programs, turns, 5]`: sequence, unit, first tile, units, end in the last.
+    """Writes the pieces, int32: first sequence, unit and tile, units, and the tile that is the end in the last of them.
 
-    By `long_loop`, turn 0 or all others are the work; in those that are not, pieces have -1 units. Units of which a
-    program has no tile are not among its piece's.
+    next, end | program 0, turn 0 | turn 1 | ... | program 1, turn 0 | ... | a late unit | a late unit | ...
+    0           2                   7                                        2 + 5 * programs * turns
+
+    By `long_loop`, turn 0 or all others are the work; in those that are not, pieces have -1 units. A piece begins
+    with a tile that is its program's. Late units among its units are not: each is a piece of its own, number [next,
+    end). There is room for `room` of them (see `most_late`); sequences that overlap may have more, which are left out.
 
     Grid: (programs of attention, turns: 1 and the rounds). A single round needs no `starts` (see `begin_rounds`).
     PROGRAMS is a power of two that is no less than programs.
@@ -124,8 +198,12 @@ def deal_pieces(
     programs, rounds = tl.num_programs(0), tl.num_programs(1) - 1
     if turn == 0:
         _leave_nothing(partial, handoff, V)
+        dealt = programs * (rounds + 1)
+        _deal_late(pieces, dealt, room, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
     total, _, _ = all_work(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
-    in_rounds = (rounds > 0) & _has_long_loops(total, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, long_loop, V)
+    in_rounds = (rounds > 0) & _has_long_loops(
+        total, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, long_loop, V
+    )
     served = in_rounds == (turn > 0)
     total = tl.where(served, total, 0)
     if (total == 0) | (turn == 0) | (rounds == 1):
@@ -146,9 +224,5 @@ def deal_pieces(
         _, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
         tiles = query_tiles(queries, V)
         sequence, unit = following(sequence, unit + 1, tiles, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, V)
-    piece = pieces + 5 * (program * (rounds + 1) + turn)
-    tl.store(piece, sequence)
-    tl.store(piece + 1, unit)
-    tl.store(piece + 2, first)
-    tl.store(piece + 3, tl.where(served, units, -1))
-    tl.store(piece + 4, end_tile)
+    units = tl.where(served, units, -1)
+    _write_piece(pieces, program * (rounds + 1) + turn, sequence, unit, first, units, end_tile, program >= 0)

@@ -1,0 +1,65 @@
+"""The walk of a program of `attention_hopper` over the units of its pieces (see `rounds`)."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from torch_paged.kernels.attention_rows import tiles_of_keys
+from torch_paged.kernels.deal import key_count, late_tiles, next_sequence, query_range, query_tiles
+from torch_paged.kernels.rounds import PIECE, PIECES_BEGIN
+
+SEQUENCE: gl.constexpr = gl.constexpr(0)  # what `deal_pieces` writes of a piece
+UNIT: gl.constexpr = gl.constexpr(1)
+FIRST: gl.constexpr = gl.constexpr(2)
+UNITS: gl.constexpr = gl.constexpr(3)
+END: gl.constexpr = gl.constexpr(4)
+
+
+@gluon.jit
+def of_piece(pieces, piece, FIELD: gl.constexpr):
+    """What `deal_pieces` wrote of a piece. Read where it is used, it costs no registers elsewhere."""
+    return gl.load(pieces + (PIECES_BEGIN + FIELD) + PIECE * piece)
+
+
+@gluon.jit
+def next_piece(pieces, turn, last_turn, turns):
+    """Number of this program's piece for a turn; from `last_turn` on, of a late unit that nobody has, or -1."""
+    piece = gl.program_id(0) * turns + turn
+    if turn >= last_turn:
+        piece = gl.atomic_add(pieces, 1, sem="relaxed")
+        piece = gl.where(piece < gl.load(pieces + 1), piece, -1)
+    return piece
+
+
+@gluon.jit
+def sequence_of(sequence, num_kv_heads, batch, V: gl.constexpr):
+    """First token, queries, keys, units per head of a sequence, and how many of these are late."""
+    seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys = batch
+    start, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
+    keys = key_count(sequence, seq_lens, num_seqs, max_keys)
+    tiles = gl.maximum(query_tiles(queries, V), 1)
+    return start, queries, keys, tiles, late_tiles(queries, keys, num_kv_heads, V)
+
+
+@gluon.jit
+def span_of(pieces, piece, index, first_row, rows, queries, keys, V: gl.constexpr):
+    """First tile and end of unit number `index` of a piece, and which part of the unit that is (see `left_of_unit`)."""
+    key_tiles = tiles_of_keys(first_row, rows, queries, keys, V)
+    first, last = key_tiles * 0, key_tiles
+    if index == 0:
+        first = of_piece(pieces, piece, FIRST)
+    if index == of_piece(pieces, piece, UNITS) - 1:
+        last = gl.minimum(of_piece(pieces, piece, END), key_tiles)
+    part = gl.where(first > 0, 1, 0) + gl.where(last == key_tiles, 1, 0)
+    return first, last, gl.where((first == 0) & (last == key_tiles), -1, part)
+
+
+@gluon.jit
+def next_unit(sequence, unit, tiles, num_kv_heads, batch, V: gl.constexpr):
+    """The unit after `unit`, of `tiles` a head."""
+    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    _, cu_seqlens_q, num_tokens, num_seqs, _ = batch
+    unit += 1
+    if unit >= tiles * num_kv_heads:
+        unit = unit * 0
+        sequence = next_sequence(sequence, gl.arange(0, 32, LANES), cu_seqlens_q, num_tokens, num_seqs, V)
+    return sequence, unit
