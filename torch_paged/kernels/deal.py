@@ -181,7 +181,7 @@ def following(sequence, unit, tiles, cu_seqlens_q, num_tokens, num_seqs, num_kv_
 
 @triton.jit
 def all_work(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V: tl.constexpr, window=0):
-    """Work of all sequences and of the longest of their units; the units, if all are alike in work, else 0."""
+    """Work of all units but late ones, and of the longest unit; how many units there are, if all are alike, else 0."""
     lane = tl.arange(0, SEQUENCES)
     work = tl.zeros([SEQUENCES], tl.int64)
     longest = tl.zeros([SEQUENCES], tl.int64)

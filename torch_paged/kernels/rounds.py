@@ -15,9 +15,9 @@ The other sees that first, ends, and has written nothing.
 
     turn      |  0: all of it, for the form for short prompts   |  1: round 0  |  2: round 1  |  3: last round  |
 
-Programs with equal work end up to 4% apart, in each run others. So the units of a long prompt that see less than a
-quarter of it are late: not dealt out, but in a list, the longest of a sequence first, from which who has done with its
-pieces takes the next one.
+Programs with equal work end up to 4% apart, in each run others. So the units of a long prompt that see no more
+than a quarter of it are late: not dealt out, but in a list, the longest of a sequence first, from which who has done
+with its pieces takes the next one.
 
 Both kernels here begin while the one before them ends, and touch no memory until all of it has: by then whoever had
 their workspace has done with it. The Hopper kernel begins when they have ended, as it is slower otherwise.
@@ -150,7 +150,7 @@ def _write_piece(pieces, number, sequence, unit, first, units, end_tile, valid):
 def _deal_late(
     pieces, dealt, room, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V: tl.constexpr
 ):
-    """Writes a piece for every late unit, behind the `dealt` ones, and before them where these begin and end."""
+    """Writes a piece for every late unit, behind the `dealt` ones, and ahead of them all where these begin and end."""
     program, lane = tl.program_id(0), tl.arange(0, SEQUENCES)
     before = num_seqs * 0
     for first in range(0, num_seqs, SEQUENCES):
