@@ -15,7 +15,8 @@ ALLOWED = {
     "__init__": {"batch", "cache", "functional", "memory", "ops", "quantise"},
     "functional": {"ops"},
     "ops": {"bounds", "checks", "guard", "options"},  # and, by name, cpu and kernels on first use
-    "checks": {"options"},
+    "checks": {"matching", "options"},
+    "matching": set(),
     "bounds": set(),
     "guard": set(),
     "cache": {

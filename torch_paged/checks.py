@@ -1,17 +1,17 @@
 """What every operator demands of its arguments' dtypes, shapes, strides, devices and options.
 
 One function an operator, with the operator's own signature, run by its fake kernel and at the head of every
-implementation. Sizes may be symbolic: relations between them go through `_require`, never through `if`.
-Values (ids, slots, lengths) are the duty of `bounds`.
+implementation. Values (ids, slots, lengths) are the duty of `bounds`.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from torch_paged.matching import Matcher, form, name_of, require
 from torch_paged.options import SCHEDULE_SHAPE
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -45,10 +45,10 @@ def attention(
     if isinstance(softcap, float) and not (softcap == 0 or _FLOAT32_LIMITS.tiny <= softcap <= _FLOAT32_LIMITS.max):
         raise ValueError(f"softcap must be 0 (off) or a positive normal number in float32, got {softcap}")
     if sliding_window is not None:
-        _require(sliding_window >= 1, lambda: f"sliding_window must be at least 1, got {sliding_window}")
+        require(sliding_window >= 1, lambda: f"sliding_window must be at least 1, got {sliding_window}")
         if not causal:
             raise ValueError(f"sliding_window needs causal=True, got sliding_window={sliding_window}, causal=False")
-    match = _Matcher(query)
+    match = Matcher(query)
     match("query", query, FLOAT_DTYPES, ("num_tokens", "num_heads", "head_dim"), unit_last_stride=True)
     _cache_pair(match, query.dtype, key_cache, value_cache, "query")
     _scales(match, key_cache, value_cache, **scales)
@@ -59,14 +59,14 @@ def attention(
     match("seq_lens", seq_lens, _INT32, ("num_seqs",))
     size = match.sizes
     num_heads, num_kv_heads = size["num_heads"], size["num_kv_heads"]
-    _require(
+    require(
         num_heads % num_kv_heads == 0,
         lambda: f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}",
     )
-    _require(num_heads >= 1, lambda: f"num_heads must be at least 1, got {num_heads}")
+    require(num_heads >= 1, lambda: f"num_heads must be at least 1, got {num_heads}")
     num_tokens, num_seqs = size["num_tokens"], size["num_seqs"]
     if cu_seqlens_q is None:
-        _require(
+        require(
             num_tokens == num_seqs * (num_tokens // torch.sym_max(num_seqs, 1)),
             lambda: (
                 "without cu_seqlens_q, num_tokens must be a multiple of num_seqs, "
@@ -75,7 +75,7 @@ def attention(
         )
     else:
         match("cu_seqlens_q", cu_seqlens_q, _INT32, ("num_seqs + 1",))
-        _require(
+        require(
             size["num_seqs + 1"] == num_seqs + 1,
             lambda: (
                 f"cu_seqlens_q must be int32 [num_seqs + 1] with num_seqs = {num_seqs}, "
@@ -84,14 +84,12 @@ def attention(
         )
     if schedule is not None:
         match("schedule", schedule, _INT32, ("launches", "numbers"))
-        _require(
+        require(
             (size["launches"] == SCHEDULE_SHAPE[0]) & (size["numbers"] == SCHEDULE_SHAPE[1]),
-            lambda: (
-                f"schedule must be int32 {list(SCHEDULE_SHAPE)}, as paged::schedule makes it, got {_form(schedule)}"
-            ),
+            lambda: f"schedule must be int32 {list(SCHEDULE_SHAPE)}, as paged::schedule makes it, got {form(schedule)}",
         )
         strides = schedule.stride()
-        _require(
+        require(
             (strides[0] == SCHEDULE_SHAPE[1]) & (strides[1] == 1),
             lambda: f"schedule must be contiguous, as paged::schedule makes it, got strides {list(strides)}",
         )
@@ -102,7 +100,7 @@ schedule = attention  # `paged::schedule` has the arguments of a call that it is
 
 def merge_attention(output_a: Tensor, lse_a: Tensor, output_b: Tensor, lse_b: Tensor) -> None:
     """Arguments of `paged::merge_attention`."""
-    match = _Matcher(output_a)
+    match = Matcher(output_a)
     for name, output, lse in (("a", output_a, lse_a), ("b", output_b, lse_b)):
         match(f"output_{name}", output, FLOAT_DTYPES, ("num_tokens", "num_heads", "value_head_dim"))
         match(f"lse_{name}", lse, _FLOAT32, ("num_tokens", "num_heads"))
@@ -117,7 +115,7 @@ def append(
     **scales: Tensor | None,
 ) -> None:
     """Arguments of `paged::append`."""
-    match = _Matcher(key)
+    match = Matcher(key)
     _rows_and_caches(match, key, value, key_cache, value_cache, slot_mapping)
     _scales(match, key_cache, value_cache, **scales)
 
@@ -137,24 +135,24 @@ def rotary_append(
     **scales: Tensor | None,
 ) -> None:
     """Arguments of `paged::rotary_append`."""
-    match = _Matcher(query)
+    match = Matcher(query)
     match("query", query, FLOAT_DTYPES, ("num_tokens", "num_heads", "head_dim"))
     if key.dtype != query.dtype:
-        raise TypeError(f"key must have query's dtype {_name(query.dtype)}, got {_name(key.dtype)}")
+        raise TypeError(f"key must have query's dtype {name_of(query.dtype)}, got {name_of(key.dtype)}")
     _rows_and_caches(match, key, value, key_cache, value_cache, slot_mapping)
     _scales(match, key_cache, value_cache, **scales)
     match("cos", cos, FLOAT_DTYPES, ("num_positions", "rotary_dim / 2"))
     match("sin", sin, (cos.dtype,), ("num_positions", "rotary_dim / 2"))
     match("positions", positions, _INT64, ("num_tokens",))
     half, head_dim = match.sizes["rotary_dim / 2"], match.sizes["head_dim"]
-    _require(
+    require(
         (half >= 1) & (2 * half <= head_dim),
-        lambda: f"cos must have 1 to head_dim / 2 = {head_dim / 2:g} columns, got {_form(cos)}",
+        lambda: f"cos must have 1 to head_dim / 2 = {head_dim / 2:g} columns, got {form(cos)}",
     )
 
 
 def _rows_and_caches(
-    match: "_Matcher",
+    match: Matcher,
     key: Tensor,
     value: Tensor | None,
     key_cache: Tensor,
@@ -170,14 +168,14 @@ def _rows_and_caches(
     _cache_pair(match, key.dtype, key_cache, value_cache, "key")
     match("slot_mapping", slot_mapping, _INT64, ("num_slots",))
     slots, tokens = match.sizes["num_slots"], match.sizes["num_tokens"]
-    _require(slots <= tokens, lambda: f"slot_mapping must have at most key's {tokens} rows, got {slots}")
+    require(slots <= tokens, lambda: f"slot_mapping must have at most key's {tokens} rows, got {slots}")
 
 
 def copy_blocks(caches: Sequence[Tensor], block_pairs: Tensor) -> None:
     """Arguments of `paged::copy_blocks`."""
-    match = _Matcher(block_pairs)
+    match = Matcher(block_pairs)
     match("block_pairs", block_pairs, _INT64, ("num_pairs", "2"))
-    _require(match.sizes["2"] == 2, lambda: f"block_pairs must be int64 [num_pairs, 2], got {_form(block_pairs)}")
+    require(match.sizes["2"] == 2, lambda: f"block_pairs must be int64 [num_pairs, 2], got {form(block_pairs)}")
     _block_list(match, caches)
 
 
@@ -227,60 +225,24 @@ def warmup(
         rotary_append(query, key, value, angles, angles, slots, keys, values, slots, **given)
 
 
-class _Matcher:
-    """Compares tensors with symbolic shapes: a dimension's name stands for the same size wherever it occurs."""
-
-    __slots__ = ("device", "sizes")
-
-    def __init__(self, first: Tensor) -> None:
-        self.device = first.device
-        self.sizes: dict[str, int] = {}
-
-    def __call__(
-        self,
-        name: str,
-        tensor: Tensor,
-        dtypes: tuple[torch.dtype, ...],
-        dims: tuple[str, ...],
-        unit_last_stride: bool = False,
-    ) -> None:
-        shape = tensor.shape
-        if tensor.dtype not in dtypes:
-            raise TypeError(f"{name} must be {_expected(dtypes, dims)}, got {_form(tensor)}")
-        if len(shape) != len(dims):
-            raise ValueError(f"{name} must be {_expected(dtypes, dims)}, got {_form(tensor)}")
-        if tensor.device != self.device:
-            raise ValueError(f"{name} must be on {self.device} like the others, got {tensor.device}")
-        for dim, size in zip(dims, shape, strict=True):
-            known = self.sizes.setdefault(dim, size)
-            if known is not size:
-                _require(
-                    known == size,
-                    lambda: f"{name} must be {_expected(dtypes, dims)} with {dim} = {known}, got {_form(tensor)}",
-                )
-        if unit_last_stride:
-            _require(
-                tensor.stride(-1) == 1,
-                lambda: f"{name} must have a last stride of 1, got strides {list(tensor.stride())}",
-            )
-
-
-def _cache_pair(match: _Matcher, dtype: torch.dtype, key_cache: Tensor, value_cache: Tensor | None, like: str) -> None:
+def _cache_pair(match: Matcher, dtype: torch.dtype, key_cache: Tensor, value_cache: Tensor | None, like: str) -> None:
     caches = [("key_cache", key_cache, "head_dim")]
     if value_cache is not None:
         caches.append(("value_cache", value_cache, "value_head_dim"))
     stored = (dtype, *QUANTISED_DTYPES)
     for name, cache, dim in caches:
         if cache.dtype not in stored:
-            others = ", ".join(map(_name, QUANTISED_DTYPES))
-            raise TypeError(f"{name} must have {like}'s dtype {_name(dtype)}, or {others}, got {_name(cache.dtype)}")
+            others = ", ".join(map(name_of, QUANTISED_DTYPES))
+            raise TypeError(
+                f"{name} must have {like}'s dtype {name_of(dtype)}, or {others}, got {name_of(cache.dtype)}"
+            )
         match(name, cache, stored, ("num_blocks", "block_size", "num_kv_heads", dim), unit_last_stride=True)
     sizes = match.sizes
-    _require(sizes["block_size"] >= 1, lambda: f"block_size must be at least 1, got {sizes['block_size']}")
-    _require(sizes["num_kv_heads"] >= 1, lambda: f"num_kv_heads must be at least 1, got {sizes['num_kv_heads']}")
+    require(sizes["block_size"] >= 1, lambda: f"block_size must be at least 1, got {sizes['block_size']}")
+    require(sizes["num_kv_heads"] >= 1, lambda: f"num_kv_heads must be at least 1, got {sizes['num_kv_heads']}")
     key_dim = sizes["head_dim"]
     value_dim = sizes.get("value_head_dim", 512)
-    _require(
+    require(
         ((key_dim >= 16) & (key_dim <= 512) & (value_dim >= 16) & (value_dim <= 512))
         | ((key_dim == 576) & (value_dim == 512)),
         lambda: (
@@ -291,7 +253,7 @@ def _cache_pair(match: _Matcher, dtype: torch.dtype, key_cache: Tensor, value_ca
 
 
 def _scales(
-    match: _Matcher,
+    match: Matcher,
     key_cache: Tensor,
     value_cache: Tensor | None,
     key_scale: Tensor | None = None,
@@ -303,7 +265,7 @@ def _scales(
     for side, cache, scale, scale_cache in sides:
         given = [f"{side}_scale"] * (scale is not None) + [f"{side}_scale_cache"] * (scale_cache is not None)
         if given and (cache is None or cache.dtype not in QUANTISED_DTYPES):
-            stored = "no" if cache is None else f"an unquantised {_name(cache.dtype)}"
+            stored = "no" if cache is None else f"an unquantised {name_of(cache.dtype)}"
             raise ValueError(f"{given[0]} must be None with {stored} {side}_cache, got one")
         if len(given) == 2:
             raise ValueError(f"{side}_scale (static) and {side}_scale_cache (per token) exclude each other, got both")
@@ -311,13 +273,13 @@ def _scales(
             raise ValueError(f"{side}_cache of int8 needs {side}_scale or {side}_scale_cache, got neither")
         if scale is not None:
             if scale.dtype != torch.float32:
-                raise TypeError(f"{side}_scale must be float32, 0-dim or [num_kv_heads], got {_form(scale)}")
+                raise TypeError(f"{side}_scale must be float32, 0-dim or [num_kv_heads], got {form(scale)}")
             match(f"{side}_scale", scale, _FLOAT32, ("num_kv_heads",) if scale.dim() else ())
         if scale_cache is not None:
             match(f"{side}_scale_cache", scale_cache, _FLOAT32, ("num_blocks", "block_size", "num_kv_heads"))
 
 
-def _block_list(match: _Matcher, caches: Sequence[Tensor]) -> None:
+def _block_list(match: Matcher, caches: Sequence[Tensor]) -> None:
     for index, cache in enumerate(caches):
         name = f"caches[{index}]"
         if cache.dim() == 0:
@@ -325,7 +287,7 @@ def _block_list(match: _Matcher, caches: Sequence[Tensor]) -> None:
         if cache.device != match.device:
             raise ValueError(f"{name} must be on {match.device} like the others, got {cache.device}")
         known = match.sizes.setdefault("num_blocks", cache.shape[0])
-        _require(
+        require(
             known == cache.shape[0],
             lambda: f"caches must have the same first dimension, got {known} and, in {name}, {cache.shape[0]}",
         )
@@ -333,42 +295,24 @@ def _block_list(match: _Matcher, caches: Sequence[Tensor]) -> None:
 
 def _staging(name: str, staging: Tensor, blocks: Tensor, caches: Sequence[Tensor]) -> None:
     """`staging`, row by row, holds a block of every cache in turn."""
-    match = _Matcher(blocks)
+    match = Matcher(blocks)
     match("blocks", blocks, _INT64, ("num_rows",))
     _block_list(match, caches)
     if staging.device != match.device:
         raise ValueError(f"{name} must be on {match.device} like the others, got {staging.device}")
     dtypes = {cache.dtype for cache in caches}
     if staging.dtype != torch.uint8 and dtypes != {staging.dtype}:
-        expected = " or ".join(sorted({"uint8", *map(_name, dtypes)})) if len(dtypes) == 1 else "uint8"
-        raise TypeError(f"{name} must be {expected}, got {_form(staging)}")
+        expected = " or ".join(sorted({"uint8", *map(name_of, dtypes)})) if len(dtypes) == 1 else "uint8"
+        raise TypeError(f"{name} must be {expected}, got {form(staging)}")
     if staging.dim() == 0:
         raise ValueError(f"{name} must be [num_rows, ...], got a 0-dim tensor")
     if not staging.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {list(staging.stride())}")
     rows = match.sizes["num_rows"]
-    _require(staging.shape[0] == rows, lambda: f"{name} must have {rows} rows like blocks, got {_form(staging)}")
+    require(staging.shape[0] == rows, lambda: f"{name} must have {rows} rows like blocks, got {form(staging)}")
     row_bytes = math.prod(staging.shape[1:]) * staging.element_size()
     block_bytes = sum(math.prod(cache.shape[1:]) * cache.element_size() for cache in caches)
-    _require(
+    require(
         row_bytes == block_bytes,
         lambda: f"{name} must hold {block_bytes} bytes a row, one block of every cache, got {row_bytes} bytes",
     )
-
-
-def _require(condition: Any, message: Callable[[], str]) -> None:
-    """Raise ValueError unless `condition`; a condition on symbolic sizes becomes an assertion of the graph."""
-    if condition is not True:
-        torch._check_value(condition, message)
-
-
-def _expected(dtypes: tuple[torch.dtype, ...], dims: tuple[str, ...]) -> str:
-    return f"{' or '.join(map(_name, dtypes))} [{', '.join(dims)}]"
-
-
-def _form(value: Any) -> str:
-    return f"{_name(value.dtype)} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
