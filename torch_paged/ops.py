@@ -218,7 +218,7 @@ def _remembered(name: str, prepared: _Preparing) -> _Preparing:
             name,
             package,
             *[
-                (arg.dtype, arg.shape, arg.stride(), arg.device, arg.data_ptr() % _ALIGNMENT)
+                (arg.dtype, arg.shape, arg.stride(), arg.get_device(), arg.data_ptr() % _ALIGNMENT)
                 if isinstance(arg, Tensor)
                 else arg
                 for arg in (*args, *kwargs, *kwargs.values())

@@ -18,7 +18,7 @@ from torch_paged.kernels.head_rows import (
     slots_of,
     store_heads,
 )
-from torch_paged.kernels.launch import Launcher, Plans, layout
+from torch_paged.kernels.launch import Launcher, Plans, addresses, layout
 from torch_paged.kernels.storage import as_bytes
 from torch_paged.kernels.vectors import (
     common_vector,
@@ -157,7 +157,8 @@ def append(
         return _append_quantising(tensors, slot_mapping, sides, scales)
     metadata = (key.device, sides, slot_mapping.shape[0], *map(layout, tensors))
     launcher, numbers = _plans.get(metadata) or _plans.remember(metadata, _plan(tensors, slot_mapping.shape[0], sides))
-    launcher(*tensors, dense(slot_mapping), *numbers)
+    written = *tensors, dense(slot_mapping)
+    launcher(*(addresses(written) if launcher.ready else written), *numbers)
 
 
 _plans: Plans[tuple[Launcher, list[int]]] = Plans()

@@ -214,11 +214,11 @@ def launch_attention(
 ) -> None:
     """Writes the rows of `output` and `lse` whose sequences `launch` serves: for tests and benchmarks."""
     step = step_of(_attention, launch, query, key_cache, value_cache, block_table, options)
+    workspace = query.new_empty(step.workspace, dtype=torch.float32)
+    dealt, stamp = (seq_lens, 0) if schedule is None else (schedule, stamp_of(step, options))
     step.launch(
-        query, step.viewed(key_cache, value_cache), block_table, seq_lens, cu_seqlens_q,
-        seq_lens if schedule is None else schedule, 0 if schedule is None else stamp_of(step, options), output, lse,
-        query.new_empty(step.workspace, dtype=torch.float32), base2_factors(scale, options.softcap),
-        *options_of(options),
+        *step.viewed(query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, output, lse, workspace),
+        dealt, stamp, base2_factors(scale, options.softcap), *options_of(options),
     )  # fmt: skip
 
 

@@ -1,11 +1,14 @@
 """One call of attention on the host. All that metadata and options decide is settled once, for calls that repeat."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torch_paged.kernels.attention_plan import Step, base2_factors, options_of, plan, stamp_of
+from torch_paged.kernels.device import empty_strided
+from torch_paged.kernels.launch import addresses
 from torch_paged.kernels.vectors import dense
 from torch_paged.options import PLAIN, AttentionOptions
 
@@ -41,8 +44,10 @@ class AttentionCall:
         with_lse: bool,
     ) -> None:
         self._kernel, self._causal, self._with_lse = kernel, causal, with_lse
-        self._rows = query.shape[:2]
+        self._rows = query.shape[0], query.shape[1]
         self._shape = (*self._rows, value_cache.shape[3])
+        self._strides = (self._shape[1] * self._shape[2], self._shape[2], 1)
+        self._empty = empty_strided(query.device.type)
         # The kernel multiplies the largest score of a row, so its factor must not turn the order around.
         self._negated = scale < 0
         self._factors = base2_factors(abs(scale), options.softcap)
@@ -69,27 +74,28 @@ class AttentionCall:
             query = -query if self._negated else query
             block_table, seq_lens = dense(block_table), dense(seq_lens)
             cu_seqlens_q = None if cu_seqlens_q is None else dense(cu_seqlens_q)
-        addresses = key, value = key_cache.data_ptr(), value_cache.data_ptr()
-        launches, numbers = self._launches.get(key == value) or self._plan(
-            key == value, query, key_cache, value_cache, block_table, cu_seqlens_q, options
+        shared = key_cache.data_ptr() == value_cache.data_ptr()
+        launches, numbers = self._launches.get(shared) or self._plan(
+            shared, query, key_cache, value_cache, block_table, cu_seqlens_q, options
         )
-        output = query.new_empty(self._shape)
-        workspace = query.new_empty(numbers, dtype=torch.float32)
-        lse = query.new_empty(self._rows, dtype=torch.float32) if self._with_lse else workspace
+        output = self._empty(self._shape, self._strides, query.dtype)
+        workspace = self._empty((numbers,), (1,), torch.float32)
+        lse = self._empty(self._rows, (self._rows[1], 1), torch.float32) if self._with_lse else workspace
         if not launches:
             output.zero_()
             if self._with_lse:
                 lse.copy_(_lse_of_no_key(query.shape[0], block_table, cu_seqlens_q, options.sinks))
         for step, stamp, first, row in launches:
-            ready = step.ready
-            # Without a stamp nobody looks at what stands for the schedule.
-            its_schedule = seq_lens if schedule is None else schedule[row] if row else schedule
-            step.launch(
-                query, addresses if ready else step.viewed(key_cache, value_cache), block_table, seq_lens, cu_seqlens_q,
-                its_schedule, 0 if schedule is None else stamp, output, lse,
-                workspace.data_ptr() + _FLOAT32 * first if ready else workspace[first:],
-                self._factors, *options_of(options),
-            )  # fmt: skip
+            if schedule is None:
+                dealt, stamp = seq_lens, 0  # without a stamp nobody looks there
+            else:
+                dealt = schedule[row] if row else schedule
+            tensors = query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, output, lse
+            if step.ready:
+                taken = [*addresses(tensors), workspace.data_ptr() + _FLOAT32 * first, dealt.data_ptr()]
+            else:
+                taken = step.viewed(*tensors, workspace[first:], dealt)
+            step.launch(*taken, stamp, self._factors, *options_of(options))
         return (output, lse) if self._with_lse else output
 
     def _plan(
@@ -104,7 +110,7 @@ class AttentionCall:
     ) -> tuple[list[_Launch], int]:
         """What to launch, and the float32 numbers of its workspace; an lse that nobody wants stands at its head."""
         steps = plan(self._kernel, query, key_cache, value_cache, block_table, cu_seqlens_q, self._causal, options)
-        numbers = 0 if self._with_lse else _aligned(self._rows.numel())
+        numbers = 0 if self._with_lse else _aligned(math.prod(self._rows))
         launches = []
         for row, step in zip(reversed(range(len(steps))), steps, strict=True):
             launches.append(_Launch(step, stamp_of(step, options), numbers, row))

@@ -44,18 +44,21 @@ class Step(NamedTuple):
         """Whether addresses may stand for tensors."""
         return self.attend.ready and self.combine.ready
 
-    def viewed(self, key_cache: Tensor, value_cache: Tensor) -> tuple[Tensor, Tensor]:
-        """The caches as the kernel takes them."""
-        return (
-            viewed(key_cache, self.key_view) if self.key_view else key_cache,
-            viewed(value_cache, self.value_view) if self.value_view else value_cache,
-        )
+    def viewed(self, query: Tensor, key_cache: Tensor, value_cache: Tensor, *others: Any) -> list[Any]:
+        """The same, but for the caches, which are what the kernel takes them for."""
+        if self.key_view:
+            key_cache = viewed(key_cache, self.key_view)
+        if self.value_view:
+            value_cache = viewed(value_cache, self.value_view)
+        return [query, key_cache, value_cache, *others]
 
     def launch(
-        self, query: Any, caches: Any, block_table: Any, seq_lens: Any, cu_seqlens_q: Any, schedule: Any, stamp: int,
-        output: Any, lse: Any, workspace: Any, factors: Any, window: int, slopes: Any, sinks: Any, *scales: Any,
+        self, query: Any, key_cache: Any, value_cache: Any, block_table: Any, seq_lens: Any, cu_seqlens_q: Any,
+        output: Any, lse: Any, workspace: Any, schedule: Any, stamp: int, factors: Any, window: int, slopes: Any,
+        sinks: Any, *scales: Any,
     ) -> None:  # fmt: skip
         """Both kernels, with tensors or, once it is `ready`, with addresses."""
+        caches = key_cache, value_cache
         self.attend(
             query, caches, block_table, seq_lens, cu_seqlens_q, schedule, stamp, output, lse, workspace, factors,
             *self.sizes, *self.layout, window, slopes, sinks, *scales,

@@ -1,8 +1,10 @@
-"""Properties of the devices that kernels are launched on."""
+"""Properties of the devices that kernels are launched on, and memory there."""
 
 import functools
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from torch_paged.kernels.problem import Device
 
@@ -22,3 +24,11 @@ def device_of(device: torch.device) -> Device:
         capability=10 * properties.major + properties.minor,
         amd=torch.version.hip is not None,
     )
+
+
+@functools.cache
+def empty_strided(device_type: str) -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]:
+    """`torch.empty_strided` on the current device: in half the time, as Inductor's code does it, if there is that."""
+    fast: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor] | None
+    fast = getattr(torch._C._dynamo.guards, f"_empty_strided_{device_type}", None)
+    return fast or (lambda shape, stride, dtype: torch.empty_strided(shape, stride, dtype=dtype, device=device_type))

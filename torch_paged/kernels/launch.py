@@ -1,6 +1,6 @@
 """Launches of Triton kernels: refused where a CUDA graph could not be captured, and cheap where they repeat."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -45,6 +45,11 @@ class Plans(dict[tuple[Any, ...], Plan]):
 def layout(tensor: Tensor) -> tuple[Any, ...]:
     """What of a tensor decides how a kernel reads it."""
     return tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() % 16
+
+
+def addresses(tensors: Iterable[Tensor | None]) -> list[Any]:
+    """Where `tensors` begin, to be launched with in their place: Triton would ask the driver about every tensor."""
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 class Launcher:

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_paged.kernels.launch import Launcher, Plans, layout
+from torch_paged.kernels.launch import Launcher, Plans, addresses, layout
 from torch_paged.kernels.vectors import (
     effective_strides,
     strides_in_vectors,
@@ -87,7 +87,8 @@ def merge_attention(output_a: Tensor, lse_a: Tensor, output_b: Tensor, lse_b: Te
     parts = (output_a, lse_a, output_b, lse_b)
     metadata = output_a.device, *map(layout, parts)
     launcher, numbers = _plans.get(metadata) or _plans.remember(metadata, _plan(parts))
-    launcher(*parts, output, lse, *numbers)
+    tensors = *parts, output, lse
+    launcher(*(addresses(tensors) if launcher.ready else tensors), *numbers)
     return output, lse
 
 
