@@ -76,6 +76,7 @@ class Kernel(NamedTuple):
     pending: int  # asynchronous copies that may still be under way while a tile is computed
     instructions: dict[str, int]  # how many of each kind that `_SASS` or `_AMDGCN` names
     pipelined_loops: int  # loops of Hopper's machine code that wait for one product while the next is under way
+    overlapped: int  # exponentials that do not wait for the last product in such a loop
 
 
 class _AbsentDevice(DriverBase):
@@ -140,7 +141,7 @@ def compiler(target: str) -> str:
 @functools.cache
 def _reader() -> str:
     """The source of what reads figures from machine code."""
-    functions = map(inspect.getsource, (_read, _pipelined_loops, _nvidia, _amd))
+    functions = map(inspect.getsource, (_read, _pipelined_loops, _overlapped, _nvidia, _amd))
     return "\n".join((*functions, str(_SASS), str(_AMDGCN)))
 
 
@@ -215,6 +216,7 @@ def _read(compiled: Any) -> Kernel:
         pending=max(pending, default=0),
         instructions={name: len(re.findall(pattern, code, re.MULTILINE)) for name, pattern in patterns.items()},
         pipelined_loops=len(_pipelined_loops(code)),
+        overlapped=_overlapped(code),
     )
 
 
@@ -230,6 +232,16 @@ def _pipelined_loops(code: str) -> list[str]:
     waits = [number for number, line in enumerate(lines) if "DEPBAR.LE gsb0, 0x1" in line]
     around = [[span for span in spans if wait in span] for wait in waits]
     return ["".join(lines[min(loops, key=len).start : min(loops, key=len).stop]) for loops in around if loops]
+
+
+def _overlapped(code: str) -> int:
+    """Exponentials between the last product of a pipelined loop without masks and the wait for it, in that with fewest.
+
+    The assembler puts the wait where it likes: with none before it, all of them wait for the product.
+    """
+    without_masks = [loop for loop in _pipelined_loops(code) if loop.count("FSEL") <= 16]
+    under_way = [loop.rpartition("HGMMA")[2].rpartition("DEPBAR.LE gsb0")[0] for loop in without_masks]
+    return min((part.count("MUFU.EX2") for part in under_way), default=0)
 
 
 def _nvidia(compiled: Any) -> tuple[int, str, dict[str, str]]:

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from torch_paged.kernels.deal import LAST_TILE, LATE_UNITS
+from torch_paged.kernels.deal import LAST_TILE
 from torch_paged.kernels.launch_config import attention_launches
 from torch_paged.kernels.launch_tiles import LONG_LOOP
 from torch_paged.kernels.problem import Device, Problem, next_power_of_two
 from torch_paged.kernels.rounds import begin_rounds, deal_pieces, most_late, num_piece_ints
+from torch_paged.kernels.units import LATE_UNITS
 
 pytestmark = [pytest.mark.interpreter if os.environ.get("TRITON_INTERPRET") == "1" else pytest.mark.gpu]
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"

@@ -18,8 +18,9 @@ from torch_paged.kernels.attention_schedule import is_scheduled, scheduled_piece
 from torch_paged.kernels.attention_state import nothing_seen, write_output, write_partial, write_sums
 from torch_paged.kernels.attention_stored import normalise, static_scale
 from torch_paged.kernels.attention_tiles import attend, load_query, prefetch
-from torch_paged.kernels.deal import deal, following, key_count, query_range, query_tiles
+from torch_paged.kernels.deal import deal
 from torch_paged.kernels.launch_config import AttentionLaunch
+from torch_paged.kernels.units import following, key_count, query_range, query_tiles
 from torch_paged.options import PLAIN, AttentionOptions
 
 

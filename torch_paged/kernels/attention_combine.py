@@ -7,9 +7,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from torch_paged.kernels.attention_logits import LN_2, LOG2_E
 from torch_paged.kernels.attention_schedule import is_scheduled, scheduled_handoff
 from torch_paged.kernels.attention_tiles import store_rows
-from torch_paged.kernels.deal import query_range, query_tiles
 from torch_paged.kernels.launch import Launcher
 from torch_paged.kernels.launch_config import AttentionLaunch
+from torch_paged.kernels.units import query_range, query_tiles
 
 
 @triton.jit

@@ -17,9 +17,10 @@ before it ends, and the first of combine: whoever waits for these has waited for
 import triton
 import triton.language as tl
 
-from torch_paged.kernels.deal import piece_of, share_of, tiles_of_unit
+from torch_paged.kernels.deal import piece_of, share_of
 from torch_paged.kernels.launch import Launcher
 from torch_paged.kernels.launch_config import AttentionLaunch
+from torch_paged.kernels.units import tiles_of_unit
 from torch_paged.options import SCHEDULE_SHAPE
 
 MOST_PROGRAMS = SCHEDULE_SHAPE[1] // 8 - 1

@@ -4,8 +4,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from torch_paged.kernels.attention_rows import tiles_of_keys
-from torch_paged.kernels.deal import key_count, late_tiles, next_sequence, query_range, query_tiles
 from torch_paged.kernels.rounds import PIECE, PIECES_BEGIN
+from torch_paged.kernels.units import key_count, late_tiles, next_sequence, query_range, query_tiles
 
 SEQUENCE: gl.constexpr = gl.constexpr(0)  # what `deal_pieces` writes of a piece
 UNIT: gl.constexpr = gl.constexpr(1)

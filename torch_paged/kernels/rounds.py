@@ -28,18 +28,14 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from torch_paged.kernels.attention_state import write_sums
-from torch_paged.kernels.deal import (
-    LAST_TILE,
+from torch_paged.kernels.deal import LAST_TILE, all_work, equal_share, locate, tile_at
+from torch_paged.kernels.units import (
     SEQUENCES,
-    all_work,
-    equal_share,
     following,
     key_count,
     late_tiles,
-    locate,
     query_range,
     query_tiles,
-    tile_at,
     tiles_of_unit,
 )
 
