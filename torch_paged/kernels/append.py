@@ -48,9 +48,7 @@ def _append_tile(
 ):
     """One tile of rows into their slots."""
     row, head, dim = tile_vectors(NUM_HEADS, HEAD_DIM, VECTOR, VECTORS)
-    slot = tl.load(slot_mapping + row, mask=row < num_rows, other=-1)
-    inside = (slot >= 0) & (slot < num_slots)
-    slot = tl.where(inside, slot, 0)
+    slot, inside = slots_of(slot_mapping, row, num_rows, num_slots)
     source = row * row_strides[0] + head * row_strides[1]
     target = slot // BLOCK_SIZE * cache_strides[0] + slot % BLOCK_SIZE * cache_strides[1] + head * cache_strides[2]
     # [VECTORS, VECTOR]

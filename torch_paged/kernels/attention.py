@@ -15,9 +15,8 @@ from torch_paged.kernels.attention_combine import handoff_in
 from torch_paged.kernels.attention_plan import Step, base2_factors, options_of, plan, stamp_of, step_of
 from torch_paged.kernels.attention_rows import first_seen, rows_of, sinks_of, visible_to
 from torch_paged.kernels.attention_schedule import is_scheduled, scheduled_piece
-from torch_paged.kernels.attention_state import nothing_seen, write_output, write_partial, write_sums
-from torch_paged.kernels.attention_stored import normalise, static_scale
-from torch_paged.kernels.attention_tiles import attend, load_query, prefetch
+from torch_paged.kernels.attention_state import leave, nothing_seen, write_output, write_partial
+from torch_paged.kernels.attention_tiles import attend, prefetch, query_of
 from torch_paged.kernels.deal import deal
 from torch_paged.kernels.launch_config import AttentionLaunch
 from torch_paged.kernels.units import following, key_count, query_range, query_tiles
@@ -86,9 +85,6 @@ def _attention(
     """
     BLOCK_M: tl.constexpr = V.block_m
     TILE: tl.constexpr = V.tile
-    K0: tl.constexpr = V.key_widths[0]
-    K1: tl.constexpr = V.key_widths[1]
-    KEY: tl.constexpr = V.has.key
     num_heads = num_kv_heads * V.group
     lane = tl.arange(0, BLOCK_M)
     program = tl.program_id(0)
@@ -142,20 +138,7 @@ def _attention(
             query_head += (head * V.group).to(tl.int64) * query_strides[1]
             query_rows = (packed // V.group).to(tl.int64) * query_strides[0]
             query_rows += (packed % V.group).to(tl.int64) * query_strides[1]
-            query0 = load_query(query_head + query_rows, valid, 0, K0, V)
-            query1 = query0
-            if K1 > 0:
-                query1 = load_query(query_head + query_rows, valid, K0, K1, V)
-            its_query = (query0, query1)
-            factor = scale
-            cap = scale
-            if V.has.softcap:
-                factor, cap = scale
-            if V.has.normalised:
-                its_query, power = normalise(query0, query1, V)
-                factor = factor * power
-            if KEY.scale == "scalar" or KEY.scale == "head":
-                factor = factor * static_scale(key_scale, head, KEY)
+            its_query, factor, cap = query_of(query_head + query_rows, valid, scale, key_scale, head, V)
             state = nothing_seen(value_scale, head, V)
             state = _attend_unit(
                 state, its_query, its_caches, cache_strides, its_table, first + skipped, last + skipped,
@@ -178,12 +161,7 @@ def _attention(
         sequence, unit = following(sequence, unit + 1, tiles, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, V)
     if V.overlap:
         gdc_wait()
-    if left_before == 0:  # others may look here for a part: an empty one
-        write_sums(workspace, lane * 0.0 - float("inf"), lane * 0.0, 2 * program * BLOCK_M + lane, lane < BLOCK_M, V)
-    handoff = handoff_in(workspace, V)
-    tl.store(handoff + program, left_before)
-    tl.store(handoff + tl.num_programs(0) + program, left_sequence)
-    tl.store(handoff + 2 * tl.num_programs(0) + program, left_unit)
+    leave(workspace, handoff_in(workspace, V), left_before, left_sequence, left_unit, V)
 
 
 def steps_of(

@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from torch_paged.kernels.attention_logits import LN_2, LOG2_E
+from torch_paged.kernels.attention_logits import LN_2
+from torch_paged.kernels.attention_rows import sinks_of
 from torch_paged.kernels.attention_schedule import is_scheduled, scheduled_handoff
 from torch_paged.kernels.attention_tiles import store_rows
 from torch_paged.kernels.launch import Launcher
@@ -124,10 +125,7 @@ def _combine(
     packed = first_row % V.group + lane
     output_row = (start + first_row // V.group).to(tl.int64) * num_heads + head * V.group
     output_rows = packed // V.group * num_heads + packed % V.group
-    sink = largest
-    if V.has.sinks:
-        row_sinks = sinks + head * V.group + packed % V.group
-        sink = tl.load(row_sinks, mask=valid & (sequence < num_seqs), other=float("-inf")) * LOG2_E
+    sink = sinks_of(packed, head, sequence, num_seqs, sinks, V)
     row_factor, row_lse = finish(largest, total, sink, V)
     tl.store(lse + output_row + output_rows, row_lse, mask=valid)
     store_rows(output + output_row * DIM, output_rows, result * row_factor[:, None], valid, 0, WIDTH, DIM)

@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from torch_paged.kernels.attention_logits import LN_2
 from torch_paged.kernels.attention_rows import visible_to
+from torch_paged.kernels.deal import UNITS
 from torch_paged.kernels.hopper_loader import load_keys, load_values
 from torch_paged.kernels.hopper_ring import RECORD, RING, forget, keys_of_unit, left_of_unit, rows_of_unit
 from torch_paged.kernels.hopper_tiles import (
@@ -25,7 +26,7 @@ from torch_paged.kernels.hopper_tiles import (
     lanes_of,
     zero,
 )
-from torch_paged.kernels.hopper_units import UNITS, of_piece
+from torch_paged.kernels.hopper_units import of_piece
 
 
 @gluon.jit

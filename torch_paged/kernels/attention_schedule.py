@@ -17,7 +17,7 @@ before it ends, and the first of combine: whoever waits for these has waited for
 import triton
 import triton.language as tl
 
-from torch_paged.kernels.deal import piece_of, share_of
+from torch_paged.kernels.deal import END, FIRST, PIECE, SEQUENCE, UNIT, UNITS, piece_of, share_of, write_piece
 from torch_paged.kernels.launch import Launcher
 from torch_paged.kernels.launch_config import AttentionLaunch
 from torch_paged.kernels.units import tiles_of_unit
@@ -36,19 +36,19 @@ def is_scheduled(schedule, stamp):
 @triton.jit
 def scheduled_piece(schedule, stamp):
     """This program's piece, as `deal` would return it, if there is a schedule for this launch."""
-    piece = schedule + _PIECES + 5 * tl.program_id(0)
+    piece = schedule + _PIECES + PIECE * tl.program_id(0)
     given = stamp != 0
-    sequence = tl.load(piece, mask=given, other=0)
-    unit = tl.load(piece + 1, mask=given, other=0)
-    first = tl.load(piece + 2, mask=given, other=0)
-    units = tl.load(piece + 3, mask=given, other=0)
-    return sequence, unit, first, units, tl.load(piece + 4, mask=given, other=0)
+    sequence = tl.load(piece + SEQUENCE, mask=given, other=0)
+    unit = tl.load(piece + UNIT, mask=given, other=0)
+    first = tl.load(piece + FIRST, mask=given, other=0)
+    units = tl.load(piece + UNITS, mask=given, other=0)
+    return sequence, unit, first, units, tl.load(piece + END, mask=given, other=0)
 
 
 @triton.jit
 def scheduled_handoff(schedule):
     """What the programs leave, as they would write it behind their partial results."""
-    return schedule + _PIECES + 5 * tl.num_programs(0)
+    return schedule + _PIECES + PIECE * tl.num_programs(0)
 
 
 @triton.jit(
@@ -62,12 +62,7 @@ def _schedule(seq_lens, cu_seqlens_q, schedule, num_tokens, num_seqs, num_kv_hea
     sequence, unit, first, units, end_tile = piece_of(
         begin, end, near, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V, window
     )
-    piece = schedule + _PIECES + 5 * program
-    tl.store(piece, sequence)
-    tl.store(piece + 1, unit)
-    tl.store(piece + 2, first)
-    tl.store(piece + 3, units)
-    tl.store(piece + 4, end_tile)
+    write_piece(schedule + _PIECES + PIECE * program, sequence, unit, first, units, end_tile)
 
     key_tiles = tiles_of_unit(sequence, unit, seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys, V, window)
     last = tl.minimum(tl.where(units == 1, end_tile, key_tiles), key_tiles)

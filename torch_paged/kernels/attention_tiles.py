@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from torch_paged.kernels.attention_logits import logits, sees
-from torch_paged.kernels.attention_stored import widen, widen_pairs
+from torch_paged.kernels.attention_stored import normalise, static_scale, widen, widen_pairs
 
 
 @triton.jit
@@ -218,6 +218,29 @@ def load_query(pointers, valid, COLUMN: tl.constexpr, WIDTH: tl.constexpr, V: tl
     if V.aligned:
         pointers = tl.max_contiguous(tl.multiple_of(pointers, (1, 16)), (1, WIDTH))
     return tl.load(pointers, mask=valid[:, None] & (column < V.head_dim)[None, :], other=0.0)
+
+
+@triton.jit
+def query_of(pointers, valid, scale, key_scale, head, V: tl.constexpr):
+    """Both pieces of the query rows of one head, and the `factor` and `cap` of their logits."""
+    K0: tl.constexpr = V.key_widths[0]
+    K1: tl.constexpr = V.key_widths[1]
+    KEY: tl.constexpr = V.has.key
+    query0 = load_query(pointers, valid, 0, K0, V)
+    query1 = query0
+    if K1 > 0:
+        query1 = load_query(pointers, valid, K0, K1, V)
+    query = (query0, query1)
+    factor = scale
+    cap = scale
+    if V.has.softcap:
+        factor, cap = scale
+    if V.has.normalised:
+        query, power = normalise(query0, query1, V)
+        factor = factor * power
+    if KEY.scale == "scalar" or KEY.scale == "head":
+        factor = factor * static_scale(key_scale, head, KEY)
+    return query, factor, cap
 
 
 @triton.jit

@@ -18,6 +18,12 @@ import triton.language as tl
 from torch_paged.kernels.units import SEQUENCES, following, key_count, late_tiles, query_range, query_tiles
 
 LAST_TILE: tl.constexpr = tl.constexpr(2**31 - 1)  # of any unit
+SEQUENCE: tl.constexpr = tl.constexpr(0)  # where the numbers of a piece stand in memory, see `piece_of`
+UNIT: tl.constexpr = tl.constexpr(1)
+FIRST: tl.constexpr = tl.constexpr(2)
+UNITS: tl.constexpr = tl.constexpr(3)
+END: tl.constexpr = tl.constexpr(4)
+PIECE: tl.constexpr = tl.constexpr(5)
 
 
 @triton.jit
@@ -246,6 +252,16 @@ def piece_of(
         tiles = query_tiles(queries, V)
         sequence, unit = following(sequence, unit, tiles, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, V)
     return sequence, unit, tile_at(inside, V), units, end_tile
+
+
+@triton.jit
+def write_piece(piece, sequence, unit, first, units, end_tile, valid=True):
+    """Writes a piece, or several."""
+    tl.store(piece + SEQUENCE, sequence, mask=valid)
+    tl.store(piece + UNIT, unit, mask=valid)
+    tl.store(piece + FIRST, first, mask=valid)
+    tl.store(piece + UNITS, units, mask=valid)
+    tl.store(piece + END, end_tile, mask=valid)
 
 
 @triton.jit

@@ -12,17 +12,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from torch_paged.kernels.deal import SEQUENCE, UNIT, UNITS
 from torch_paged.kernels.hopper_ring import forget, hear, rows_of_unit, source_of_unit, tell
-from torch_paged.kernels.hopper_units import (
-    SEQUENCE,
-    UNIT,
-    UNITS,
-    next_piece,
-    next_unit,
-    of_piece,
-    sequence_of,
-    span_of,
-)
+from torch_paged.kernels.hopper_units import next_piece, next_unit, of_piece, sequence_of, span_of
 
 _copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name from Triton 3.9 on, and before
 

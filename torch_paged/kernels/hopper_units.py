@@ -4,14 +4,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from torch_paged.kernels.attention_rows import tiles_of_keys
-from torch_paged.kernels.rounds import PIECE, PIECES_BEGIN
+from torch_paged.kernels.deal import END, FIRST, PIECE, UNITS
+from torch_paged.kernels.rounds import PIECES_BEGIN
 from torch_paged.kernels.units import key_count, late_tiles, next_sequence, query_range, query_tiles
-
-SEQUENCE: gl.constexpr = gl.constexpr(0)  # what `deal_pieces` writes of a piece
-UNIT: gl.constexpr = gl.constexpr(1)
-FIRST: gl.constexpr = gl.constexpr(2)
-UNITS: gl.constexpr = gl.constexpr(3)
-END: gl.constexpr = gl.constexpr(4)
 
 
 @gluon.jit

@@ -27,8 +27,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from torch_paged.kernels.attention_state import write_sums
-from torch_paged.kernels.deal import LAST_TILE, all_work, equal_share, locate, tile_at
+from torch_paged.kernels.attention_state import leave
+from torch_paged.kernels.deal import LAST_TILE, PIECE, all_work, equal_share, locate, tile_at, write_piece
 from torch_paged.kernels.units import (
     SEQUENCES,
     following,
@@ -39,7 +39,6 @@ from torch_paged.kernels.units import (
     tiles_of_unit,
 )
 
-PIECE: tl.constexpr = tl.constexpr(5)  # numbers of one
 PIECES_BEGIN: tl.constexpr = tl.constexpr(2)  # where `deal_pieces` writes the first
 
 
@@ -123,26 +122,6 @@ def _has_long_loops(
 
 
 @triton.jit
-def _leave_nothing(partial, handoff, V: tl.constexpr):
-    """Empties what this program of attention leaves to others; they may look in its first slot for a part."""
-    program, lane = tl.program_id(0), tl.arange(0, triton.next_power_of_2(V.block_m))
-    write_sums(partial, lane * 0.0 - float("inf"), lane * 0.0, 2 * program * V.block_m + lane, lane < V.block_m, V)
-    tl.store(handoff + program, 0)
-    tl.store(handoff + tl.num_programs(0) + program, -1)
-
-
-@triton.jit
-def _write_piece(pieces, number, sequence, unit, first, units, end_tile, valid):
-    """Writes a piece, or several."""
-    piece = pieces + PIECES_BEGIN + PIECE * number
-    tl.store(piece, sequence, mask=valid)
-    tl.store(piece + 1, unit, mask=valid)
-    tl.store(piece + 2, first, mask=valid)
-    tl.store(piece + 3, units, mask=valid)
-    tl.store(piece + 4, end_tile, mask=valid)
-
-
-@triton.jit
 def _deal_late(
     pieces, dealt, room, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V: tl.constexpr
 ):
@@ -161,7 +140,8 @@ def _deal_late(
                 tile = (its_units - 1 - number) // num_kv_heads
                 unit = number % num_kv_heads * tiles + tile
                 valid = (number < its_units) & (begin + number < room)
-                _write_piece(pieces, dealt + begin + number, sequence, unit, 0, 1, LAST_TILE, valid)
+                piece = pieces + PIECES_BEGIN + PIECE * (dealt + begin + number)
+                write_piece(piece, sequence, unit, 0, 1, LAST_TILE, valid)
         before = tl.minimum(before + tl.sum(units), room)
     if program == 0:
         tl.store(pieces, dealt)
@@ -193,7 +173,7 @@ def deal_pieces(
     program, turn = tl.program_id(0), tl.program_id(1)
     programs, rounds = tl.num_programs(0), tl.num_programs(1) - 1
     if turn == 0:
-        _leave_nothing(partial, handoff, V)
+        leave(partial, handoff, 0, -1, 0, V)
         dealt = programs * (rounds + 1)
         _deal_late(pieces, dealt, room, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
     total, _, _ = all_work(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
@@ -221,4 +201,5 @@ def deal_pieces(
         tiles = query_tiles(queries, V)
         sequence, unit = following(sequence, unit + 1, tiles, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, V)
     units = tl.where(served, units, -1)
-    _write_piece(pieces, program * (rounds + 1) + turn, sequence, unit, first, units, end_tile, program >= 0)
+    piece = pieces + PIECES_BEGIN + PIECE * (program * (rounds + 1) + turn)
+    write_piece(piece, sequence, unit, first, units, end_tile)
