@@ -11,6 +11,9 @@ from torch_paged import cache as cache_module
 from torch_paged import ops, staging
 from torch_paged.cpu.choice import EAGER, NATIVE
 
+# What their asserts compare is shown, as in tests.
+pytest.register_assert_rewrite("cache_twins", "memory_machine", "memory_model", "serving_fakes")
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Where an operator runs, and for CPU tensors which package runs it.

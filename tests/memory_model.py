@@ -5,7 +5,7 @@ from itertools import chain
 import numpy as np
 import pytest
 from hypothesis import assume
-from test_memory import snapshot
+from memory_by_hand import snapshot
 
 from torch_paged.memory import MemoryManager
 from torch_paged.token_feed import TokenFeed

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_cache import make_cache
+from small_caches import make_cache
 
 from torch_paged.batch import PagedBatch
 from torch_paged.uploads import Uploads

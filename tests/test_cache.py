@@ -1,24 +1,13 @@
 """PagedKVCache in eager mode: steps against attention over contiguous keys, and what undoes or refuses a step."""
 
-import math
 import pickle
 
 import pytest
 import torch
+from small_caches import DIM, HEADS, KV_HEADS, VALUE_DIM, make_cache
 
 from torch_paged import staging, steps, unbacked
-from torch_paged.cache import PagedKVCache
 from torch_paged.memory import OutOfBlocks
-
-HEADS, KV_HEADS, DIM, VALUE_DIM = 4, 2, 16, 24
-
-
-def make_cache(device="cpu", **options):
-    defaults = dict(block_size=4, num_blocks=32, max_seqs=8, max_seq_len=40, dtype=torch.float32, device=device)
-    cache = PagedKVCache(2, KV_HEADS, DIM, value_head_dim=VALUE_DIM, **(defaults | options))
-    for tensor in sum(cache.tensors(), ()):
-        tensor.fill_(math.nan)
-    return cache
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -8,15 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_caches import build
 from torch import nn
 
 from torch_paged.cache import PagedKVCache
-
-SIZES = dict(block_size=4, num_blocks=8, max_seqs=3, max_seq_len=20, dtype=torch.bfloat16, device="cpu")
-
-
-def build(num_layers=2, num_kv_heads=2, head_dim=16, **options):
-    return PagedKVCache(num_layers, num_kv_heads, head_dim, **(SIZES | options))
 
 
 def test_buffers_are_separate_and_head_major():

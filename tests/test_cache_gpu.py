@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_cache_build import build
+from small_caches import build
 
 from torch_paged import transfer, uploads
 from torch_paged.cache import PagedKVCache

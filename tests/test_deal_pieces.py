@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from dealt_units import units_of
 
 pytest.importorskip("triton")
 from torch_paged.kernels.deal import LAST_TILE
@@ -27,19 +28,6 @@ BATCHES = {
     "short-ones": ([20] * 40, [20] * 40),
     "without-keys": ([200, 90], [0, 30]),
 }
-
-
-def units_of(queries, keys, heads, v):
-    """Every unit that the launch serves, as (sequence, unit), with its number of key tiles."""
-    for sequence, (count, length) in enumerate(zip(queries, keys, strict=True)):
-        rows = count * v.group
-        if not v.rows_above < rows <= v.rows_upto:
-            continue
-        tiles = -(-rows // v.block_m)
-        for unit in range(tiles * heads):
-            last = (min(rows, (unit % tiles + 1) * v.block_m) - 1) // v.group
-            seen = min(max(length - count + 1 + last, 0), length) if v.causal else length
-            yield (sequence, unit), max(-(-seen // v.tile), 1)
 
 
 def dealt_turns(queries, keys, spare, heads, programs, rounds, v, long_loop=0, bounds=None):

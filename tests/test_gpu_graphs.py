@@ -3,6 +3,7 @@
 import pytest
 import torch
 from gpu_inputs import BF16, BLOCK, ids, randn, small_call
+from small_model import VOCABULARY, Model, make_cache
 from torch._dynamo.utils import counters
 from torch._inductor.cudagraph_trees import get_manager
 
@@ -181,8 +182,6 @@ def recorded_graphs():
 
 def test_compiled_decode_under_reduce_overhead():
     """Steps of three and four sequences in one bucket, then of a larger one: graphs are recorded and none skipped."""
-    from test_cache_compile import VOCABULARY, Model, make_cache
-
     torch.compiler.reset()
     counters.clear()
     before = recorded_graphs()

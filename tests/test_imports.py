@@ -4,11 +4,9 @@ import ast
 import graphlib
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-PACKAGE = Path(__file__).parent.parent / "torch_paged"
+from imported_names import PACKAGE, imported
 
 # Who may import whom within the package; a name stands for a file or a folder. Everything else is forbidden.
 ALLOWED = {
@@ -56,18 +54,6 @@ ALLOWED = {
 
 def room(path):
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
-def imported(path):
-    """Dotted names of every import in a file, inside functions too."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            yield node.module
-            if node.module == "torch_paged":
-                yield from (f"torch_paged.{alias.name}" for alias in node.names)
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -2,20 +2,10 @@
 
 import numpy as np
 import pytest
+from memory_by_hand import snapshot
 
 from torch_paged.memory import IntegrityError, MemoryManager, OutOfBlocks
 from torch_paged.memory.arrays import expand
-
-
-def snapshot(manager):
-    """Everything that a step must leave as it was when it fails or is rolled back."""
-    s = manager.sequences
-    arrays = [s.handle, s.length, s.committed, s.known, s.num_blocks, s.outside]
-    for group in manager.groups:
-        pool = group.pool
-        arrays += [group.table, group.first, group.cached.node, pool.refcount]
-        arrays += [pool.free_blocks, pool.waiting_blocks, pool.evictable_blocks]
-    return [array.tolist() for array in arrays] + [list(manager.steps)]
 
 
 @pytest.fixture

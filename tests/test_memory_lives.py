@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from memory_machine import HOW, Machine
 from memory_model import MAX_SEQ_LEN, MAX_SEQS
-from test_memory_machine import HOW, Machine
 
 WEIGHTS = dict(
     add=6, prepare=8, commit=12, free=6, swap_out=4, swap_in=6, truncate=2, fork=3, rollback=1, deliver=3,

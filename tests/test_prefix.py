@@ -3,12 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from test_memory import snapshot
+from memory_by_hand import PROMPT, extend, found, run, snapshot, table
 
 from torch_paged.memory import IntegrityError, MemoryManager, OutOfBlocks, history
 from torch_paged.memory.eviction import EvictionQueue
-
-PROMPT = list(range(1, 11))  # 10 tokens: two full blocks of 4, and half of a third
 
 
 @pytest.fixture
@@ -16,34 +14,6 @@ def manager():
     manager = MemoryManager(num_blocks=8, block_size=4, max_seqs=4, max_seq_len=32)
     yield manager
     manager.check_integrity()
-
-
-def run(manager, tokens, namespace=None):
-    """A new sequence that holds these tokens, told to the prefix cache."""
-    seq = manager.add(tokens, namespace)
-    extend(manager, seq, tokens[manager.length(seq) :])
-    return seq
-
-
-def extend(manager, seq, tokens, told=True):
-    step = manager.prepare([seq], [len(tokens)])
-    manager.commit(step)
-    if told:
-        history.remember(manager, step, tokens)
-
-
-def found(manager, tokens, namespace=None):
-    """How many of these tokens a new sequence would find."""
-    seq = manager.add(tokens, namespace)
-    length = manager.length(seq)
-    manager.free(seq)
-    return length
-
-
-def table(manager, seq):
-    s = manager.sequences
-    row = s.find_one(seq)
-    return manager.groups[0].table[row, : s.num_blocks[row]].tolist()
 
 
 @pytest.mark.parametrize("alive", [True, False])

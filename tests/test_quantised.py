@@ -5,7 +5,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from covering import covering_rows
-from test_writes import same_storage, storage_of
+from storages import same_storage, storage_of
 
 from torch_paged import reference
 

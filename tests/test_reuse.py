@@ -7,7 +7,7 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from test_cache_compile import VOCABULARY, Model, make_cache
+from small_model import VOCABULARY, Model, make_cache
 
 from torch_paged import OutOfBlocks, OutOfSwapSpace, PagedKVCache, transfer
 

@@ -1,24 +1,13 @@
 """`paged::schedule`: the same results for less work, whatever batch it was made for."""
 
-import itertools
-import os
-import re
-from dataclasses import replace
-
 import pytest
 import torch
-from test_cache_compile import HEADS, Model, make_cache
-from test_deal_pieces import units_of
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch._inductor.utils import run_and_get_code
 from torch.utils._pytree import tree_leaves
 
-from torch_paged import PagedKVCache, unbacked
 from torch_paged.options import PLAIN, SCHEDULE_SHAPE
 from torch_paged.testing import Storage, attention_inputs, quantised
 
 ops = torch.ops.paged
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 BATCHES = {
     "decode": dict(query_lens=[1] * 4, seq_lens=[300, 0, 17, 129], uniform=True),
@@ -180,85 +169,6 @@ def test_opcheck(name):
     torch.library.opcheck(ops.attention.default, inputs[:5], bounds | dict(schedule=inputs.call(ops.schedule)))
 
 
-class Scheduled(Model):
-    """The small model, whose layers share a schedule."""
-
-    def forward(self, tokens, batch):
-        return super().forward(tokens, self.layers[0].kv.scheduled(batch, HEADS))
-
-
-def test_a_compiled_model_makes_it_once_a_step():
-    torch.compiler.reset()
-    cache, calls = make_cache(), []
-
-    def backend(graph, _):
-        calls.append([node.target for node in graph.graph.nodes if "paged" in str(node.target)])
-        return graph
-
-    counter = CompileCounterWithBackend(backend)
-    model = Scheduled(cache.layers).eval()
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
-    with torch.no_grad():
-        for count in (1, 4, 2, 9):
-            sequences = [cache.add() for _ in range(count)]
-            for tokens in (7, 1):
-                batch = cache.prepare(sequences, [tokens] * count)
-                ids = unbacked(torch.arange(count * tokens) % 50)
-                torch.testing.assert_close(compiled(ids, batch), Model.forward(model, ids, batch))
-                cache.commit(batch)
-    assert counter.frame_count == 1
-    assert [str(target) for target in calls[0]].count("paged.schedule") == 1
-    assert [str(target) for target in calls[0]].count("paged.attention") == 3
-
-
-def test_a_compiled_model_does_not_copy_its_caches_for_it():
-    """Not even where Inductor moves the schedule behind the first append."""
-    torch.compiler.reset()
-    cache = make_cache(num_blocks=4093)
-    batch = cache.prepare([cache.add() for _ in range(3)], 1)
-    model = torch.compile(Scheduled(cache.layers), fullgraph=True)
-    with torch.no_grad():
-        _, (code,) = run_and_get_code(model, unbacked(torch.tensor([1, 2, 3])), batch)
-    assert code.count("torch.ops.paged.schedule.default(") == 1
-    assert not re.search(r"empty_strided\w*\(\(4093", code)
-    assert "clone" not in code
-
-
-@pytest.mark.parametrize("scales", ["static", "token"])
-def test_layers_of_a_quantised_cache(scales):
-    cache = make_cache(cache_dtype=torch.int8, scales=scales)
-    batch = cache.prepare([cache.add(), cache.add()], [20, 3])
-    scheduled = cache.layers[0].scheduled(batch, 4)
-    query, key = torch.randn(23, 4, 16), torch.randn(23, 2, 16)
-    assert torch.equal(cache.layers[1](query, key, key, scheduled), cache.layers[1](query, key, key, batch))
-
-
-def test_scheduled_and_with_schedule_refuse():
-    cache = make_cache()
-    batch = cache.prepare([cache.add()], [2])
-    with pytest.raises(TypeError, match="batch must be a PagedBatch, got tuple"):
-        cache.layers[0].scheduled((1, 2), HEADS)
-    with pytest.raises(ValueError, match=r"one group of layers, got a layer of groups\[3\]"):
-        batch.with_schedule(torch.zeros(SCHEDULE_SHAPE, dtype=torch.int32), 3)
-
-
-def test_layers_of_every_group_have_their_own():
-    cache = PagedKVCache(
-        3, 2, 16, num_blocks=99, max_seqs=2, max_seq_len=99, dtype=torch.float32, device="cpu",
-        sliding_window=[None, 8, None],
-    )  # fmt: skip
-    batch = cache.prepare([cache.add(), cache.add()], [20, 20])
-    assert batch.schedules is None
-    once = cache.layers[1].scheduled(batch, 4)
-    assert once.schedules[0] is None
-    twice = cache.layers[0].scheduled(once, 4)
-    assert twice.schedules[1] is once.schedules[1]
-    query, key = torch.randn(40, 4, 16), torch.randn(40, 2, 16)
-    for layer in cache.layers:
-        assert torch.equal(layer(query, key, key, twice), layer(query, key, key, batch))
-    assert batch._replace(schedules=twice.schedules).advance().schedules is None
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("captured", [False, True], ids=["eager", "graph"])
 def test_steps_that_follow_each_other_closely(captured):
@@ -295,61 +205,3 @@ def test_steps_that_follow_each_other_closely(captured):
             output = step(True)
         run = lambda: graph.replay() or output  # noqa: E731
     assert torch.equal(steps(True, run), expected)
-
-
-WORK = {
-    "alike": ([1] * 5, [130] * 5),
-    "alike-and-long": ([1] * 3, [2000] * 3),
-    "short": ([1] * 40, list(range(40))),
-    "long": ([1], [3000]),
-    "unlike": ([1] * 5, [1, 900, 70, 0, 333]),
-    "ragged": ([1, 9, 0, 40, 3], [200, 150, 9, 64, 700]),
-}
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="what the kernel writes is looked at where it is interpreted")
-@pytest.mark.interpreter
-@pytest.mark.parametrize("programs", [1, 2, 7, 24])
-@pytest.mark.parametrize("name", WORK)
-def test_every_tile_is_dealt_once_and_what_is_left_is_told(name, programs):
-    from torch_paged.kernels.attention_schedule import _schedule
-    from torch_paged.kernels.launch_config import attention_launches
-    from torch_paged.kernels.problem import Device, Problem
-
-    queries, keys = WORK[name]
-    ragged, heads = len(set(queries)) > 1, 2
-    problem = Problem(sum(queries), len(keys), 8, heads, 128, 128, 16, 2, True, ragged)
-    launch = attention_launches(problem, Device(programs, 160 * 1024, 80))[-1]
-    v = replace(launch.variant, resident=1)
-    lens, bounds = (torch.tensor(it, dtype=torch.int32) for it in (keys, [0, *itertools.accumulate(queries)]))
-    schedule = torch.zeros(SCHEDULE_SHAPE[1], dtype=torch.int32)
-    batch = sum(queries), len(keys), heads, 8192
-    _schedule[(programs,)](lens, bounds if ragged else None, schedule, *batch, 0, V=v)
-
-    assert schedule[0] == 0, "a stamp comes later"
-    pieces = schedule[8 : 8 + 5 * programs].view(-1, 5).tolist()
-    handoff = schedule[8 + 5 * programs : 8 + 8 * programs].view(3, -1).T.tolist()
-    units = list(units_of([*queries, 0], [*keys, 0], heads, v))
-    order = {unit: number for number, (unit, _) in enumerate(units)}
-    dealt, owners = [], []
-    for owner, (piece, left_by) in enumerate(zip(pieces, handoff, strict=True)):
-        (sequence, unit, begin, count, end), (before, left_sequence, left_unit) = piece, left_by
-        left, continued = None, 0
-        for index in range(count):
-            number = order[sequence, unit] + index
-            tiles = units[number][1]
-            first, last = (begin if index == 0 else 0), min(end if index == count - 1 else tiles, tiles)
-            dealt += [(number, tile) for tile in range(first, last)]
-            owners += [owner] * max(last - first, 0)
-            if first and first < last:
-                continued = 2 if last == tiles else 1
-            if not first and last < tiles:
-                left = units[number][0]
-        assert before == continued
-        assert (left_sequence, left_unit) == left if left else left_sequence == -1
-    assert dealt == [(number, tile) for number, (_, tiles) in enumerate(units) for tile in range(tiles)]
-    if name == "alike-and-long":
-        longest = max(owners.count(number) for number in range(programs))
-        assert longest <= 1.1 * len(dealt) / programs + 4, "all programs have work"
-    if name == "alike" and programs == 24:
-        assert all(count == 1 for _, _, _, count, _ in pieces[:20]), "two pieces of every unit"

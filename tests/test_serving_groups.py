@@ -3,7 +3,7 @@
 import pytest
 import torch
 from serving_fakes import VOCAB, weight
-from test_cache_compile import Model, make_cache
+from small_model import Model, make_cache
 
 from torch_paged import PagedKVCache
 from torch_paged.serving import Engine, Request

@@ -1,8 +1,7 @@
 """Swap by hand, on the host alone: what leaves, what comes back where, and what the prefix cache makes of it."""
 
 import pytest
-from test_memory import snapshot
-from test_prefix import PROMPT, extend, found, run, table
+from memory_by_hand import PROMPT, extend, found, run, snapshot, table
 
 from torch_paged.memory import MemoryManager, OutOfBlocks, swap
 

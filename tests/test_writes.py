@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from storages import same_storage, storage_of
 
 from torch_paged import reference
 
@@ -17,19 +18,6 @@ def cache_of(shape, dtype, device, layout="token-major"):
     if layout == "strided":
         return torch.randn(blocks, size * 2, heads * 2, dim + 3, device=device).to(dtype)[:, ::2, 1::2, :dim]
     return torch.randn(shape, device=device).to(dtype)
-
-
-def same_storage(tensors):
-    """Copies that keep strides and what lies between the elements."""
-    copies = []
-    for tensor in tensors:
-        whole = tensor._base if tensor._base is not None else tensor
-        copies.append(whole.clone().as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()))
-    return copies
-
-
-def storage_of(tensor):
-    return tensor._base if tensor._base is not None else tensor
 
 
 def assert_same_storage(actual, expected):

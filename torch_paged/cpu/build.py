@@ -94,13 +94,6 @@ def find_compiler() -> str:
     raise BuildError(f"no C++ compiler: {os.environ.get('CXX') or 'c++, g++, clang++'} not found")
 
 
-def has_compiler() -> bool:
-    try:
-        return bool(find_compiler())
-    except BuildError:
-        return False
-
-
 def build(compiler: str, level: str, target: Path, flags: Sequence[str] = ()) -> None:
     """Compile every source at once, and link them to `target`; `flags` come on top of the usual ones."""
     torch_home = Path(torch.__file__).parent
