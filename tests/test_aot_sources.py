@@ -13,7 +13,7 @@ import aot
 import aot_calls as calls
 import aot_report
 import aot_sources
-from test_imports import PACKAGE, imported
+from imported_names import PACKAGE, imported
 
 CODE = """
 FACTOR = 2

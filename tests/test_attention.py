@@ -1,5 +1,7 @@
 """`paged::attention` and `paged::attention_with_lse` against the reference, wherever they run."""
 
+import math
+
 import pytest
 import torch
 
@@ -152,6 +154,15 @@ def test_merge_attention(dim, dtype, device):
     assert_within_budget(lse, exact_lse, low_lse, "lse")
     assert output[0].eq(0).all()
     assert lse[0].eq(-torch.inf).all()
+
+
+def test_merge_of_rows_without_elements(device):
+    """Their lse is merged all the same, to a contiguous one."""
+    output, lse = torch.randn(3, 5, 0, device=device), torch.randn(5, 3, device=device).T
+    merged, merged_lse = torch.ops.paged.merge_attention(output, lse, output, lse)
+    assert merged.shape == output.shape
+    assert merged_lse.is_contiguous()
+    torch.testing.assert_close(merged_lse, lse + math.log(2))
 
 
 def test_merge_keeps_the_first_dtype_and_reads_strides(device):

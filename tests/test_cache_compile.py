@@ -43,8 +43,8 @@ class Pair:
         torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-5)
 
 
-def whole(counter):
-    return lambda model: torch.compile(model, fullgraph=True, backend=counter)
+def whole(counter, **options):
+    return lambda model: torch.compile(model, fullgraph=True, backend=counter, **options)
 
 
 def layer_by_layer(counter):
@@ -81,14 +81,16 @@ def test_one_graph_for_200_growing_steps(how, backend):
     assert counter.frame_count == 2
 
 
-def test_one_graph_for_every_ragged_batch():
-    """With buckets and without; two tokens or one, five sequences or a single one."""
+@pytest.mark.parametrize("dynamic", [None, True, False])
+def test_one_graph_for_every_ragged_batch(dynamic):
+    """With buckets and without; two tokens or one, five sequences or a single one, more tokens than any before."""
     counter = CompileCounterWithBackend("aot_eager")
     for buckets in (None, [2, 8, 32]):
-        pair = Pair(whole(counter), buckets=buckets)
-        for counts in ([3, 5], [1, 1, 4, 2, 9], [2, 1], [1, 2] * 8, [4, 1, 1, 1]):
+        pair = Pair(whole(counter, dynamic=dynamic), buckets=buckets)
+        for counts in ([3, 5], [1, 1, 4, 2, 9], [2, 1], [1, 2] * 8, [4, 1, 1, 1], [90, 3]):
             pair.step(len(counts), counts)
-    assert counter.frame_count == 1, "even for both models"
+    graphs = [graph for graph in counter.graphs if len(graph.graph.nodes)]  # with True, an empty one comes before
+    assert len(graphs) == 1, "even for both models"
 
 
 def test_one_graph_for_uniform_steps_of_several_tokens():

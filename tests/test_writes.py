@@ -133,6 +133,17 @@ def test_scatter_blocks(blocks, device):
         assert torch.equal(storage.contiguous().view(torch.uint8), wanted.contiguous().view(torch.uint8))
 
 
+def test_blocks_without_elements(device):
+    caches = [torch.zeros(4, 5, device=device), torch.zeros(4, 0, device=device), torch.zeros(4, 2, 0, device=device)]
+    source, blocks = torch.ones(2, 20, dtype=torch.uint8, device=device), torch.tensor([3, 1], device=device)
+    ops.scatter_blocks(source, blocks, caches)
+    assert caches[0].view(torch.uint8).sum(1).tolist() == [0, 20, 0, 20]
+    ops.gather_blocks(caches, blocks, out := torch.zeros_like(source))
+    assert torch.equal(out, source)
+    ops.copy_blocks(caches, torch.tensor([[1, 0]], device=device))
+    assert torch.equal(caches[0][0], caches[0][1])
+
+
 def test_gather_then_scatter_moves_blocks(device):
     """Typed staging of equal caches: row i holds block i of each cache, in order."""
     caches = [torch.randn(6, 4, 2, 16, device=device) for _ in range(3)]

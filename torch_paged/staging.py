@@ -177,16 +177,19 @@ class Staging:
 
     @torch.inference_mode(False)
     def _lay_out(self, shape: _Shape) -> _Place:
-        """Views for one shape. Up to the largest bucket they lie in memory that never moves."""
+        """Tensors for one shape. Up to the largest bucket they lie in memory that never moves.
+
+        They are no views to PyTorch (`data`): a compiled graph would look at the whole that they are a part of.
+        """
         whole = self._parts
         largest = max(shape.num_seqs, shape.num_tokens)
         if largest > len(self.block_tables[0]):
             if largest > len(self._spare_parts[0]):
                 self._spare_parts = self._allocate(1 << largest.bit_length())
             whole = self._spare_parts
-        parts = [unbacked(part[:length]) for part, (length, _) in zip(whole, shape.parts, strict=True)]
+        parts = [unbacked(part[:length].data) for part, (length, _) in zip(whole, shape.parts, strict=True)]
         positions, last_token, *slot_mappings, seq_lens, cu_seqlens_q = parts
-        tables = [unbacked(table[: shape.num_seqs]) for table in self.block_tables]
+        tables = [unbacked(table[: shape.num_seqs].data) for table in self.block_tables]
         batch = PagedBatch(
             block_table=tables[0],
             seq_lens=seq_lens,

@@ -19,8 +19,9 @@ def scatter_blocks(source: Tensor, blocks: Tensor, caches: Sequence[Tensor]) -> 
     """WRITES row i of `source` to block `blocks[i]` of each cache: the inverse of `gather_blocks`."""
     rows = (blocks >= 0).nonzero()[:, 0]
     for cache, part in _parts([indexable(cache) for cache in caches], source):
-        stored = part[rows].view(cache.dtype).view(-1, *cache.shape[1:])
-        cache.index_copy_(0, blocks[rows], stored)
+        if part.numel():
+            stored = part[rows].view(cache.dtype).view(-1, *cache.shape[1:])
+            cache.index_copy_(0, blocks[rows], stored)
 
 
 def indexable(cache: Tensor) -> Tensor:

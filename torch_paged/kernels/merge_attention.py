@@ -83,7 +83,7 @@ def merge_attention(output_a: Tensor, lse_a: Tensor, output_b: Tensor, lse_b: Te
     output = output_a.new_empty(output_a.shape)
     lse = output_a.new_empty(output_a.shape[:2], dtype=torch.float32)
     if output.numel() == 0:
-        return output, torch.logaddexp(lse_a, lse_b)  # rows without elements still have an lse
+        return output, torch.logaddexp(lse_a, lse_b, out=lse)  # rows without elements still have an lse
     parts = (output_a, lse_a, output_b, lse_b)
     metadata = output_a.device, *map(layout, parts)
     launcher, numbers = _plans.get(metadata) or _plans.remember(metadata, _plan(parts))
