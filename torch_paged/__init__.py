@@ -12,10 +12,10 @@ from torch_paged.functional import (
     rotary_append,
     scatter_blocks,
     schedule,
-    warmup,
 )
 from torch_paged.memory import IntegrityError, MemoryStats, OutOfBlocks, OutOfSwapSpace
 from torch_paged.quantise import calibrate_scales, quantise_cache, slots_in_use
+from torch_paged.warming import warmup
 
 __version__ = "0.1.0"
 __all__ = [

@@ -6,7 +6,6 @@ implementation. Values (ids, slots, lengths) are the duty of `bounds`.
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -187,42 +186,6 @@ def gather_blocks(caches: Sequence[Tensor], blocks: Tensor, out: Tensor) -> None
 def scatter_blocks(source: Tensor, blocks: Tensor, caches: Sequence[Tensor]) -> None:
     """Arguments of `paged::scatter_blocks`."""
     _staging("source", source, blocks, caches)
-
-
-def warmup(
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    value_head_dim: int,
-    block_size: int,
-    dtype: torch.dtype,
-    *,
-    causal: bool,
-    sliding_window: bool,
-    cache_dtype: torch.dtype,
-    scales: str | None,
-    rotary_dim: int | None,
-    **options: Any,  # noqa: ARG001 - any are served
-) -> None:
-    """Arguments of `warmup`, by tensors without memory that a model of this kind would bring."""
-
-    def rows(*shape: int, of: torch.dtype = dtype) -> Tensor:
-        return torch.empty(1, *shape, dtype=of, device="meta")
-
-    keys, values = (rows(block_size, num_kv_heads, dim, of=cache_dtype) for dim in (head_dim, value_head_dim))
-    given: dict[str, Any] = {}
-    if scales is not None:
-        scale = rows(block_size, num_kv_heads, of=torch.float32)
-        scale = {"scalar": scale[0, 0, 0], "head": scale[0, 0], "token": scale}[scales]
-        given = {f"{side}_scale{'_cache' * (scales == 'token')}": scale for side in ("key", "value")}
-    query, table, slots = rows(num_heads, head_dim), rows(1, of=torch.int32), rows(of=torch.int64)
-    window = 1 if sliding_window else None
-    attention(query, keys, values, table, table[0], causal=causal, sliding_window=window, **given)
-    if rotary_dim is not None:
-        if rotary_dim % 2:
-            raise ValueError(f"rotary_dim must be even, got {rotary_dim}")
-        key, value, angles = rows(num_kv_heads, head_dim), rows(num_kv_heads, value_head_dim), rows(rotary_dim // 2)
-        rotary_append(query, key, value, angles, angles, slots, keys, values, slots, **given)
 
 
 def _cache_pair(match: Matcher, dtype: torch.dtype, key_cache: Tensor, value_cache: Tensor | None, like: str) -> None:

@@ -7,12 +7,12 @@ before anything is written, and NotImplementedError for an argument that require
 tangent of forward mode. Ids and lengths out of range are an IndexError on CPU, and on a GPU with `TORCH_PAGED_DEBUG=1`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from torch_paged import ops
+from torch_paged import ops  # noqa: F401 - defines the operators
 
 _ops = torch.ops.paged
 
@@ -378,70 +378,3 @@ def scatter_blocks(source: Tensor, blocks: Tensor, caches: Sequence[Tensor]) -> 
         IndexError: a block past the caches (likewise).
     """
     _ops.scatter_blocks(source, blocks, caches)
-
-
-def warmup(
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    *,
-    value_head_dim: int | None = None,
-    block_size: int = 16,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    causal: bool = True,
-    sliding_window: bool = False,
-    softcap: bool = False,
-    alibi_slopes: bool = False,
-    sinks: bool = False,
-    cache_dtype: torch.dtype | None = None,
-    scales: str | None = None,
-    rotary_dim: int | None = None,
-    interleaved: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-) -> int:
-    """Compile every Triton kernel that a model needs, so that no request waits for the compiler.
-
-    The kernels depend on neither lengths nor batch nor table width, nor on the values of options: after this nothing
-    compiles while serving. A model whose layers differ in their options calls it once for each kind of layer.
-
-    Args:
-        num_heads, num_kv_heads, head_dim, value_head_dim, block_size: of the model and its cache.
-        dtype: of query and, without `cache_dtype`, caches.
-        device: a GPU; on CPU there is nothing to compile.
-        causal: as attention will be called.
-        sliding_window, softcap, alibi_slopes, sinks: whether attention will be called with them.
-        cache_dtype: of both caches, where they are quantised.
-        scales: of those, "scalar", "head" (one each) or "token" (scale caches); None: float8 without scales.
-        rotary_dim: columns that `rotary_append` rotates, with angles in float32 or `dtype`; None: it is not called.
-        interleaved: as `rotary_append` will be called.
-        progress: called with (done, total) after each kind of batch.
-
-    Returns:
-        How many kinds of batches were run; 0 on CPU.
-
-    Raises:
-        TypeError, ValueError: no operator serves such a model, on whatever device.
-    """
-    device = torch.device(device)
-    if scales not in (None, "scalar", "head", "token"):
-        raise ValueError(f"scales must be 'scalar', 'head', 'token' or None, got {scales!r}")
-    return ops.warmup(
-        device,
-        num_heads,
-        num_kv_heads,
-        head_dim,
-        head_dim if value_head_dim is None else value_head_dim,
-        block_size,
-        dtype,
-        causal=causal,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        cache_dtype=dtype if cache_dtype is None else cache_dtype,
-        scales=scales,
-        rotary_dim=rotary_dim,
-        interleaved=interleaved,
-        progress=progress,
-    )

@@ -249,15 +249,11 @@ def _package(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-def warmup(device: torch.device, *model: Any, **options: Any) -> int:
-    """Compile the kernels for a model; on a device without Triton there is nothing to compile."""
-    checks.warmup(*model, **options)
-    device = torch.empty(0, device=device).device  # says so if it is not there
-    if device.type != "cuda" and (device.type != "cpu" or _cpu_package() != "torch_paged.kernels"):
-        return 0
-    with torch.cuda.device(device if device.type == "cuda" else -1):
-        done: int = _package("torch_paged.kernels").warmup(device, *model, **options)
-    return done
+def package_on(device_type: str) -> ModuleType | None:
+    """What implements the operators on such devices; None: nothing does."""
+    if device_type == "cpu":
+        return _package(_cpu_package())
+    return _package("torch_paged.kernels") if device_type == "cuda" else None
 
 
 def _debugging() -> bool:
