@@ -39,14 +39,7 @@ def attention(
     **scales: Tensor | None,
 ) -> None:
     """Arguments of `paged::attention` and `paged::attention_with_lse`."""
-    if isinstance(scale, float) and not abs(scale) <= _FLOAT32_LIMITS.max:
-        raise ValueError(f"scale must be a finite number in float32, got {scale}")
-    if isinstance(softcap, float) and not (softcap == 0 or _FLOAT32_LIMITS.tiny <= softcap <= _FLOAT32_LIMITS.max):
-        raise ValueError(f"softcap must be 0 (off) or a positive normal number in float32, got {softcap}")
-    if sliding_window is not None:
-        require(sliding_window >= 1, lambda: f"sliding_window must be at least 1, got {sliding_window}")
-        if not causal:
-            raise ValueError(f"sliding_window needs causal=True, got sliding_window={sliding_window}, causal=False")
+    _numbers(scale, softcap, sliding_window, causal)
     match = Matcher(query)
     match("query", query, FLOAT_DTYPES, ("num_tokens", "num_heads", "head_dim"), unit_last_stride=True)
     _cache_pair(match, query.dtype, key_cache, value_cache, "query")
@@ -56,13 +49,38 @@ def attention(
             match(name, per_head, _FLOAT32, ("num_heads",))
     match("block_table", block_table, _INT32, ("num_seqs", "max_blocks_per_seq"))
     match("seq_lens", seq_lens, _INT32, ("num_seqs",))
-    size = match.sizes
-    num_heads, num_kv_heads = size["num_heads"], size["num_kv_heads"]
+    _heads(match)
+    _queries(match, cu_seqlens_q)
+    if schedule is not None:
+        _schedule_layout(match, schedule)
+
+
+schedule = attention  # `paged::schedule` has the arguments of a call that it is for
+
+
+def _numbers(scale: float | None, softcap: float, sliding_window: int | None, causal: bool) -> None:
+    if isinstance(scale, float) and not abs(scale) <= _FLOAT32_LIMITS.max:
+        raise ValueError(f"scale must be a finite number in float32, got {scale}")
+    if isinstance(softcap, float) and not (softcap == 0 or _FLOAT32_LIMITS.tiny <= softcap <= _FLOAT32_LIMITS.max):
+        raise ValueError(f"softcap must be 0 (off) or a positive normal number in float32, got {softcap}")
+    if sliding_window is not None:
+        require(sliding_window >= 1, lambda: f"sliding_window must be at least 1, got {sliding_window}")
+        if not causal:
+            raise ValueError(f"sliding_window needs causal=True, got sliding_window={sliding_window}, causal=False")
+
+
+def _heads(match: Matcher) -> None:
+    num_heads, num_kv_heads = match.sizes["num_heads"], match.sizes["num_kv_heads"]
     require(
         num_heads % num_kv_heads == 0,
         lambda: f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}",
     )
     require(num_heads >= 1, lambda: f"num_heads must be at least 1, got {num_heads}")
+
+
+def _queries(match: Matcher, cu_seqlens_q: Tensor | None) -> None:
+    """How query's rows are shared out among the sequences."""
+    size = match.sizes
     num_tokens, num_seqs = size["num_tokens"], size["num_seqs"]
     if cu_seqlens_q is None:
         require(
@@ -81,20 +99,19 @@ def attention(
                 f"got int32 [{size['num_seqs + 1']}]"
             ),
         )
-    if schedule is not None:
-        match("schedule", schedule, _INT32, ("launches", "numbers"))
-        require(
-            (size["launches"] == SCHEDULE_SHAPE[0]) & (size["numbers"] == SCHEDULE_SHAPE[1]),
-            lambda: f"schedule must be int32 {list(SCHEDULE_SHAPE)}, as paged::schedule makes it, got {form(schedule)}",
-        )
-        strides = schedule.stride()
-        require(
-            (strides[0] == SCHEDULE_SHAPE[1]) & (strides[1] == 1),
-            lambda: f"schedule must be contiguous, as paged::schedule makes it, got strides {list(strides)}",
-        )
 
 
-schedule = attention  # `paged::schedule` has the arguments of a call that it is for
+def _schedule_layout(match: Matcher, schedule: Tensor) -> None:
+    match("schedule", schedule, _INT32, ("launches", "numbers"))
+    size, strides = match.sizes, schedule.stride()
+    require(
+        (size["launches"] == SCHEDULE_SHAPE[0]) & (size["numbers"] == SCHEDULE_SHAPE[1]),
+        lambda: f"schedule must be int32 {list(SCHEDULE_SHAPE)}, as paged::schedule makes it, got {form(schedule)}",
+    )
+    require(
+        (strides[0] == SCHEDULE_SHAPE[1]) & (strides[1] == 1),
+        lambda: f"schedule must be contiguous, as paged::schedule makes it, got strides {list(strides)}",
+    )
 
 
 def merge_attention(output_a: Tensor, lse_a: Tensor, output_b: Tensor, lse_b: Tensor) -> None:
