@@ -12,10 +12,11 @@ from torch_paged.batch import PagedBatch
 from torch_paged.capacity import blocks_of_groups, group_limits
 from torch_paged.functional import copy_blocks
 from torch_paged.layers import FunctionalKV, PagedKVLayer
-from torch_paged.layout import DTYPES, LayerGroup, Stored, check_buckets, check_stored, check_windows, group_layers
+from torch_paged.layout import LayerGroup, Stored, check_buckets, check_stored, check_windows, group_layers
 from torch_paged.memory import MemoryManager, MemoryStats
 from torch_paged.memory.arrays import as_integer
-from torch_paged.quantise import calibrate_scales
+from torch_paged.options import FLOAT_DTYPES
+from torch_paged.quantise import calibrate_scales, check_dtype
 from torch_paged.staging import Staging
 from torch_paged.steps import OpenSteps
 from torch_paged.swapping import Swapping
@@ -348,10 +349,9 @@ class PagedKVCache(nn.Module):
             TypeError: this cache is quantised itself, or `dtype` is none of these.
             ValueError: it holds no tokens to go by: its sequences are swapped out or freed, or there were none.
         """
-        if self.layers[0].key_cache.dtype not in DTYPES:
+        if self.layers[0].key_cache.dtype not in FLOAT_DTYPES:
             raise TypeError(f"calibrate needs an unquantised cache, got one of {self.layers[0].key_cache.dtype}")
-        if dtype not in (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8):
-            raise TypeError(f"dtype must be float8_e4m3fn, float8_e5m2 or int8, got {dtype}")
+        check_dtype(dtype)
         slots = [torch.from_numpy(each).to(self.device) for each in self._manager.slots_in_use()]
         if not all(map(len, slots)):
             raise ValueError("calibrate needs tokens in the cache, got none: no sequence with tokens is in it")

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from torch_paged.matching import Matcher, form, name_of, require
-from torch_paged.options import SCHEDULE_SHAPE
+from torch_paged.options import FLOAT_DTYPES, QUANTISED_DTYPES, SCHEDULE_SHAPE
 
-FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-QUANTISED_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 _INT32 = (torch.int32,)
 _INT64 = (torch.int64,)
 _FLOAT32 = (torch.float32,)

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from torch_paged.batch import PagedBatch
 from torch_paged.functional import append, attention, schedule
-
-_SCALES = ("key_scale", "value_scale", "key_scale_cache", "value_scale_cache")
+from torch_paged.options import SCALES as _SCALES
 
 
 class PagedKVLayer(nn.Module):

@@ -10,9 +10,7 @@ from torch import Tensor
 
 from torch_paged.capacity import empty_cache, empty_scales
 from torch_paged.memory.arrays import as_integer, as_integers
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_QUANTISED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+from torch_paged.options import FLOAT_DTYPES, QUANTISED_DTYPES
 
 
 class LayerGroup(NamedTuple):
@@ -74,11 +72,11 @@ def check_stored(
     scales: str | None,
 ) -> Stored:
     """What is stored by arguments of these names."""
-    if dtype not in DTYPES:
+    if dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
     stored = dtype if cache_dtype is None else cache_dtype
-    if stored != dtype and stored not in _QUANTISED:
-        names = ", ".join(str(each).removeprefix("torch.") for each in _QUANTISED)
+    if stored != dtype and stored not in QUANTISED_DTYPES:
+        names = ", ".join(str(each).removeprefix("torch.") for each in QUANTISED_DTYPES)
         raise TypeError(f"cache_dtype must be {names}, or dtype = {dtype}, got {stored}")
     if scales not in (None, "token", "static"):
         raise ValueError(f"scales must be 'token', 'static' or None, got {scales!r}")

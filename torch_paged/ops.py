@@ -18,14 +18,13 @@ from torch import Tensor
 
 from torch_paged import bounds, checks
 from torch_paged.guard import guarded
-from torch_paged.options import PLAIN, SCHEDULE_SHAPE, AttentionOptions
+from torch_paged.options import PLAIN, SCALES, SCHEDULE_SHAPE, AttentionOptions
 
 _OPTIONS = """Tensor? cu_seqlens_q=None, float? scale=None, bool causal=True, int? sliding_window=None,
     float softcap=0.0, Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? key_scale=None,
     Tensor? value_scale=None, Tensor? key_scale_cache=None, Tensor? value_scale_cache=None"""
 _BATCH = f"Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor seq_lens, *, {_OPTIONS}"
 _ATTENTION = f"({_BATCH}, Tensor? schedule=None)"
-_SCALES = ("key_scale", "value_scale", "key_scale_cache", "value_scale_cache")
 _WRITTEN_SCALES = """Tensor? key_scale=None, Tensor? value_scale=None, Tensor(c!)? key_scale_cache=None,
     Tensor(d!)? value_scale_cache=None"""
 
@@ -125,11 +124,11 @@ def _schedule(
 
 
 def _append(package: ModuleType, *args: Tensor, **scales: Tensor) -> None:
-    package.append(*args, *map(scales.get, _SCALES))
+    package.append(*args, *map(scales.get, SCALES))
 
 
 def _rotary_append(package: ModuleType, *args: Tensor, interleaved: bool = False, **scales: Tensor) -> Tensor:
-    rotated: Tensor = package.rotary_append(*args, interleaved, *map(scales.get, _SCALES))
+    rotated: Tensor = package.rotary_append(*args, interleaved, *map(scales.get, SCALES))
     return rotated
 
 

@@ -1,4 +1,4 @@
-"""The options of attention, as the operator hands them to its implementations."""
+"""The options of attention, as the operator hands them to its implementations, and the dtypes that are served."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+QUANTISED_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+SCALES = ("key_scale", "value_scale", "key_scale_cache", "value_scale_cache")  # as arguments are named
 
 
 class AttentionOptions(NamedTuple):

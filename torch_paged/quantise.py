@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torch_paged.functional import append
-from torch_paged.options import largest
+from torch_paged.options import FLOAT_DTYPES, QUANTISED_DTYPES, largest
 
 _ROWS = 1 << 16  # at a time, so that no second cache's worth of memory is needed
 
@@ -109,15 +109,20 @@ def quantise_cache(
     return quantised, scale
 
 
+def check_dtype(dtype: torch.dtype) -> None:
+    """That a cache can be quantised to `dtype`."""
+    if dtype not in QUANTISED_DTYPES:
+        raise TypeError(f"dtype must be float8_e4m3fn, float8_e5m2 or int8, got {dtype}")
+
+
 def _check(cache: Tensor, slots: Tensor, dtype: torch.dtype) -> None:
-    if cache.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if cache.dtype not in FLOAT_DTYPES:
         raise TypeError(f"cache must be float32, float16 or bfloat16, got {cache.dtype}")
     if cache.dim() != 4:
         raise ValueError(f"cache must be [num_blocks, block_size, num_kv_heads, head_dim], got {list(cache.shape)}")
     if slots.dtype != torch.int64 or slots.dim() != 1:
         raise TypeError(f"slots must be int64 [n], got {slots.dtype} {list(slots.shape)}")
-    if dtype not in (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8):
-        raise TypeError(f"dtype must be float8_e4m3fn, float8_e5m2 or int8, got {dtype}")
+    check_dtype(dtype)
     num_slots = cache.shape[0] * cache.shape[1]
     past = slots[slots >= num_slots]
     if len(past):
