@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_paged.capacity import empty_cache, empty_scales
 from torch_paged.memory.arrays import as_integer, as_integers
 from torch_paged.options import FLOAT_DTYPES, QUANTISED_DTYPES
+from torch_paged.storage import empty_cache, empty_scales
 
 
 class LayerGroup(NamedTuple):
