@@ -181,4 +181,29 @@ void attend(const Attention& a, const Unit& u) {
   Attend<Dot32>{a, u}();
 }
 
+// Maxima, sums and values of all rows.
+int64_t part_floats(const Attention& a, const Unit& u) {
+  return u.queries * a.group * (round_up(a.value.dim, PANEL) + 2);
+}
+
+// The parts of the same rows, in the order of their keys: each weighs e^(its maximum - the largest).
+void merge_parts(const Attention& a, const Unit& u, const float* parts, int64_t count) {
+  const int64_t rows = u.queries * a.group, lanes = round_up(a.value.dim, PANEL), size = part_floats(a, u);
+  float* const values = reinterpret_cast<float*>(thread_scratch(lanes * 4));
+  for (int64_t r = 0; r < rows; r++) {
+    float largest = -INFINITY, sum = 0;
+    for (int64_t i = 0; i < count; i++) largest = std::fmax(largest, parts[i * size + r]);
+    const float shift = largest > -INFINITY ? largest : 0;
+    std::memset(values, 0, lanes * 4);
+    for (int64_t i = 0; i < count; i++) {
+      const float* part = parts + i * size;
+      const float weight = std::exp(part[r] - shift);
+      sum += weight * part[rows + r];
+      for (int64_t d = 0; d < lanes; d += W)
+        store(values + d, read<Vec>(values + d) + splat(weight) * read<Vec>(part + (2 * rows + r * lanes) + d));
+    }
+    finish_row(a, u, r, largest, sum, values);
+  }
+}
+
 }  // namespace paged
