@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
+#include <type_traits>
 #include <vector>
 
 #include "paged.h"
@@ -78,21 +79,29 @@ std::vector<int64_t> row_major_strides(const Blocks& blocks) {
 
 char* block_of(const Blocks& cache, int64_t block) { return cache.data + block * cache.block_stride * cache.size; }
 
-// A row of the staging buffer: the blocks of every cache in turn.
-struct Staging {
+// Rows of a staging buffer hold the blocks of every cache in turn: gathered to there, or scattered from constant rows.
+template <class Byte>
+void copy_staged(const Blocks* caches, int64_t num_caches, const int64_t* blocks, int64_t stride, int64_t count,
+                 Byte* rows) {
+  constexpr bool gathering = !std::is_const_v<Byte>;
   std::vector<int64_t> offsets;
   std::vector<Copy> copies;
   int64_t row_bytes = 0;
-
-  Staging(const Blocks* caches, int64_t num_caches, bool gathering) {
-    for (int64_t i = 0; i < num_caches; i++) {
-      const auto stored = stored_strides(caches[i]), dense = row_major_strides(caches[i]);
-      copies.emplace_back(caches[i], gathering ? stored : dense, gathering ? dense : stored);
-      offsets.push_back(row_bytes);
-      row_bytes += elements(caches[i]) * caches[i].size;
-    }
+  for (int64_t i = 0; i < num_caches; i++) {
+    const auto stored = stored_strides(caches[i]), dense = row_major_strides(caches[i]);
+    copies.emplace_back(caches[i], gathering ? stored : dense, gathering ? dense : stored);
+    offsets.push_back(row_bytes);
+    row_bytes += elements(caches[i]) * caches[i].size;
   }
-};
+  parallel(count * num_caches, row_bytes * count < SMALL_BYTES, [&](int64_t i) {
+    const int64_t row = i / num_caches, cache = i % num_caches, block = blocks[row * stride];
+    if (block < 0) return;
+    char* const stored = block_of(caches[cache], block);
+    Byte* const staged = rows + row * row_bytes + offsets[cache];
+    if constexpr (gathering) copies[cache](stored, staged);
+    else copies[cache](staged, stored);
+  });
+}
 
 void check_blocks(const Blocks* caches, const int64_t* blocks, int64_t stride, int64_t count) {
   for (int64_t i = 0; i < count; i++)
@@ -137,12 +146,7 @@ void gather_blocks(const Blocks* caches, int64_t num_caches, const int64_t* bloc
                    char* out) {
   if (num_caches == 0) return;
   check_blocks(caches, blocks, stride, count);
-  const Staging staging(caches, num_caches, true);
-  parallel(count * num_caches, staging.row_bytes * count < SMALL_BYTES, [&](int64_t i) {
-    const int64_t row = i / num_caches, cache = i % num_caches, block = blocks[row * stride];
-    if (block >= 0)
-      staging.copies[cache](block_of(caches[cache], block), out + row * staging.row_bytes + staging.offsets[cache]);
-  });
+  copy_staged(caches, num_caches, blocks, stride, count, out);
 }
 
 void scatter_blocks(const char* source, const Blocks* caches, int64_t num_caches, const int64_t* blocks, int64_t stride,
@@ -156,12 +160,7 @@ void scatter_blocks(const char* source, const Blocks* caches, int64_t num_caches
     if (written[block]) throw std::invalid_argument("a block occurs twice");
     written[block] = true;
   }
-  const Staging staging(caches, num_caches, false);
-  parallel(count * num_caches, staging.row_bytes * count < SMALL_BYTES, [&](int64_t i) {
-    const int64_t row = i / num_caches, cache = i % num_caches, block = blocks[row * stride];
-    if (block >= 0)
-      staging.copies[cache](source + row * staging.row_bytes + staging.offsets[cache], block_of(caches[cache], block));
-  });
+  copy_staged(caches, num_caches, blocks, stride, count, source);
 }
 
 }  // namespace paged
