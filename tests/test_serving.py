@@ -27,6 +27,17 @@ def test_every_way_of_serving_writes_the_same(ahead, policy, num_blocks, token_b
 
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["in-turn", "ahead"])
+@pytest.mark.parametrize("buckets", [None, [2], [4], [4, 8], [4, 8, 16]], ids=str)
+def test_a_step_may_be_padded_where_the_one_before_was_not(ahead, buckets):
+    """Three equally long prompts, 9 tokens in all: past the last bucket they go as they are, what follows is padded."""
+    engine, cache, _ = make_engine(make_cache(buckets=buckets), ahead=ahead)
+    prompts = [[5, 17, 3], [8, 1, 1], [2, 4, 6]]
+    generations = engine.run(Request(prompt=prompt, max_new_tokens=6) for prompt in prompts)
+    assert [generation.samples[0].written for generation in generations] == [expected(p, 6) for p in prompts]
+    assert_empty(engine, cache)
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["in-turn", "ahead"])
 def test_a_cached_prefix_is_not_read_again(ahead):
     """A system prompt of 24 tokens before each of these: read once in a namespace, and never found in another."""
     system = list(range(30, 54))

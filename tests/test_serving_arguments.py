@@ -43,7 +43,9 @@ def test_a_stop_string_needs_decode():
         (lambda: make_engine(token_budget=0), "token_budget must be at least 1, got 0"),
         (lambda: make_engine(max_running=0), "max_running must be at least 1, got 0"),
         (lambda: make_engine(watermark=1), r"watermark must lie in \[0, 1\), got 1"),
+        (lambda: make_engine(watermark=float("nan")), r"watermark must lie in \[0, 1\), got nan"),
         (lambda: make_engine(patience=-1), "patience must be at least 0, got -1"),
+        (lambda: make_engine(patience=float("nan")), "patience must be at least 0, got nan"),
         (lambda: make_engine(vocab_size=0), "vocab_size must be at least 1, got 0"),
     ],
 )
@@ -71,6 +73,8 @@ def test_errors_say_what_was_expected(make, why):
         (lambda: make_engine(decode="utf-8"), "decode must be callable, got 'utf-8'"),
         (lambda: make_engine(token_budget=1.5), "token_budget must be an integer, got 1.5"),
         (lambda: make_engine(max_running=2.0), "max_running must be an integer, got 2.0"),
+        (lambda: make_engine(watermark="low"), "watermark must be a real number, got 'low'"),
+        (lambda: make_engine(patience=None), "patience must be a real number, got None"),
         (lambda: make_engine(vocab_size="many"), "vocab_size must be an integer, got 'many'"),
         (lambda: Sampling(temperature="hot"), "temperature must be a real number, got 'hot'"),
         (lambda: Sampling(top_p=None), "top_p must be a real number, got None"),

@@ -1,6 +1,7 @@
 """AsyncEngine: many coroutines, cancelled tasks, errors, and the end."""
 
 import asyncio
+import threading
 
 import pytest
 from serving_fakes import FakeModel, expected, make_cache
@@ -117,6 +118,88 @@ def test_leaving_cancels_what_is_under_way():
 
     asyncio.run(main())
     assert cache.num_free_blocks == cache.num_blocks
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+def test_what_was_asked_for_just_before_the_end_is_cancelled_too(busy):
+    """Its task has run as far as it could, and the next step was not yet to come."""
+    engine, cache = make_engine()
+
+    async def main():
+        async with AsyncEngine(engine) as serving:
+            if busy:
+                early = serving.stream(Request(prompt=[1, 2, 3], max_new_tokens=50))
+                await anext(early)
+            late = serving.stream(Request(prompt=[4], max_new_tokens=50, samples=2))
+            first = asyncio.create_task(anext(late))
+            await asyncio.sleep(0)
+        return [await asyncio.wait_for(first, 10), *[piece async for piece in late]]
+
+    pieces = asyncio.run(main())
+    assert {piece.sample for piece in pieces if piece.finish_reason == "cancelled"} == {0, 1}
+    assert not engine.busy
+    assert cache.num_free_blocks == cache.num_blocks
+
+
+def test_a_cancelled_end_leaves_nobody_waiting():
+    """The task that leaves is cancelled while it waits for the last step."""
+    engine, cache = make_engine()
+    model, entered, left = engine._model, threading.Event(), threading.Event()
+
+    def slow(tokens, batch):
+        entered.set()
+        left.wait(10)
+        return model(tokens, batch)
+
+    engine._model = slow
+
+    async def main():
+        serving = await AsyncEngine(engine).__aenter__()
+        waiting = asyncio.create_task(collect(serving, [8]))
+        await asyncio.to_thread(entered.wait, 10)
+        leaving = asyncio.create_task(serving.__aexit__(None, None, None))
+        await asyncio.sleep(0)
+        leaving.cancel()
+        left.set()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        return await asyncio.wait_for(waiting, 10)
+
+    written = [token for token in asyncio.run(main()) if token is not None]
+    assert written == expected([8], 12)[: len(written)]
+    assert len(written) < 12
+    while engine.step():
+        pass
+    assert cache.num_free_blocks == cache.num_blocks
+    cache.check_integrity()
+
+
+class Lost(BaseException):
+    """What no caller of a step should catch."""
+
+
+@pytest.mark.parametrize(("method", "error"), [("step", Lost("a fault")), ("fail", ArithmeticError("a fault"))])
+def test_an_engine_that_breaks_down_leaves_nobody_waiting(monkeypatch, method, error):
+    """A step raises what is no Exception; or the engine cannot end its requests after one, as when a GPU is lost."""
+    engine, _ = make_engine()
+
+    def fault(*_):
+        raise error
+
+    monkeypatch.setattr(engine, "_model", None)  # every step raises
+    monkeypatch.setattr(engine, method, fault)
+
+    async def main():
+        serving = await AsyncEngine(engine).__aenter__()
+        waiting = (asyncio.wait_for(collect(serving, prompt), 10) for prompt in PROMPTS)
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+        with pytest.raises(RuntimeError, match="serves within `async with` alone") as late:
+            await asyncio.wait_for(collect(serving, [8]), 10)
+        with pytest.raises(type(error)):
+            await serving.__aexit__(None, None, None)
+        return results, late.value.__cause__
+
+    assert asyncio.run(main()) == ([error] * len(PROMPTS), error)
 
 
 def test_it_serves_within_one_async_with():

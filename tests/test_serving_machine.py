@@ -1,5 +1,7 @@
 """The engine under random requests, cancellations and faults: nothing is lost, nothing leaks."""
 
+import math
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -29,11 +31,12 @@ class Machine(RuleBasedStateMachine):
         policy=st.sampled_from(["swap", "swap", "recompute", "wait"]),
         token_budget=st.integers(3, 40),
         ahead=st.booleans(),
-        patience=st.sampled_from([0, 3, 100]),
+        patience=st.sampled_from([0, 3, 100, math.inf]),
         watermark=st.sampled_from([0.0, 0.1]),
+        buckets=st.sampled_from([None, [4, 8]]),
     )
-    def begin(self, num_blocks, max_seqs, **options):
-        self.cache = make_cache(num_blocks=num_blocks, max_seqs=max_seqs, max_seq_len=48)
+    def begin(self, num_blocks, max_seqs, buckets, **options):
+        self.cache = make_cache(num_blocks=num_blocks, max_seqs=max_seqs, max_seq_len=48, buckets=buckets)
         self.faulty = Faulty(self.cache)
         self.model = FakeModel(self.cache)
         self.model_fault = None

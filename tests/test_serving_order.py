@@ -1,5 +1,7 @@
 """Who is served first, who waits and who gives way."""
 
+import math
+
 import pytest
 from serving_fakes import assert_empty, expected, make_cache, make_engine
 
@@ -20,9 +22,20 @@ def test_swapped_samples_give_up_their_rows_to_a_more_urgent_request():
     assert_empty(engine, cache)
 
 
-def test_the_more_urgent_go_first_and_the_first_come_first():
-    engine, _, _ = make_engine(max_running=1)
-    priorities = [0, 0, 1, 2, 1, 0]
+@pytest.mark.parametrize(
+    ("patience", "priorities", "order"),
+    [
+        (1000, [0, 0, 1, 2, 1, 0], [3, 2, 4, 0, 1, 5]),
+        (math.inf, [0, 0, 1, 2, 1, 0], [3, 2, 4, 0, 1, 5]),
+        (math.inf, [0, -0.1, 0.1, 0.2, 0.1, 0], [3, 2, 4, 0, 5, 1]),
+        (10**400, [0, -0.1, 0.1, 0.2, 0.1, 0], [3, 2, 4, 0, 5, 1]),
+        (5, [0, -0.1, 0.1, 0.2, 0.1, 0], [0, 1, 2, 3, 4, 5]),
+        (0, [0, 0, 1, 2, 1, 0], [0, 1, 2, 3, 4, 5]),
+    ],
+    ids=["default", "inf", "inf-close", "huge", "five", "none"],
+)
+def test_the_more_urgent_go_first_and_the_first_come_first(patience, priorities, order):
+    engine, _, _ = make_engine(max_running=1, patience=patience)
     generations = [
         engine.submit(Request(prompt=[i + 1], max_new_tokens=2, priority=p)) for i, p in enumerate(priorities)
     ]
@@ -30,7 +43,7 @@ def test_the_more_urgent_go_first_and_the_first_come_first():
     while engine.step():
         ended += [i for i, generation in enumerate(generations) if generation.finished and i not in ended]
     ended += [i for i in range(6) if i not in ended]
-    assert ended == [3, 2, 4, 0, 1, 5]
+    assert ended == order
 
 
 def test_an_endless_stream_of_urgent_requests_starves_nobody():
@@ -42,6 +55,23 @@ def test_an_endless_stream_of_urgent_requests_starves_nobody():
         engine.step()
         assert len(urgent) < 40
     assert 5 <= sum(generation.finished for generation in urgent) <= 12
+
+
+def test_without_end_to_patience_the_urgent_always_go_first():
+    """However many came later; and whoever runs gives way to them, never they to it."""
+    engine, cache, _ = make_engine(make_cache(num_blocks=9), patience=math.inf)
+    low = engine.submit(Request(prompt=[1] * 12, max_new_tokens=16, priority=-1e-9))
+    engine.step()
+    for _ in range(8):
+        high = engine.submit(Request(prompt=[2] * 12, max_new_tokens=16))
+        while not high.finished:
+            engine.step()
+        assert not low.finished
+    assert engine.load.preemptions >= 1
+    while engine.step():
+        pass
+    assert low.samples[0].written == expected([1] * 12, 16)
+    assert_empty(engine, cache)
 
 
 @pytest.mark.parametrize("policy", ["wait", "recompute", "swap"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 
 from torch_paged.serving.engine import Engine
@@ -20,7 +20,9 @@ class AsyncEngine:
 
     Steps run in a thread of their own, so that the loop stays free; requests and cancellations take effect between two
     of them. Nothing else may use the engine meanwhile. If a step raises, all requests end with that error, and later
-    ones are served again. Leaving the `async with` cancels what is under way.
+    ones are served again. Leaving the `async with` cancels what is under way or was asked for. If the engine breaks
+    down, by an error that is no Exception or that keeps it from ending its requests, all of them raise that error, as
+    the `async with` does in the end, and no more are served.
 
     Args:
         engine: to be driven.
@@ -29,15 +31,15 @@ class AsyncEngine:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._clients: list[_Client] = []
-        self._inbox: list[Callable[[], None]] = []  # what is to be done with the engine between two steps
         self._wake = asyncio.Event()
         self._driver: asyncio.Task[None] | None = None
         self._open = False  # whether the driver goes on and takes requests
+        self._breakdown: BaseException | None = None  # what has ended the driver
 
     async def __aenter__(self) -> AsyncEngine:
         if self._driver is not None:
             raise RuntimeError("an AsyncEngine cannot be entered twice at once")
-        self._open = True
+        self._open, self._breakdown = True, None
         self._driver = asyncio.create_task(self._drive())
         return self
 
@@ -54,55 +56,51 @@ class AsyncEngine:
         """Submit a request: its tokens as they come. Closing the iterator, or cancelling its task, cancels the request.
 
         Raises:
-            RuntimeError: outside of `async with`.
+            RuntimeError: outside of `async with`, or after the engine broke down.
             Exception: what went wrong with the request, after the tokens that came before.
         """
         if not self._open:
-            raise RuntimeError("an AsyncEngine serves within `async with` alone")
-        client = _Client()
-        self._do(lambda: self._begin(client, request))
+            raise RuntimeError("an AsyncEngine serves within `async with` alone") from self._breakdown
+        client = _Client(request)
+        self._clients.append(client)
+        self._wake.set()
         try:
             while (item := await client.items.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
                 yield item
         finally:
-            client.gone = True
-            self._do(lambda: self._cancel(client))
-
-    def _do(self, action: Callable[[], None]) -> None:
-        self._inbox.append(action)
-        self._wake.set()
-
-    def _begin(self, client: _Client, request: Request) -> None:
-        if client.gone:
-            return
-        try:
-            client.begin(self._engine.submit(request))
-        except Exception as error:
-            client.items.put_nowait(error)
-        else:
-            self._clients.append(client)
-
-    def _cancel(self, client: _Client) -> None:
-        if client.generation is not None:
-            self._engine.cancel(client.generation)
+            client.cancelled = True
+            self._wake.set()
 
     async def _drive(self) -> None:
-        """Steps as long as there is something to do, until `__aexit__`."""
-        with ThreadPoolExecutor(1, "torch_paged") as thread:
-            while self._open:
-                self._wake.clear()
-                self._settle()
-                if self._engine.busy:
-                    await self._step(thread)
-                else:
-                    await self._wake.wait()
+        """Serves until `__aexit__`. However that ends, nobody is left waiting."""
+        try:
+            await self._serve()
+        except BaseException as error:
+            self._open, self._breakdown = False, error
             for client in self._clients:
-                self._cancel(client)
-            while self._engine.busy:
-                await self._step(thread)
-            self._settle()
+                client.end(error)
+            self._clients = []
+            raise
+
+    async def _serve(self) -> None:
+        """Steps as long as there is something to do, until `__aexit__`."""
+        try:
+            with ThreadPoolExecutor(1, "torch_paged") as thread:
+                while self._open:
+                    self._wake.clear()
+                    self._settle()
+                    if self._engine.busy:
+                        await self._step(thread)
+                    else:
+                        await self._wake.wait()
+                self._cancel_all()
+                while self._engine.busy:
+                    await self._step(thread)
+        except asyncio.CancelledError:  # the task that leaves is, or the loop ends; so has the thread's last step
+            self._cancel_all()
+            raise
 
     async def _step(self, thread: ThreadPoolExecutor) -> None:
         try:
@@ -112,12 +110,14 @@ class AsyncEngine:
 
     def _settle(self) -> None:
         """Between two steps: do what coroutines have asked for, and hand on what has come."""
-        inbox, self._inbox = self._inbox, []
-        for action in inbox:
-            action()
         for client in self._clients:
-            client.deliver()
+            client.settle(self._engine)
         self._clients = [client for client in self._clients if not client.ended]
+
+    def _cancel_all(self) -> None:
+        for client in self._clients:
+            client.cancelled = True
+        self._settle()
 
 
 class _Client:
@@ -125,26 +125,34 @@ class _Client:
 
     Attributes:
         items: the pieces, then the error, if there is one, then None.
-        generation: once submitted.
-        gone: whether nobody waits any more.
+        cancelled: whether it is to be, as nobody waits any more or no step will follow.
         ended: whether all has been handed on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, request: Request) -> None:
         self.items: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
-        self.generation: Generation | None = None
-        self.gone = False
+        self.cancelled = False
         self.ended = False
+        self._request = request
+        self._generation: Generation | None = None  # once submitted
 
-    def begin(self, generation: Generation) -> None:
-        self.generation = generation
-        self._stream = Stream(generation)
-
-    def deliver(self) -> None:
-        """Hand on what has come since the last call."""
-        assert self.generation is not None
+    def settle(self, engine: Engine) -> None:
+        """Submit or cancel the request, if that is due, and hand on what has come since the last call."""
+        if self._generation is None:
+            try:
+                self._generation = engine.submit(self._request)
+            except Exception as error:
+                self.end(error)
+                return
+            self._stream = Stream(self._generation)
+        if self.cancelled:
+            engine.cancel(self._generation)
         for piece in self._stream.new():
             self.items.put_nowait(piece)
-        if self.generation.finished:
-            self.items.put_nowait(self.generation.error)  # or None
-            self.ended = True
+        if self._generation.finished:
+            self.end(self._generation.error)
+
+    def end(self, error: BaseException | None) -> None:
+        """Nothing follows but the error, if there is one."""
+        self.items.put_nowait(error)
+        self.ended = True

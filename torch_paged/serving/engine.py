@@ -186,9 +186,9 @@ class Engine:
     def _tokens(self, plan: Plan) -> Tensor:
         """int64 [num_tokens] with the batch's padding. What the host has not seen comes from the step in flight."""
         before = self._launched[-1] if self._launched else None
-        if before is not None and plan.follows(before.plan):
-            return before.drawn.tokens
         padded = len(plan.batch.positions)
+        if before is not None and len(before.drawn.tokens) == padded and plan.follows(before.plan):
+            return before.drawn.tokens
         known = plan.tokens()
         host = torch.zeros(padded, dtype=torch.int64, device="cpu")
         host.numpy()[: len(known)] = known

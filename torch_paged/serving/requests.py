@@ -20,7 +20,8 @@ def _require(holds: Any, rule: str, actual: Any) -> None:
         raise ValueError(f"{rule}, got {actual!r}")
 
 
-def _as_real(name: str, value: Any) -> float:
+def as_real(name: str, value: Any) -> float:
+    """A single number as a float."""
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a real number, got {value!r}")
     try:
@@ -61,7 +62,7 @@ class Sampling:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        _set(self, **{name: _as_real(name, getattr(self, name)) for name in ("temperature", "top_p", "min_p")})
+        _set(self, **{name: as_real(name, getattr(self, name)) for name in ("temperature", "top_p", "min_p")})
         _require(0 <= self.temperature < math.inf, "temperature must be at least 0 and finite", self.temperature)
         _require(0 < self.top_p <= 1, "top_p must lie in (0, 1]", self.top_p)
         _require(0 <= self.min_p <= 1, "min_p must lie in [0, 1]", self.min_p)
@@ -120,7 +121,7 @@ class Request:
             samples=as_integer("samples", self.samples, at_least=1),
             stop_tokens=as_integers("stop_tokens", self.stop_tokens).tolist(),
             stop_strings=stop_strings,
-            priority=_as_real("priority", self.priority),
+            priority=as_real("priority", self.priority),
         )
         _require(math.isfinite(self.priority), "priority must be finite", self.priority)
         try:

@@ -11,7 +11,7 @@ import numpy as np
 from torch_paged.memory import OutOfBlocks
 from torch_paged.memory.arrays import as_integer
 from torch_paged.serving.plan import Chunk, Plan
-from torch_paged.serving.requests import Generation, Sample, TokenLogprobs
+from torch_paged.serving.requests import Generation, Sample, TokenLogprobs, as_real
 from torch_paged.serving.residents import Residents
 from torch_paged.serving.writers import Writers
 
@@ -55,10 +55,12 @@ class Scheduler:
             tokens again, or has its blocks kept in host memory.
         watermark: share of the blocks of each group of layers that admission leaves free, 0 to 1, unless nothing else
             runs.
-        patience: how many later requests of a priority higher by one may go first.
+        patience: how many later requests of a priority higher by one may go first; `math.inf`: all of any higher
+            priority, so that the others may wait for ever.
 
     Raises:
         ValueError: an argument is out of its range.
+        TypeError: an argument is of another type.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Scheduler:
         token_budget = as_integer("token_budget", token_budget, at_least=1)
         if max_running is not None:
             max_running = as_integer("max_running", max_running, at_least=1)
+        watermark, patience = as_real("watermark", watermark), as_real("patience", patience)
         if not 0 <= watermark < 1:
             raise ValueError(f"watermark must lie in [0, 1), got {watermark}")
         if not patience >= 0:

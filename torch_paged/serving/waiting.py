@@ -1,9 +1,10 @@
-"""The queue of samples that are not running: by priority, first come first served, and nobody waits for ever."""
+"""The queue of samples that are not running: by priority, first come first served, by default nobody for ever."""
 
 from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections.abc import Iterator
 
 from torch_paged.serving.requests import Sample
@@ -17,6 +18,8 @@ class WaitingQueue:
     one with the greater key gives way.
 
         patience 100:  request 7 of priority 0 -> 7, request 60 of priority 1 -> -40, request 300 of priority 1 -> 200
+
+    Where patience is infinite a key is `(-priority, ...)`, and there is no such bound.
     """
 
     def __init__(self, patience: float) -> None:
@@ -33,7 +36,8 @@ class WaitingQueue:
         arrival = next(self._arrivals)
         for sample in samples:
             priority = sample.generation.request.priority
-            sample.key = (arrival - priority * self._patience, arrival, sample.index)
+            rank = -priority if self._patience == math.inf else arrival - priority * self._patience
+            sample.key = (rank, arrival, sample.index)
 
     def push(self, sample: Sample) -> None:
         heapq.heappush(self._heap, (sample.key, sample))
