@@ -106,7 +106,7 @@ def test_tokens_on_a_gpu_are_not_waited_for():
     assert not waited, "the host has waited for the device"
     assert lengths == [0, 8, 12]
     assert cache._feed.fetch(tokens)[0].is_pinned()
-    with pytest.raises(TypeError, match=r"tokens must be flat integers, got torch.float32 \[1\]"):
+    with pytest.raises(TypeError, match=r"tokens on a GPU must be integers that int64 can hold, got torch\.float32"):
         cache.commit(cache.prepare([cache.add()], 1), torch.ones(1, device="cuda"))
     cache.check_integrity()
 

@@ -1,5 +1,6 @@
 """Prefix cache and swap under a model: greedy decoding gives the same tokens with and without them."""
 
+import contextlib
 import math
 import pickle
 from itertools import chain
@@ -226,6 +227,49 @@ def test_a_commit_of_bad_tokens_changes_nothing(tokens, error, match):
         cache.commit(batch, tokens)
     cache.rollback(batch)
     assert cache.length(seq) == 0
+
+
+class Copied:
+    """An event of a copy to the host that is over when the test says so."""
+
+    over = False
+
+    def record(self):
+        pass
+
+    def query(self):
+        return Copied.over
+
+
+@pytest.mark.parametrize(
+    ("tokens", "error", "match"),
+    [
+        (torch.ones(2, 1, dtype=torch.int64), ValueError, r"tokens must be flat: \[n\] integers, got shape \[2, 1\]"),
+        (torch.tensor(7), ValueError, r"tokens must be flat: \[n\] integers, got shape \[\]"),
+        (torch.ones(2), TypeError, "tokens on a GPU must be integers that int64 can hold, got torch.float32"),
+        (torch.ones(2, dtype=torch.bool), TypeError, "integers that int64 can hold, got torch.bool"),
+        (torch.tensor([1, (1 << 63) + 1], dtype=torch.uint64), TypeError, "that int64 can hold, got torch.uint64"),
+        (torch.ones(3, dtype=torch.int32), ValueError, "tokens must be the 2 tokens of the step, got 3"),
+    ],
+    ids=["column", "number", "float32", "bool", "uint64", "three"],
+)
+def test_a_commit_of_bad_tokens_on_a_gpu_changes_nothing(monkeypatch, tokens, error, match):
+    """What a GPU holds is not waited for, so it is judged before it is known. Tensors of the CPU pass for such here."""
+    cache = make_cache()
+    seq = cache.add()
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "Event", Copied)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(Copied, "over", False)
+    cache.commit(cache.prepare([seq], 2), torch.tensor([5, 6], dtype=torch.uint8))
+    batch = cache.prepare([seq], 2)
+    with pytest.raises(error, match=match):
+        cache.commit(batch, tokens)
+    cache.commit(batch, torch.tensor([7, 8], dtype=torch.uint32))
+    assert cache.length(cache.add([5, 6, 7, 8, 9])) == 0, "nothing has arrived"
+    monkeypatch.setattr(Copied, "over", True)
+    assert cache.length(cache.add([5, 6, 7, 8, 9])) == 4
+    cache.check_integrity()
 
 
 def test_free_blocks_are_counted():

@@ -305,9 +305,10 @@ class PagedKVCache(nn.Module):
             advanced: how many times `batch.advance()` was run on top, at most `ahead`; those tokens stand too.
 
         Raises:
-            TypeError: the tokens are not integers.
+            TypeError: the tokens are not integers, or uint64 on a GPU.
             ValueError: the batch is no open step; an earlier step of one of its sequences is open, or, with
-                `advanced`, a later one; `advanced` exceeds `ahead`; the number of tokens does not match.
+                `advanced`, a later one; `advanced` exceeds `ahead`; the tokens are not flat or past 64 bits with a
+                sign, or their number does not match.
         """
         self._steps.commit(batch, tokens, advanced)
 

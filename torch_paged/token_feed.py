@@ -11,6 +11,9 @@ from torch import Tensor
 from torch_paged.memory import MemoryManager, Step, history
 from torch_paged.memory.arrays import Ints, as_integers
 
+# Numbers on a GPU are not looked at before they are taken: their type must say that they fit, and uint64 does not.
+_WITHIN_INT64 = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint32, torch.uint16, torch.uint8)
+
 
 class _Entry(NamedTuple):
     step: Step
@@ -30,12 +33,13 @@ class TokenFeed:
         self._entries: deque[_Entry] = deque()
 
     def fetch(self, tokens: Any) -> tuple[Ints | Tensor, torch.cuda.Event | None]:
-        """Tokens that `put` takes, checked as far as they are known. Raises TypeError, ValueError."""
+        """Tokens that `put` takes and `deliver` can hand over. Raises TypeError, ValueError."""
         if not (isinstance(tokens, Tensor) and tokens.is_cuda):
             return as_integers("tokens", tokens), None
-        no_integers = tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool
-        if tokens.dim() != 1 or (no_integers and len(tokens)):  # of nothing, torch.tensor([]) makes float32
-            raise TypeError(f"tokens must be flat integers, got {tokens.dtype} {list(tokens.shape)}")
+        if tokens.dim() != 1:
+            raise ValueError(f"tokens must be flat: [n] integers, got shape {list(tokens.shape)}")
+        if tokens.dtype not in _WITHIN_INT64 and len(tokens):  # of nothing, torch.tensor([]) makes float32
+            raise TypeError(f"tokens on a GPU must be integers that int64 can hold, got {tokens.dtype}")
         with torch.cuda.device(tokens.device):
             copy = tokens.to("cpu", non_blocking=True)  # pinned
             arrived = torch.cuda.Event()
