@@ -87,9 +87,7 @@ class PagedKVLayer(nn.Module):
         Raises:
             TypeError: `batch` is no PagedBatch.
         """
-        if not isinstance(batch, PagedBatch):
-            raise TypeError(f"batch must be a PagedBatch, got {type(batch).__name__}")
-        block_table, slot_mapping = batch.tables(self.group)
+        block_table, slot_mapping = _tables(batch, self.group)
         key_cache, value_cache, options = _cache_options(self.tensors(), self.sliding_window, options)
         shape = slot_mapping.shape[0], num_heads, key_cache.shape[3]
         query = torch.empty(shape, dtype=self._dtype, device=key_cache.device)
@@ -152,20 +150,21 @@ class FunctionalKV(nn.Module):
         return _append_and_attend(query, key, value, caches[layer], batch, *self._layers[layer], options)
 
 
-def _tables(batch: PagedBatch, group: int, query: Tensor) -> tuple[Tensor, Tensor]:
-    """`batch.tables(group)` of a batch that has as many tokens as there are queries."""
+def _tables(batch: Any, group: int) -> tuple[Tensor, Tensor]:
+    """`batch.tables(group)` of what must be a PagedBatch."""
     if not isinstance(batch, PagedBatch):
         raise TypeError(f"batch must be a PagedBatch, got {type(batch).__name__}")
-    block_table, slot_mapping = batch.tables(group)
-    rows, tokens = query.shape[0], slot_mapping.shape[0]
-    if batch.cu_seqlens_q is None:  # else rows past its last are padding
-        if torch.compiler.is_compiling():
-            torch._check(rows == tokens)  # takes no message with sizes in it
-        else:
-            torch._check_value(
-                rows == tokens, lambda: f"query must have a row for each of the batch's {tokens} tokens, got {rows}"
-            )
-    return block_table, slot_mapping
+    return batch.tables(group)
+
+
+def _check_rows(rows: int, tokens: int) -> None:
+    """Raise ValueError unless there are as many queries as the batch has tokens."""
+    if torch.compiler.is_compiling():
+        torch._check(rows == tokens)  # takes no message with sizes in it
+    else:
+        torch._check_value(
+            rows == tokens, lambda: f"query must have a row for each of the batch's {tokens} tokens, got {rows}"
+        )
 
 
 def _append_and_attend(
@@ -178,7 +177,9 @@ def _append_and_attend(
     sliding_window: int | None,
     options: dict[str, Any],
 ) -> Tensor:
-    block_table, slot_mapping = _tables(batch, group, query)
+    block_table, slot_mapping = _tables(batch, group)
+    if batch.cu_seqlens_q is None:  # else rows past its last are padding
+        _check_rows(query.shape[0], slot_mapping.shape[0])
     key_cache, value_cache, options = _cache_options(tensors, sliding_window, options)
     append_options = {name: options[name] for name in _SCALES if name in options}
     append(key, value, key_cache, value_cache, slot_mapping, **append_options)

@@ -1,19 +1,20 @@
 """Serving: many requests through one model over one PagedKVCache.
 
-requests.py      Request and Sampling, what a caller asks for; Generation and Sample, what comes of it
-text.py          text from tokens as they come, stop strings
-waiting.py       the queue: priority, first come first served, nobody waits for ever
-residents.py     who has a place in the cache: letting in, parting forks, giving way
-writers.py       Writers: samples that decode together
-plan.py          Plan: one step
-scheduler.py     Scheduler: plans within a budget of tokens, and what comes of them
-stream.py        what is new of a generation
-sampling.py      from logits to tokens on the device
-engine.py        Engine: the loop that runs plans through the model
-asynchronous.py  AsyncEngine: the same for coroutines
-beams.py         beam_search over forks
+random_numbers.py  SplitMix64: which numbers a seed leads to
+requests.py        Request and Sampling, what a caller asks for; Generation and Sample, what comes of it
+text.py            text from tokens as they come, stop strings
+waiting.py         the queue: priority, first come first served, by default nobody waits for ever
+residents.py       who has a place in the cache: letting in, parting forks, giving way
+writers.py         Writers: samples that decode together
+plan.py            Plan: one step
+scheduler.py       Scheduler: plans within a budget of tokens, and what comes of them
+stream.py          what is new of a generation
+sampling.py        from logits to tokens on the device
+engine.py          Engine: the loop that runs plans through the model
+asynchronous.py    AsyncEngine: the same for coroutines
+beams.py           beam_search over forks
 
-The first eight know no torch.
+The first nine know no torch.
 """
 
 from torch_paged.serving.asynchronous import AsyncEngine

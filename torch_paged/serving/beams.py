@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from torch_paged.batch import PagedBatch, unbacked
+from torch_paged.batch import unbacked
 from torch_paged.cache import PagedKVCache
 from torch_paged.memory.arrays import as_integer, as_integers
-from torch_paged.serving.sampling import check_logits, to_device
-
-Model = Callable[[Tensor, PagedBatch], Tensor]
+from torch_paged.serving.sampling import Model, check_logits, to_device
 
 
 class Beam(NamedTuple):

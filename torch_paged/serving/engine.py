@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from torch_paged.batch import PagedBatch, unbacked
+from torch_paged.batch import unbacked
 from torch_paged.cache import PagedKVCache
 from torch_paged.memory.arrays import as_integer
 from torch_paged.serving.plan import Plan
 from torch_paged.serving.requests import Generation, Request, Sample, TokenLogprobs
-from torch_paged.serving.sampling import Drawn, Rules, check_logits, draw, rules_of, to_device
+from torch_paged.serving.sampling import Drawn, Model, Rules, check_logits, draw, rules_of, to_device
 from torch_paged.serving.scheduler import Load, Scheduler
 from torch_paged.serving.stream import Piece, Stream
 from torch_paged.serving.text import Decode, TextStop
-
-Model = Callable[[Tensor, PagedBatch], Tensor]
 
 
 class _Launched(NamedTuple):

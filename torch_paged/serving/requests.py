@@ -10,9 +10,8 @@ from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 from torch_paged.memory.arrays import as_integer, as_integers
+from torch_paged.serving.random_numbers import GAMMA, mix, signed
 from torch_paged.serving.text import TextStop
-
-_MASK = (1 << 64) - 1
 
 
 def _require(holds: Any, rule: str, actual: Any) -> None:
@@ -169,7 +168,7 @@ class Sample:
         request = generation.request
         self.generation = generation
         self.index = index
-        self.seed = _signed(_mix(seed + index * 0x9E3779B97F4A7C15))
+        self.seed = signed(mix(seed + index * GAMMA))
         self.tokens = list(request.prompt)
         self.wants_logprobs = request.sampling.logprobs is not None
         self.logprobs: list[TokenLogprobs] = []
@@ -211,8 +210,8 @@ class Sample:
         if logprobs is not None and self.wants_logprobs:
             self.logprobs.append(logprobs)
 
-    def reason_to_end(self) -> str | None:
-        """Look at the token appended last, once: the reason to end, if there is one."""
+    def take_in_last_token(self) -> str | None:
+        """Once for each appended token: it goes to the text. Returns the reason to end, if there is one now."""
         token = self.tokens[-1]
         if token in self.stop_tokens:
             return "stop"
@@ -246,7 +245,7 @@ class Generation:
     def __init__(self, request: Request) -> None:
         self.request = request
         seed = request.sampling.seed
-        seed = secrets.randbits(64) if seed is None else _mix(seed)
+        seed = secrets.randbits(64) if seed is None else mix(seed)
         self.samples = [Sample(self, index, seed) for index in range(request.samples)]
 
     @property
@@ -257,15 +256,3 @@ class Generation:
     def error(self) -> BaseException | None:
         """What went wrong with one of the samples, if anything did."""
         return next((sample.error for sample in self.samples if sample.error is not None), None)
-
-
-def _mix(value: int) -> int:
-    """A 64-bit number in which every bit depends on all of `value`'s (the finaliser of SplitMix64)."""
-    value &= _MASK
-    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
-    value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _MASK
-    return value ^ (value >> 31)
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >> 63 else value

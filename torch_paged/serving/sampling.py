@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torch_paged.batch import PagedBatch
+from torch_paged.serving.random_numbers import FACTORS, GAMMA, signed
 from torch_paged.serving.requests import Sample, Sampling
 
 _SMALLEST_TEMPERATURE = 1e-5  # below, a logit's quotient could overflow
 _NO_LIMIT = torch.iinfo(torch.int64).max
+
+Model = Callable[[Tensor, PagedBatch], Tensor]  # `model(tokens, batch) -> logits`, see Engine and `check_logits`
 
 
 class Rules(NamedTuple):
@@ -121,21 +125,17 @@ def _with_logprobs(tokens: Tensor, logits: Tensor, rules: Rules) -> Drawn:
 def uniform(seed: Tensor, position: Tensor) -> Tensor:
     """float64 [rows] in [0, 1): a hash of int64 seeds and int positions, 48 bits of it.
 
-    The hash is the finaliser of SplitMix64 (Steele, Lea, Flood, 2014) over the stream's counter.
+    The hash is the finaliser of SplitMix64 over the stream's counter, see random_numbers.py.
     """
-    x = seed + position.to(torch.int64) * _signed(0x9E3779B97F4A7C15)
-    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
+    x = seed + position.to(torch.int64) * signed(GAMMA)
+    x = (x ^ _shift(x, 30)) * signed(FACTORS[0])
+    x = (x ^ _shift(x, 27)) * signed(FACTORS[1])
     return _shift(x ^ _shift(x, 31), 16).double() * 2.0**-48
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
     """A logical shift to the right of int64."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >> 63 else value
 
 
 def rules_of(samples: list[Sample], rows: int, device: torch.device) -> Rules:

@@ -148,7 +148,7 @@ def write(sample: Sample, token: int, logprobs: TokenLogprobs | None, ended: End
 
 
 def _look_at(sample: Sample, ended: Ended) -> None:
-    reason = sample.reason_to_end()
+    reason = sample.take_in_last_token()
     if reason is not None:
         ended.setdefault(reason, []).append(sample)
 
