@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_paged.capacity import empty_cache
+from torch_paged.storage import empty_cache
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]

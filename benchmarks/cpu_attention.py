@@ -17,8 +17,8 @@ from torch import Tensor
 
 import torch_paged
 from torch_paged import ops
-from torch_paged.capacity import empty_cache
 from torch_paged.cpu.choice import EAGER, NATIVE
+from torch_paged.storage import empty_cache
 
 BYTES = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 

@@ -72,6 +72,8 @@ def scatter(**changes):
 
 
 METADATA = {
+    "query-none": (attention(query=None), TypeError, r"query must be float32 or .*, got None"),
+    "value-cache-none": (attention(value_cache=None), TypeError, r"value_cache must be float32 or .*, got None"),
     "query-dtype": (attention(query=torch.randn(3, 4, 32).double()), TypeError, r"query must be float32 or .* got float64 \[3, 4, 32\]"),
     "query-rank": (attention(query=torch.randn(3, 128)), ValueError, r"query must be .*\[num_tokens, num_heads, head_dim\], got float32 \[3, 128\]"),
     "query-stride": (attention(query=torch.randn(3, 32, 4).transpose(1, 2)), ValueError, r"query must have a last stride of 1, got strides \[128, 1, 4\]"),
@@ -123,10 +125,12 @@ METADATA = {
     "scale-length": (attention(**FLOAT8, value_scale=torch.ones(3)), ValueError, r"value_scale must be float32 \[num_kv_heads\] with num_kv_heads = 2, got float32 \[3\]"),
     "scale-rank": (attention(**FLOAT8, value_scale=torch.ones(2, 1)), ValueError, r"value_scale must be .* got float32 \[2, 1\]"),
     "scale-cache-shape": (attention(**FLOAT8, key_scale_cache=torch.ones(5, 4, 1)), ValueError, "key_scale_cache must be .* with num_kv_heads = 2, got"),
+    "merge-none": (merge(lse_b=None), TypeError, r"lse_b must be float32 \[num_tokens, num_heads\], got None"),
     "merge-dtype": (merge(output_a=torch.randn(3, 4, 32).double()), TypeError, "output_a must be float32 or"),
     "merge-lse-dtype": (merge(lse_b=torch.randn(3, 4).half()), TypeError, r"lse_b must be float32 \[num_tokens, num_heads\], got float16"),
     "merge-shape": (merge(output_b=torch.randn(2, 4, 32)), ValueError, "output_b must be .* with num_tokens = 3, got"),
     "merge-lse-shape": (merge(lse_a=torch.randn(3, 5)), ValueError, "lse_a must be .* with num_heads = 4, got"),
+    "append-none": (append(slot_mapping=None), TypeError, r"slot_mapping must be int64 \[num_slots\], got None"),
     "append-dtype": (append(key=torch.randn(3, 2, 32).double()), TypeError, "key must be float32 or"),
     "append-value-dtype": (append(value=torch.randn(3, 2, 32).half()), TypeError, "value must be float32"),
     "append-cache-dtype": (append(key_cache=torch.randn(5, 4, 2, 32).half()), TypeError, "key_cache must have key's dtype float32, or float8_e4m3fn, float8_e5m2, int8, got float16"),

@@ -36,7 +36,7 @@ ALLOWED = {
     "steps": {"batch", "functional", "memory", "staging", "token_feed"},
     "swapping": {"memory", "transfer"},
     "layout": {"memory", "options", "storage"},
-    "capacity": {"memory", "storage"},
+    "capacity": {"memory"},
     "storage": set(),
     "layers": {"batch", "functional", "options"},
     "staging": {"batch", "memory", "uploads"},

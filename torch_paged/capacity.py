@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import torch
 
 from torch_paged.memory.arrays import as_integer
-from torch_paged.storage import empty_cache as empty_cache  # benchmarks look for it here
 
 
 def group_limits(windows: Sequence[int | None], block_size: int, max_seqs: int, max_seq_len: int) -> list[int | None]:

@@ -40,7 +40,7 @@ def attention(
     _numbers(scale, softcap, sliding_window, causal)
     match = Matcher(query)
     match("query", query, FLOAT_DTYPES, ("num_tokens", "num_heads", "head_dim"), unit_last_stride=True)
-    _cache_pair(match, query.dtype, key_cache, value_cache, "query")
+    _caches(match, query.dtype, "query", key_cache, value_cache)
     _scales(match, key_cache, value_cache, **scales)
     for name, per_head in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
         if per_head is not None:
@@ -151,7 +151,7 @@ def rotary_append(
     """Arguments of `paged::rotary_append`."""
     match = Matcher(query)
     match("query", query, FLOAT_DTYPES, ("num_tokens", "num_heads", "head_dim"))
-    if key.dtype != query.dtype:
+    if key is not None and key.dtype != query.dtype:
         raise TypeError(f"key must have query's dtype {name_of(query.dtype)}, got {name_of(key.dtype)}")
     _rows_and_caches(match, key, value, key_cache, value_cache, slot_mapping)
     _scales(match, key_cache, value_cache, **scales)
@@ -179,7 +179,7 @@ def _rows_and_caches(
     match("key", key, FLOAT_DTYPES, ("num_tokens", "num_kv_heads", "head_dim"))
     if value is not None:
         match("value", value, (key.dtype,), ("num_tokens", "num_kv_heads", "value_head_dim"))
-    _cache_pair(match, key.dtype, key_cache, value_cache, "key")
+    _caches(match, key.dtype, "key", *((key_cache,) if value_cache is None else (key_cache, value_cache)))
     match("slot_mapping", slot_mapping, _INT64, ("num_slots",))
     slots, tokens = match.sizes["num_slots"], match.sizes["num_tokens"]
     require(slots <= tokens, lambda: f"slot_mapping must have at most key's {tokens} rows, got {slots}")
@@ -203,13 +203,11 @@ def scatter_blocks(source: Tensor, blocks: Tensor, caches: Sequence[Tensor]) -> 
     _staging("source", source, blocks, caches)
 
 
-def _cache_pair(match: Matcher, dtype: torch.dtype, key_cache: Tensor, value_cache: Tensor | None, like: str) -> None:
-    caches = [("key_cache", key_cache, "head_dim")]
-    if value_cache is not None:
-        caches.append(("value_cache", value_cache, "value_head_dim"))
+def _caches(match: Matcher, dtype: torch.dtype, like: str, *caches: Tensor) -> None:
+    """A key cache, or it and a value cache, for rows of `dtype`, that of argument `like`."""
     stored = (dtype, *QUANTISED_DTYPES)
-    for name, cache, dim in caches:
-        if cache.dtype not in stored:
+    for name, cache, dim in zip(("key_cache", "value_cache"), caches, ("head_dim", "value_head_dim"), strict=False):
+        if cache is not None and cache.dtype not in stored:
             others = ", ".join(map(name_of, QUANTISED_DTYPES))
             raise TypeError(
                 f"{name} must have {like}'s dtype {name_of(dtype)}, or {others}, got {name_of(cache.dtype)}"
@@ -276,6 +274,8 @@ def _staging(name: str, staging: Tensor, blocks: Tensor, caches: Sequence[Tensor
     match = Matcher(blocks)
     match("blocks", blocks, _INT64, ("num_rows",))
     _block_list(match, caches)
+    if staging is None:
+        raise TypeError(f"{name} must be a tensor of as many rows as blocks, got None")
     if staging.device != match.device:
         raise ValueError(f"{name} must be on {match.device} like the others, got {staging.device}")
     dtypes = {cache.dtype for cache in caches}

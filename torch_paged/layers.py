@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torch_paged.batch import PagedBatch
 from torch_paged.functional import append, attention, schedule
-from torch_paged.options import SCALES as _SCALES
+from torch_paged.options import SCALES
 
 
 class PagedKVLayer(nn.Module):
@@ -46,7 +46,7 @@ class PagedKVLayer(nn.Module):
         sliding_window: int | None,
     ) -> None:
         super().__init__()
-        for name in ("key_cache", "value_cache", *_SCALES):
+        for name in ("key_cache", "value_cache", *SCALES):
             self.register_buffer(name, tensors.get(name), persistent=False)
         self.group = group
         self.sliding_window = sliding_window
@@ -181,7 +181,7 @@ def _append_and_attend(
     if batch.cu_seqlens_q is None:  # else rows past its last are padding
         _check_rows(query.shape[0], slot_mapping.shape[0])
     key_cache, value_cache, options = _cache_options(tensors, sliding_window, options)
-    append_options = {name: options[name] for name in _SCALES if name in options}
+    append_options = {name: options[name] for name in SCALES if name in options}
     append(key, value, key_cache, value_cache, slot_mapping, **append_options)
     if batch.schedules is not None:
         options.setdefault("schedule", batch.schedules[group])
@@ -202,7 +202,7 @@ def _cache_options(
     """Key cache, value cache, and `options` with a layer's own."""
     key_cache, value_cache, *scales = tensors
     if scales:
-        names = _SCALES[:2] if scales[0].dim() < 2 else _SCALES[2:]
+        names = SCALES[:2] if scales[0].dim() < 2 else SCALES[2:]
         options = dict(zip(names, scales, strict=True)) | options
     if sliding_window is not None:
         if options.setdefault("sliding_window", sliding_window) != sliding_window:

@@ -16,7 +16,7 @@ class Matcher:
     __slots__ = ("device", "sizes")
 
     def __init__(self, first: Tensor) -> None:
-        self.device = first.device
+        self.device = None if first is None else first.device
         self.sizes: dict[str, int] = {}
 
     def __call__(
@@ -27,9 +27,9 @@ class Matcher:
         dims: tuple[str, ...],
         unit_last_stride: bool = False,
     ) -> None:
-        shape = tensor.shape
-        if tensor.dtype not in dtypes:
+        if tensor is None or tensor.dtype not in dtypes:  # dispatchers let None through
             raise TypeError(f"{name} must be {_expected(dtypes, dims)}, got {form(tensor)}")
+        shape = tensor.shape
         if len(shape) != len(dims):
             raise ValueError(f"{name} must be {_expected(dtypes, dims)}, got {form(tensor)}")
         if tensor.device != self.device:
@@ -54,9 +54,9 @@ def require(condition: Any, message: Callable[[], str]) -> None:
         torch._check_value(condition, message)
 
 
-def form(tensor: Tensor) -> str:
+def form(tensor: Tensor | None) -> str:
     """Its dtype and shape, as in `int32 [4, 8]`."""
-    return f"{name_of(tensor.dtype)} {list(tensor.shape)}"
+    return "None" if tensor is None else f"{name_of(tensor.dtype)} {list(tensor.shape)}"
 
 
 def name_of(dtype: torch.dtype) -> str:
