@@ -30,6 +30,7 @@ def hopper_faults(variant, kernel, parts):
     """What a form of `attention_hopper` lacks."""
     demands = {
         "products under way": kernel.pipelined_loops == 2 * parts,
+        "exponentials meanwhile": kernel.overlapped > 0 or variant.launch.variant.head_dim == 64,
         "no spilled registers": kernel.instructions["spill"] == 0,
         "matrix unit": kernel.instructions["wgmma"] > 0 and kernel.instructions["tensor_core"] == 0,
         "copy engine": kernel.instructions["copy_engine"] > 0,
