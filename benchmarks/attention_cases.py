@@ -43,8 +43,16 @@ class Case:
 
     @property
     def flops(self) -> int:
+        return self.flops_within(max(self.keys))
+
+    def flops_within(self, window: int) -> int:
+        """Of pairs of a query and a key that it sees, at most `window` keys where they are causal."""
+
+        def seen(queries: int) -> int:  # by so many from the first key on
+            return window * queries - window * (window - 1) // 2 if queries > window else queries * (queries + 1) // 2
+
         lens = zip(self.keys, self.queries, strict=True)
-        pairs = sum(q * k - (q * (q - 1) // 2 if self.causal else 0) for k, q in lens)
+        pairs = sum(seen(k) - seen(k - q) if self.causal else q * k for k, q in lens)
         return 2 * pairs * self.heads * (self.dim + self.value_dim)
 
 
