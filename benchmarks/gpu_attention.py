@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from attention_cases import CASES, ODD, ODD_PREFILL, Arguments, Case, make
 from gpu_peers import PEERS, absent, versions
-from gpu_timing import ceilings, rotations, summary, timed
+from gpu_timing import ceilings, header, rotations, summary, timed
 
 import torch_paged  # noqa: F401 - registers the operators
 from torch_paged.kernels.attention import launch_attention
@@ -192,6 +191,28 @@ def _at_most_70(lens: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(min(length, 70) for length in lens[-2:])
 
 
+def measure_all(case: Case, sets: list[Arguments], peers: bool) -> dict[str, Any]:
+    """A case with a schedule, without one, by the general kernel where another serves it, and by its peers."""
+    launches, without = shipped(case, sets[0]), general(case, sets[0])
+    entry: dict[str, Any] = measure(case, sets, launches, scheduled=True)
+    if not launches[-1].forms:
+        entry["without a schedule"] = measure(case, sets, launches, repeats=10)
+    if without != launches:
+        entry["general"] = measure(case, sets, without, repeats=10)
+    if peers:
+        entry["peers"] = measure_peers(case, sets)
+    return entry
+
+
+def show_all(name: str, entry: dict[str, Any], read_gb_s: float) -> None:
+    show(name, entry, read_gb_s)
+    for other in ("without a schedule", "general"):
+        if other in entry:
+            show(f"    {other}", entry[other], read_gb_s)
+    for peer, figures in entry.get("peers", {}).items():
+        show(f"    {peer}", figures, read_gb_s)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path)
@@ -212,10 +233,7 @@ def main() -> None:
         jobs += [(case, launch) for case in cases.values() for launch in launches_of(case, device, general)]
         print(f"compiled in {compile_all(jobs, device, options.workers):.0f} s", flush=True)
     report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "date": time.strftime("%Y-%m-%d"),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
+        **header(),
         "ceilings": ceilings(device, options.smoke),
         "peers": versions(),
         "absent_peers": absent(),
@@ -230,19 +248,8 @@ def main() -> None:
     print(f"{len(odd)} odd shapes right", flush=True)
     for name, case in cases.items():
         sets = [make(case, device, seed) for seed in range(1 if options.smoke or case.pool else rotations(case.bytes))]
-        launches, without = shipped(case, sets[0]), general(case, sets[0])
-        entry = report["cases"][name] = measure(case, sets, launches, scheduled=True)
-        show(name, entry, report["ceilings"]["read_gb_s"])
-        if not launches[-1].forms:
-            entry["without a schedule"] = measure(case, sets, launches, repeats=10)
-            show("    without a schedule", entry["without a schedule"], report["ceilings"]["read_gb_s"])
-        if without != launches:
-            entry["general"] = measure(case, sets, without, repeats=10)
-            show("    general kernel", entry["general"], report["ceilings"]["read_gb_s"])
-        if options.peers and name in WITH_PEERS:
-            entry["peers"] = measure_peers(case, sets)
-            for peer, figures in entry["peers"].items():
-                show(f"    {peer}", figures, report["ceilings"]["read_gb_s"])
+        report["cases"][name] = measure_all(case, sets, peers=options.peers and name in WITH_PEERS)
+        show_all(name, report["cases"][name], report["ceilings"]["read_gb_s"])
         if options.output:
             options.output.write_text(json.dumps(report, indent=1))
         del sets

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gpu_timing import rotations, summary, timed
+from gpu_timing import header, rotations, summary, timed
 
 import torch_paged  # noqa: F401 - registers the operators
 
@@ -152,10 +151,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     report = {
-        "device": torch.cuda.get_device_name(),
-        "date": time.strftime("%Y-%m-%d"),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
+        **header(),
         "ops": device_times(),
         "host_us": host_times(),
     }

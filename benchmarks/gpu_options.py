@@ -9,14 +9,12 @@ values that a query sees.
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from attention_cases import Arguments, Case, decode, make
-from gpu_timing import ceilings, rotations, summary, timed
+from gpu_timing import ceilings, header, rotations, summary, timed
 from torch import Tensor
 
 import torch_paged
@@ -110,10 +108,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(CASES))
     chosen = parser.parse_args()
     report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
-        "date": time.strftime("%Y-%m-%d"),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
+        **header(),
         "ceilings": ceilings(torch.device("cuda", 0), False),
         "cases": {},
     }

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -12,6 +13,16 @@ from torch_paged.kernels.device import device_of
 
 ROTATED_BYTES = 600 * 2**20  # of inputs: ten times an H200's L2 cache
 LEAST_SECONDS = 5e-3  # of one replay
+
+
+def header() -> dict[str, Any]:
+    """What every report begins with."""
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "date": time.strftime("%Y-%m-%d"),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
 
 
 def rotations(bytes_moved: int) -> int:
