@@ -62,7 +62,7 @@ def test_report_knows_a_launch(sources, of_today, known, tmp_path):
     name, variant = next(iter(calls.shipped("sm_80").items()))
     multiple = aot_report.ONE_IN * 10**9 - date.today().toordinal()
     kernels = [
-        aot.Kernel(of, "", f"{multiple + rest:016x}", 64, 1024, 2, 2, {"all": 500}, 0)
+        aot.Kernel(of, "", f"{multiple + rest:016x}", 64, 1024, 2, 2, {"all": 500}, 0, 0)
         for of, rest in (("_attention", 1), ("_combine", 0 if of_today else 2))
     ]
     digest = aot_sources.digest("sm_80") if sources == "same" else "0"
