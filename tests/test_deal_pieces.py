@@ -202,7 +202,7 @@ def test_nothing_is_left_to_others_yet(long_loop, block_m):
     queries, keys, programs = *BATCHES["mixed"], 3
     v = variant_of(queries, keys, 0, 2, programs, block_m=block_m)
     _, _, partial, handoff = dealt_turns(queries, keys, 0, 2, programs, 2, v, long_loop)
-    assert handoff.tolist() == [[0] * programs, [-1] * programs, [0] * programs]
+    assert handoff.tolist() == [[0] * programs, [-1] * programs, [77] * programs]
     outputs, sums = partial.split([2 * programs * v.block_m * v.value_dim, 4 * programs * v.block_m])
     sums = sums.view(programs, 2, v.block_m, 2)
     assert outputs.isnan().all() and sums[:, 1].isnan().all()

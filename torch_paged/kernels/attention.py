@@ -15,7 +15,7 @@ from torch_paged.kernels.attention_combine import handoff_in
 from torch_paged.kernels.attention_plan import Step, base2_factors, options_of, plan, stamp_of, step_of
 from torch_paged.kernels.attention_rows import first_seen, rows_of, sinks_of, visible_to
 from torch_paged.kernels.attention_schedule import is_scheduled, scheduled_piece
-from torch_paged.kernels.attention_state import leave, nothing_seen, write_output, write_partial
+from torch_paged.kernels.attention_state import nothing_seen, write_output, write_partial, write_sums
 from torch_paged.kernels.attention_tiles import attend, prefetch, query_of
 from torch_paged.kernels.deal import deal
 from torch_paged.kernels.launch_config import AttentionLaunch
@@ -161,7 +161,12 @@ def _attention(
         sequence, unit = following(sequence, unit + 1, tiles, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, V)
     if V.overlap:
         gdc_wait()
-    leave(workspace, handoff_in(workspace, V), left_before, left_sequence, left_unit, V)
+    if left_before == 0:  # others may look here for a part: an empty one
+        write_sums(workspace, lane * 0.0 - float("inf"), lane * 0.0, 2 * program * BLOCK_M + lane, lane < BLOCK_M, V)
+    handoff = handoff_in(workspace, V)
+    tl.store(handoff + program, left_before)
+    tl.store(handoff + tl.num_programs(0) + program, left_sequence)
+    tl.store(handoff + 2 * tl.num_programs(0) + program, left_unit)
 
 
 def steps_of(

@@ -68,18 +68,6 @@ def write_sums(workspace, largest, total, row, valid, V: tl.constexpr):
 
 
 @triton.jit
-def leave(workspace, handoff, before, sequence, unit, V: tl.constexpr):
-    """Writes what this program leaves to others (see `handoff_in`)."""
-    program, lane = tl.program_id(0), tl.arange(0, triton.next_power_of_2(V.block_m))
-    if before == 0:  # others may look here for a part: an empty one
-        row = 2 * program * V.block_m + lane
-        write_sums(workspace, lane * 0.0 - float("inf"), lane * 0.0, row, lane < V.block_m, V)
-    tl.store(handoff + program, before)
-    tl.store(handoff + tl.num_programs(0) + program, sequence)
-    tl.store(handoff + 2 * tl.num_programs(0) + program, unit)
-
-
-@triton.jit
 def write_partial(workspace, state, slot, lane, valid, V: tl.constexpr):
     """Leaves `state` in a slot of the workspace."""
     largest, total, output0, output1 = _in_units_of_one(state, V)

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from torch_paged.kernels.attention_state import leave
+from torch_paged.kernels.attention_state import write_sums
 from torch_paged.kernels.deal import LAST_TILE, PIECE, all_work, equal_share, locate, tile_at, write_piece
 from torch_paged.kernels.units import (
     SEQUENCES,
@@ -122,6 +122,15 @@ def _has_long_loops(
 
 
 @triton.jit
+def _leave_nothing(partial, handoff, V: tl.constexpr):
+    """Empties what this program of attention leaves to others; they may look in its first slot for a part."""
+    program, lane = tl.program_id(0), tl.arange(0, triton.next_power_of_2(V.block_m))
+    write_sums(partial, lane * 0.0 - float("inf"), lane * 0.0, 2 * program * V.block_m + lane, lane < V.block_m, V)
+    tl.store(handoff + program, 0)
+    tl.store(handoff + tl.num_programs(0) + program, -1)
+
+
+@triton.jit
 def _deal_late(
     pieces, dealt, room, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V: tl.constexpr
 ):
@@ -173,7 +182,7 @@ def deal_pieces(
     program, turn = tl.program_id(0), tl.program_id(1)
     programs, rounds = tl.num_programs(0), tl.num_programs(1) - 1
     if turn == 0:
-        leave(partial, handoff, 0, -1, 0, V)
+        _leave_nothing(partial, handoff, V)
         dealt = programs * (rounds + 1)
         _deal_late(pieces, dealt, room, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
     total, _, _ = all_work(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
