@@ -83,7 +83,8 @@ def verify(case: Case, inputs: Arguments, options: dict[str, Any], output: Tenso
 def measure(case: Case, dtype: torch.dtype | None, scales: str, options: dict[str, Any]) -> dict[str, float]:
     device = torch.device("cuda", 0)
     window = min(options.get("sliding_window", 1 << 40), min(case.keys))
-    seen, flops = window * len(case.keys), case.flops_within(window)
+    seen = sum(min(window + q - 1, k) for k, q in zip(case.keys, case.queries, strict=True))
+    flops = case.flops_within(window)
     size = seen * case.kv_heads * (case.dim + case.value_dim) * (2 if dtype is None else 1)
     per_head = {name: options[name] for name in ("alibi_slopes", "sinks") if name in options}
     options = options | {name: torch.full((case.heads,), value, device=device) for name, value in per_head.items()}

@@ -72,6 +72,11 @@ def scatter(**changes):
 
 
 METADATA = {
+    "gather-out-none": (gather(out=None), TypeError, "out must be a tensor of as many rows as blocks, got None"),
+    "gather-blocks-none": (gather(blocks=None), TypeError, r"blocks must be int64 \[num_rows\], got None"),
+    "scatter-none": (scatter(source=None), TypeError, "source must be a tensor of as many rows as blocks, got None"),
+    "copy-none": (copy_blocks([], block_pairs=None), TypeError, r"block_pairs must be int64 \[num_pairs, 2\], got None"),
+    "rotary-key-none": (rotary(key=None), TypeError, "key must be float32 or .*, got None"),
     "query-none": (attention(query=None), TypeError, r"query must be float32 or .*, got None"),
     "value-cache-none": (attention(value_cache=None), TypeError, r"value_cache must be float32 or .*, got None"),
     "query-dtype": (attention(query=torch.randn(3, 4, 32).double()), TypeError, r"query must be float32 or .* got float64 \[3, 4, 32\]"),

@@ -12,6 +12,7 @@ from torch_paged.testing import assert_within_budget, attention_inputs, low_prec
 
 pytest.importorskip("triton")
 from torch_paged import warmup
+from torch_paged.kernels import attention_call
 from torch_paged.kernels.attention import attention, launch_attention
 from torch_paged.kernels.attention_plan import problem_of
 from torch_paged.kernels.device import device_of
@@ -30,9 +31,15 @@ BATCHES = {
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory():
+def poisoned_memory(monkeypatch):
     """Outputs and workspaces are allocated full of NaN and of the largest integers."""
+
+    def empty_strided(device_type):  # the usual one does not ask whether to fill what it allocates
+        return lambda shape, stride, dtype: torch.empty_strided(shape, stride, dtype=dtype, device=device_type)
+
+    monkeypatch.setattr(attention_call, "empty_strided", empty_strided)
     torch.use_deterministic_algorithms(True)
+    assert attention_call.empty_strided(DEVICE)((2, 3), (3, 1), torch.float32).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
 

@@ -193,10 +193,11 @@ def test_an_engine_that_breaks_down_leaves_nobody_waiting(monkeypatch, method, e
         serving = await AsyncEngine(engine).__aenter__()
         waiting = (asyncio.wait_for(collect(serving, prompt), 10) for prompt in PROMPTS)
         results = await asyncio.gather(*waiting, return_exceptions=True)
-        with pytest.raises(RuntimeError, match="serves within `async with` alone") as late:
+        with pytest.raises(RuntimeError, match="the engine has broken down") as late:
             await asyncio.wait_for(collect(serving, [8]), 10)
         with pytest.raises(type(error)):
             await serving.__aexit__(None, None, None)
+        assert not engine.busy, "nobody's requests are left in it"
         return results, late.value.__cause__
 
     assert asyncio.run(main()) == ([error] * len(PROMPTS), error)

@@ -203,7 +203,7 @@ def scatter_blocks(source: Tensor, blocks: Tensor, caches: Sequence[Tensor]) -> 
     _staging("source", source, blocks, caches)
 
 
-def _caches(match: Matcher, dtype: torch.dtype, like: str, *caches: Tensor) -> None:
+def _caches(match: Matcher, dtype: torch.dtype, like: str, *caches: Tensor | None) -> None:
     """A key cache, or it and a value cache, for rows of `dtype`, that of argument `like`."""
     stored = (dtype, *QUANTISED_DTYPES)
     for name, cache, dim in zip(("key_cache", "value_cache"), caches, ("head_dim", "value_head_dim"), strict=False):
@@ -269,7 +269,7 @@ def _block_list(match: Matcher, caches: Sequence[Tensor]) -> None:
         )
 
 
-def _staging(name: str, staging: Tensor, blocks: Tensor, caches: Sequence[Tensor]) -> None:
+def _staging(name: str, staging: Tensor | None, blocks: Tensor, caches: Sequence[Tensor]) -> None:
     """`staging`, row by row, holds a block of every cache in turn."""
     match = Matcher(blocks)
     match("blocks", blocks, _INT64, ("num_rows",))

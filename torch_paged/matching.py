@@ -15,14 +15,14 @@ class Matcher:
 
     __slots__ = ("device", "sizes")
 
-    def __init__(self, first: Tensor) -> None:
+    def __init__(self, first: Tensor | None) -> None:
         self.device = None if first is None else first.device
         self.sizes: dict[str, int] = {}
 
     def __call__(
         self,
         name: str,
-        tensor: Tensor,
+        tensor: Tensor | None,
         dtypes: tuple[torch.dtype, ...],
         dims: tuple[str, ...],
         unit_last_stride: bool = False,

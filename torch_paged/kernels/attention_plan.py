@@ -45,7 +45,7 @@ class Step(NamedTuple):
         return self.attend.ready and self.combine.ready
 
     def viewed(self, query: Tensor, key_cache: Tensor, value_cache: Tensor, *others: Any) -> list[Any]:
-        """The same, but for the caches, which are what the kernel takes them for."""
+        """The first arguments of `launch`, the caches as what the kernel takes them for."""
         if self.key_view:
             key_cache = viewed(key_cache, self.key_view)
         if self.value_view:

@@ -30,5 +30,6 @@ def device_of(device: torch.device) -> Device:
 def empty_strided(device_type: str) -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]:
     """`torch.empty_strided` on the current device: in half the time, as Inductor's code does it, if there is that."""
     fast: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor] | None
-    fast = getattr(torch._C._dynamo.guards, f"_empty_strided_{device_type}", None)
+    guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+    fast = getattr(guards, f"_empty_strided_{device_type}", None)
     return fast or (lambda shape, stride, dtype: torch.empty_strided(shape, stride, dtype=dtype, device=device_type))

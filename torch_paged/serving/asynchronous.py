@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -60,7 +61,9 @@ class AsyncEngine:
             Exception: what went wrong with the request, after the tokens that came before.
         """
         if not self._open:
-            raise RuntimeError("an AsyncEngine serves within `async with` alone") from self._breakdown
+            if self._breakdown is not None:
+                raise RuntimeError("the engine has broken down, and serves nobody any more") from self._breakdown
+            raise RuntimeError("an AsyncEngine serves within `async with` alone")
         client = _Client(request)
         self._clients.append(client)
         self._wake.set()
@@ -80,7 +83,7 @@ class AsyncEngine:
         except BaseException as error:
             self._open, self._breakdown = False, error
             for client in self._clients:
-                client.end(error)
+                client.abandon(self._engine, error)
             self._clients = []
             raise
 
@@ -151,6 +154,13 @@ class _Client:
             self.items.put_nowait(piece)
         if self._generation.finished:
             self.end(self._generation.error)
+
+    def abandon(self, engine: Engine, error: BaseException) -> None:
+        """End with what the engine broke down of, and leave it no request, if it can still let go of one."""
+        if self._generation is not None:
+            with contextlib.suppress(Exception):
+                engine.cancel(self._generation)
+        self.end(error)
 
     def end(self, error: BaseException | None) -> None:
         """Nothing follows but the error, if there is one."""
