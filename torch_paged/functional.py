@@ -50,8 +50,8 @@ def attention(
         value_cache: [N, B, Hk, Dv] likewise; may be a view of the key cache (`key_cache[..., :Dv]`).
         block_table: int32 [S, max_blocks_per_seq]; an entry none of whose keys any query sees is never read.
         seq_lens: int32 [S], keys per sequence, the new tokens included.
-        cu_seqlens_q: int32 [S + 1], where each sequence's queries start; None: T / S queries each. A GPU serves that, as
-            in decode, with fewer launches.
+        cu_seqlens_q: int32 [S + 1], where each sequence's queries start; None: T / S queries each, as in decode; a GPU
+            serves that with fewer launches.
         scale: factor of the logits, any finite float32; None: 1 / sqrt(D). Logits have to fit into float32 as well.
         causal: whether a query sees only the keys up to its position.
         sliding_window: W >= 1: a query sees itself and the W - 1 keys before it; needs `causal`.
