@@ -52,7 +52,6 @@ def warmup(
     Raises:
         TypeError, ValueError: no operator serves such a model, on whatever device.
     """
-    device = torch.device(device)
     model = num_heads, num_kv_heads, head_dim, head_dim if value_head_dim is None else value_head_dim, block_size, dtype
     checked: dict[str, Any] = dict(
         cache_dtype=dtype if cache_dtype is None else cache_dtype,
