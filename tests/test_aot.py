@@ -60,7 +60,7 @@ def attention_faults(target, variant, kernel, parts=2):
         demands["shared memory for all programs"] = (
             resident * kernel.shared_memory <= calls.DEVICES[target].shared_memory
         )
-        if launch.variant.block_m == 16:
+        if launch.variant.single_tile:
             demands["more than one tile of keys in flight"] = kernel.buffers >= 2 and kernel.pending >= 2
     else:
         demands["16-byte loads"] = count["load128"] > 0 and count["load_element"] == 0

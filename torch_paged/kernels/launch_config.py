@@ -22,6 +22,7 @@ from torch_paged.kernels.launch_tiles import (
     shares_tiles,
     tiles_of,
     unit_cost,
+    unmasked_first,
 )
 from torch_paged.kernels.problem import Device, Problem, next_power_of_two, split_dim
 
@@ -177,7 +178,7 @@ def _variant(problem: Problem, device: Device, tiles: Tiles, rows: int, above: i
         tile=tiles.keys,
         num_stages=tiles.num_stages,
         single_tile=above < 0 and rows <= tiles.rows and not copied,
-        unmasked_first=rows > FEW_ROWS,
+        unmasked_first=unmasked_first(problem, device, tiles, rows),
         rows_above=above,
         rows_upto=upto,
         unit_cost=unit_cost(tiles, rows, copied) * tiles.keys * group,

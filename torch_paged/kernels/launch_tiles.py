@@ -83,6 +83,13 @@ def unit_cost(tiles: Tiles, rows: int, copied: int) -> int:
     return 4 if rows > FEW_ROWS else 2
 
 
+def unmasked_first(problem: Problem, device: Device, tiles: Tiles, rows: int) -> bool:
+    """Whether tiles that every row sees have a loop without masks: among few rows, if Hopper has the registers."""
+    features = problem.features
+    more = features.window or features.alibi or "token" in (features.key.scale, features.value.scale)
+    return rows > FEW_ROWS or (tiles.rows == FEW_ROWS and device.capability == 90 and not more)
+
+
 def hopper_registers(tiles: Tiles) -> int:
     """Registers of a thread of `attention_hopper`, before its warps, with four for the loaders, trade theirs."""
     return 65536 // (32 * (tiles.num_warps + 4)) // 8 * 8
@@ -170,6 +177,8 @@ def _largest_tiles(problem: Problem, device: Device, rows: int) -> Tiles:
         if device.capability < 90 and width <= 64 and problem.ragged and paging(problem.block_size, keys) == "one":
             keys = 32
         return Tiles(rows, keys, 8, 2 if fewer else 3, 1)
+    # These wait for memory: a tile more under way serves them better than larger ones.
+    keys = 64 if device.capability == 90 else 32
     return Tiles(FEW_ROWS, keys, 4, 3, 2) if width <= 128 else Tiles(FEW_ROWS, keys, 8, 3, 1)
 
 
@@ -200,7 +209,8 @@ def _shared_memory(problem: Problem, device: Device, tiles: Tiles) -> int:
     narrowest = narrowest_piece(problem, device, tiles)
     keys, values = sum(split_dim(problem.head_dim, narrowest)), sum(split_dim(problem.value_dim, narrowest))
     row = keys * problem.key_itemsize + (0 if shares_tiles(problem, narrowest) else values * problem.value_itemsize)
-    # From Hopper on, products of many rows read their operands from shared memory while the next tile is loaded.
+    # From Hopper on, products of many rows read keys and values from shared memory while the next tile is loaded.
     from_shared = tiles.rows >= 64 and device.capability >= 90 and not device.amd
     buffers = max(tiles.num_stages - 1 + from_shared, 1)
-    return buffers * tiles.keys * row + tiles.rows * (keys + tiles.keys) * problem.itemsize + 1024
+    weights = 0 if from_shared and device.capability == 90 else tiles.keys  # Hopper's take them from registers
+    return buffers * tiles.keys * row + tiles.rows * (keys + weights) * problem.itemsize + 1024

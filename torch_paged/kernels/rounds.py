@@ -28,7 +28,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from torch_paged.kernels.attention_state import write_sums
-from torch_paged.kernels.deal import LAST_TILE, PIECE, all_work, equal_share, locate, tile_at, write_piece
+from torch_paged.kernels.deal import LAST_TILE, PIECE, UNITS, all_work, equal_share, locate, tile_at, write_piece
 from torch_paged.kernels.units import (
     SEQUENCES,
     following,
@@ -170,9 +170,10 @@ def deal_pieces(
     next, end | program 0, turn 0 | turn 1 | ... | program 1, turn 0 | ... | a late unit | a late unit | ...
     0           2                   7                                        2 + 5 * programs * turns
 
-    By `long_loop`, turn 0 or all others are the work; in those that are not, pieces have -1 units. A piece begins
-    with a tile that is its program's. Late units among its units are not: each is a piece of its own, number [next,
-    end). There is room for `room` of them (see `most_late`); sequences that overlap may have more, which are left out.
+    By `long_loop`, turn 0 or all others are the work; in those that are not, pieces have -1 units. (If there is no work
+    at all, that alone is written.) A piece begins with a tile that is its program's. Late units among its units are
+    not: each is a piece of its own, number [next, end). There is room for `room` of them (see `most_late`); sequences
+    that overlap may have more, which are left out.
 
     Grid: (programs of attention, turns: 1 and the rounds). A single round needs no `starts` (see `begin_rounds`).
     PROGRAMS is a power of two that is no less than programs.
@@ -181,11 +182,16 @@ def deal_pieces(
         gdc_wait()
     program, turn = tl.program_id(0), tl.program_id(1)
     programs, rounds = tl.num_programs(0), tl.num_programs(1) - 1
+    piece = pieces + PIECES_BEGIN + PIECE * (program * (rounds + 1) + turn)
     if turn == 0:
         _leave_nothing(partial, handoff, V)
+    total, _, _ = all_work(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
+    if total == 0:
+        tl.store(piece + UNITS, -1)
+        return
+    if turn == 0:
         dealt = programs * (rounds + 1)
         _deal_late(pieces, dealt, room, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
-    total, _, _ = all_work(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
     in_rounds = (rounds > 0) & _has_long_loops(
         total, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, long_loop, V
     )
@@ -210,5 +216,4 @@ def deal_pieces(
         tiles = query_tiles(queries, V)
         sequence, unit = following(sequence, unit + 1, tiles, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, V)
     units = tl.where(served, units, -1)
-    piece = pieces + PIECES_BEGIN + PIECE * (program * (rounds + 1) + turn)
     write_piece(piece, sequence, unit, first, units, end_tile)

@@ -33,6 +33,7 @@ SHIPPED_OPTIONS = {
 }
 # Name, sequences, query tokens, whether ragged.
 _KINDS = (("decode", 8, 8, False), ("prefill", 8, 16384, False), ("mixed", 8, 4096, True))
+_SEVERAL = ("several", 16, 256, False)  # queries a sequence, as in speculative decoding
 _SHORT = ("short", 8, 4096, False)  # prompts, for which Hopper's kernel has another form; ragged batches have both
 _MANY = ("decode-of-many", 16, 16, False)  # served otherwise than a few are where caches hold 8-bit numbers
 
@@ -42,9 +43,9 @@ def shipped_variants(device: Device) -> list[ShippedVariant]:
     return [
         variant
         for dtype, dim, block_size in itertools.product(SHIPPED_DTYPES, SHIPPED_HEAD_DIMS, SHIPPED_BLOCK_SIZES)
-        for kind in (*_KINDS, _SHORT)
+        for kind in (*_KINDS, _SEVERAL, _SHORT)
         for variant in _variants(device, "", PLAIN_FEATURES, dtype, dim, block_size, *kind)
-        if kind in _KINDS or variant.launch.forms
+        if kind in _KINDS or (kind == _SEVERAL and dtype == "bf16") or variant.launch.forms
     ]
 
 
@@ -53,7 +54,8 @@ def shipped_option_variants(device: Device) -> list[ShippedVariant]:
     found = [
         variant
         for name, (features, dtype, dim) in SHIPPED_OPTIONS.items()
-        for kind in (*_KINDS[:2], _MANY)
+        for kind in (*_KINDS[:2], _SEVERAL, _MANY)
+        if not (kind == _SEVERAL and "token" in name)  # which spills registers between two units
         for variant in _variants(device, f"{name}-", features, dtype, dim, 16, *kind)
     ]
     return list({(variant.dtype, variant.launch): variant for variant in reversed(found)}.values())[::-1]
