@@ -20,6 +20,7 @@ from torch_paged.kernels.units import LATE_UNITS
 pytestmark = [pytest.mark.interpreter if os.environ.get("TRITON_INTERPRET") == "1" else pytest.mark.gpu]
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
+UNWRITTEN = 77
 BATCHES = {
     "one-sequence": ([300], [300]),
     "few-queries": ([40], [5000]),
@@ -42,17 +43,17 @@ def dealt_turns(queries, keys, spare, heads, programs, rounds, v, long_loop=0, b
         begin_rounds[(len(starts),)](lens, bounds, starts, *batch, programs, rounds, V=v)
     room = most_late(batch[0], heads, v.group, v.block_m)
     turns = rounds + 1
-    pieces = torch.full((num_piece_ints(programs, rounds, room) + 500,), -1, dtype=torch.int32, device=DEVICE)
+    pieces = torch.full((num_piece_ints(programs, rounds, room) + 500,), UNWRITTEN, dtype=torch.int32, device=DEVICE)
     partial = torch.full((2 * programs * v.block_m * (v.value_dim + 2),), torch.nan, device=DEVICE)
-    handoff = torch.full((3, programs), 77, dtype=torch.int32, device=DEVICE)
+    handoff = torch.full((3, programs), UNWRITTEN, dtype=torch.int32, device=DEVICE)
     work = lens, bounds, starts, pieces, partial, handoff, *batch, long_loop, room
     deal_pieces[(programs, turns)](*work, PROGRAMS=next_power_of_two(programs), V=v)
     (begin, end), pieces, dealt = pieces[:2].tolist(), pieces[2:].view(-1, 5), programs * turns
-    if (pieces[:dealt, 3] == -1).all():
-        assert begin == end == -1  # nobody looks for late units
+    if not any(units_of([*queries, spare], [*keys, 0], heads, v)):
+        assert begin == end == UNWRITTEN  # nobody looks for late units
         begin = end = dealt
     assert begin == dealt and end <= begin + room
-    assert (pieces[end:] == -1).all()
+    assert (pieces[end:] == UNWRITTEN).all()
     return (
         pieces[:begin].view(programs, turns, 5).transpose(0, 1).tolist(),
         pieces[begin:end].tolist(),
@@ -192,7 +193,7 @@ def test_one_form_gets_everything(name, rounds, seed):
     v = variant_of(queries, keys, spare, heads, programs)
     turns, late, _, _ = dealt_turns(queries, keys, spare, heads, programs, rounds, v, LONG_LOOP)
     idle = [all(count == -1 for *_, count, _ in turn) for turn in turns]
-    if any(units_of(queries, keys, heads, v)) or spare * v.group > max(v.rows_above, 0):
+    if any(units_of([*queries, spare], [*keys, 0], heads, v)):
         assert idle[1:] == [not idle[0]] * rounds
     else:
         assert all(idle)
@@ -202,13 +203,14 @@ def test_one_form_gets_everything(name, rounds, seed):
         assert idle[0] == (mean >= LONG_LOOP)
 
 
+@pytest.mark.parametrize("batch", [BATCHES["mixed"], ([1] * 20, [90] * 20)], ids=["work", "no-work"])
 @pytest.mark.parametrize(("long_loop", "block_m"), [(0, 128), (LONG_LOOP, 128), (0, 192)])
-def test_nothing_is_left_to_others_yet(long_loop, block_m):
+def test_nothing_is_left_to_others_yet(long_loop, block_m, batch):
     """What the form with the work overwrites, and the other leaves alone: an empty first slot of each program."""
-    queries, keys, programs = *BATCHES["mixed"], 3
+    queries, keys, programs = *batch, 3
     v = variant_of(queries, keys, 0, 2, programs, block_m=block_m)
     _, _, partial, handoff = dealt_turns(queries, keys, 0, 2, programs, 2, v, long_loop)
-    assert handoff.tolist() == [[0] * programs, [-1] * programs, [77] * programs]
+    assert handoff.tolist() == [[0] * programs, [-1] * programs, [UNWRITTEN] * programs]
     outputs, sums = partial.split([2 * programs * v.block_m * v.value_dim, 4 * programs * v.block_m])
     sums = sums.view(programs, 2, v.block_m, 2)
     assert outputs.isnan().all() and sums[:, 1].isnan().all()

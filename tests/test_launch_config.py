@@ -16,6 +16,7 @@ DEVICES = {
     "sm_90": Device(132, 228 * 1024, 90),
     "sm_100": Device(148, 228 * 1024, 100),
     "gfx942": Device(304, 64 * 1024, 94, amd=True),
+    "gfx90a": Device(104, 64 * 1024, 90, amd=True),
 }
 DECODE = Problem(
     num_tokens=64,
@@ -112,6 +113,27 @@ def test_loads_are_pipelined_where_memory_decides(target, queries, head_dim, pro
     (launch,) = attention_launches(problem, DEVICES[target])
     assert launch.variant.num_stages >= 3
     assert launch.programs >= programs * DEVICES[target].multiprocessors
+
+
+@pytest.mark.parametrize(
+    ("changes", "target", "unmasked_first"),
+    [
+        ({}, "sm_90", True),
+        ({"features": Features(softcap=True, sinks=True)}, "sm_90", True),
+        ({"features": Features(key=Stored("e4m3", "head"), value=Stored("e4m3", "head"))}, "sm_90", True),
+        ({"features": Features(value=Stored("int8", "token"))}, "sm_90", False),
+        ({"features": Features(window=True)}, "sm_90", False),
+        ({"features": Features(alibi=True)}, "sm_90", False),
+        ({}, "sm_80", False),
+        ({}, "sm_100", False),
+        ({}, "gfx90a", False),
+    ],
+)
+def test_few_rows_have_a_loop_without_masks_where_registers_allow(changes, target, unmasked_first):
+    (launch,) = attention_launches(replace(DECODE, num_tokens=16 * DECODE.num_seqs, **changes), DEVICES[target])
+    assert launch.variant.block_m == 64
+    assert launch.variant.unmasked_first == unmasked_first
+    assert not attention_launches(DECODE, DEVICES[target])[0].variant.unmasked_first
 
 
 @pytest.mark.parametrize(
@@ -267,7 +289,7 @@ def test_many_sequences_of_8_bit_caches_have_more_and_smaller_programs(seqs, pro
 
 def test_only_hopper_has_the_hopper_kernel(gpu):
     launches = attention_launches(replace(PREFILL, ragged=True), gpu)
-    assert [launch.variant.copy_rows for launch in launches] == [16 if gpu.capability == 90 else 0, 0]
+    assert [launch.variant.copy_rows for launch in launches] == [16 if gpu.hopper else 0, 0]
 
 
 def test_shipped_variants_are_named_and_complete(gpu):

@@ -36,9 +36,8 @@ def tiles_of(problem: Problem, device: Device, rows: int) -> Tiles:
 def copy_rows(problem: Problem, device: Device, rows: int) -> int:
     """Keys of one copy where `attention_hopper` serves sequences of `rows` rows: a block, or a tile of one; 0: not."""
     dims = {problem.head_dim, problem.value_dim}
-    hopper = device.capability == 90 and not device.amd
     served = problem.plain and problem.aligned and problem.copyable and problem.itemsize == 2 and dims <= HOPPER_DIMS
-    if not hopper or rows <= FEW_ROWS or not served:
+    if not device.hopper or rows <= FEW_ROWS or not served:
         return 0
     tile, block = _hopper_tiles(problem).keys, problem.block_size
     fits = block % tile == 0 or (tile % block == 0 and block >= 8)
@@ -84,10 +83,13 @@ def unit_cost(tiles: Tiles, rows: int, copied: int) -> int:
 
 
 def unmasked_first(problem: Problem, device: Device, tiles: Tiles, rows: int) -> bool:
-    """Whether tiles that every row sees have a loop without masks: among few rows, if Hopper has the registers."""
+    """Whether tiles that every row sees have a loop without masks.
+
+    Always for many rows; for few, on Hopper, unless options need the registers.
+    """
     features = problem.features
-    more = features.window or features.alibi or "token" in (features.key.scale, features.value.scale)
-    return rows > FEW_ROWS or (tiles.rows == FEW_ROWS and device.capability == 90 and not more)
+    costs_registers = features.window or features.alibi or "token" in (features.key.scale, features.value.scale)
+    return rows > FEW_ROWS or (tiles.rows == FEW_ROWS and device.hopper and not costs_registers)
 
 
 def hopper_registers(tiles: Tiles) -> int:
@@ -119,7 +121,7 @@ def narrowest_piece(problem: Problem, device: Device, tiles: Tiles) -> int:
     the addresses of pieces of 32 columns before it knows where they begin.
     """
     through_registers = not (problem.plain_caches and problem.aligned)
-    return 64 if device.capability == 90 and not device.amd and tiles.rows >= 64 and through_registers else 16
+    return 64 if device.hopper and tiles.rows >= 64 and through_registers else 16
 
 
 def shares_tiles(problem: Problem, narrowest: int) -> bool:
@@ -163,22 +165,23 @@ def _largest_tiles(problem: Problem, device: Device, rows: int) -> Tiles:
             return Tiles(16, 32, 2, 4, 6) if int8 else Tiles(16, keys, 2, 3, 4)
         return Tiles(16, keys if width <= 256 else 16, 4, 3, 2)
     # Hopper would hold query rows in registers where these are brought into float16's range.
-    if width > 256 or (width > 128 and device.capability == 90 and not problem.plain_caches):
+    if width > 256 or (width > 128 and device.hopper and not problem.plain_caches):
         return Tiles(32, 16, 8, 3, 1)
     if many:
         # Only Hopper keeps the operands of its products out of registers and the results in as few as it can.
-        fewer = device.capability != 90 or (width > 128 and paging(problem.block_size, keys) == "any")
+        fewer = not device.hopper or (width > 128 and paging(problem.block_size, keys) == "any")
         # Before Hopper, numbers are widened in registers.
         fewer_rows = width > 128 or (device.capability < 90 and not problem.plain_caches)
-        rows = FEW_ROWS if device.capability != 90 and fewer_rows else MANY_ROWS
+        rows = FEW_ROWS if not device.hopper and fewer_rows else MANY_ROWS
         # Of a window little is seen at a time, and its masks take registers.
         keys = min(keys, 64) if fewer or problem.features.window else keys
         # One register of 255 too few, with 64 keys.
         if device.capability < 90 and width <= 64 and problem.ragged and paging(problem.block_size, keys) == "one":
             keys = 32
         return Tiles(rows, keys, 8, 2 if fewer else 3, 1)
-    # These wait for memory: a tile more under way serves them better than larger ones.
-    keys = 64 if device.capability == 90 else 32
+    # These wait for memory, so a third buffer comes first; Hopper has room for it and for larger tiles.
+    large = device.hopper and (width <= 128 or (problem.aligned and not problem.features.alibi))
+    keys = 64 if large else 32
     return Tiles(FEW_ROWS, keys, 4, 3, 2) if width <= 128 else Tiles(FEW_ROWS, keys, 8, 3, 1)
 
 
@@ -188,9 +191,8 @@ def _many_small(problem: Problem, device: Device, width: int) -> bool:
     Measured on an H200, whose memory is fast enough for it to matter; an H100 loses up to 3%. Of few units, cut into as
     many pieces as there are programs, the parts take longer to combine.
     """
-    hopper = device.capability == 90 and not device.amd
     stored = not problem.plain_caches and 64 < width <= 128
-    return hopper and stored and problem.num_seqs * problem.num_kv_heads >= MANY_UNITS
+    return device.hopper and stored and problem.num_seqs * problem.num_kv_heads >= MANY_UNITS
 
 
 def _fit(problem: Problem, device: Device, tiles: Tiles) -> Tiles:
@@ -212,5 +214,6 @@ def _shared_memory(problem: Problem, device: Device, tiles: Tiles) -> int:
     # From Hopper on, products of many rows read keys and values from shared memory while the next tile is loaded.
     from_shared = tiles.rows >= 64 and device.capability >= 90 and not device.amd
     buffers = max(tiles.num_stages - 1 + from_shared, 1)
-    weights = 0 if from_shared and device.capability == 90 else tiles.keys  # Hopper's take them from registers
+    # Hopper's take weights from registers; where numbers are widened on their way, that takes as much again.
+    weights = 0 if from_shared and device.hopper and problem.plain_caches else tiles.keys
     return buffers * tiles.keys * row + tiles.rows * (keys + weights) * problem.itemsize + 1024

@@ -32,6 +32,11 @@ class Device:
     capability: int = 90  # 10 * major + minor
     amd: bool = False
 
+    @property
+    def hopper(self) -> bool:
+        """Whether it is one of NVIDIA's Hopper generation."""
+        return self.capability == 90 and not self.amd
+
 
 @dataclass(frozen=True)
 class Problem:

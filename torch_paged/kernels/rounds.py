@@ -170,10 +170,10 @@ def deal_pieces(
     next, end | program 0, turn 0 | turn 1 | ... | program 1, turn 0 | ... | a late unit | a late unit | ...
     0           2                   7                                        2 + 5 * programs * turns
 
-    By `long_loop`, turn 0 or all others are the work; in those that are not, pieces have -1 units. (If there is no work
-    at all, that alone is written.) A piece begins with a tile that is its program's. Late units among its units are
-    not: each is a piece of its own, number [next, end). There is room for `room` of them (see `most_late`); sequences
-    that overlap may have more, which are left out.
+    By `long_loop`, turn 0 or all others are the work; in those that are not, pieces have -1 units. Without any work,
+    only these are written here: no form reads anything else then. A piece begins with a tile that is its program's.
+    Late units among its units are not: each is a piece of its own, number [next, end). There is room for `room` of them
+    (see `most_late`); sequences that overlap may have more, which are left out.
 
     Grid: (programs of attention, turns: 1 and the rounds). A single round needs no `starts` (see `begin_rounds`).
     PROGRAMS is a power of two that is no less than programs.

@@ -55,7 +55,6 @@ def shipped_option_variants(device: Device) -> list[ShippedVariant]:
         variant
         for name, (features, dtype, dim) in SHIPPED_OPTIONS.items()
         for kind in (*_KINDS[:2], _SEVERAL, _MANY)
-        if not (kind == _SEVERAL and "token" in name)  # which spills registers between two units
         for variant in _variants(device, f"{name}-", features, dtype, dim, 16, *kind)
     ]
     return list({(variant.dtype, variant.launch): variant for variant in reversed(found)}.values())[::-1]
