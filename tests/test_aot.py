@@ -90,13 +90,9 @@ def copying_faults(kernel, narrow_stores=0):
 
 
 # 13 registers, between two units: with 32 keys or two stages there are none, and it is slower.
-SPILLING = pytest.mark.xfail(reason="spills", strict=True)
+KNOWN_FAULTS = {("sm_90", "int8-token-several-bf16-dim128-block16-rows64"): ["no spilled registers"]}
 SHIPPED = [
-    pytest.param(
-        (target, calls.attention_launch, variant),
-        id=f"{target}-{name}",
-        marks=[SPILLING] * ((target, name) == ("sm_90", "int8-token-several-bf16-dim128-block16-rows64")),
-    )
+    pytest.param((target, calls.attention_launch, variant), id=f"{target}-{name}")
     for target in aot.TARGETS
     for name, variant in calls.shipped(target).items()
 ]
@@ -169,7 +165,8 @@ def test_shipped_attention(job, workers):
     forms = variant.launch.forms or (1,)
     dealt, attentions = kernels[: -len(forms)], kernels[-len(forms) :]
     for parts, attention in zip(forms, attentions, strict=True):
-        assert attention_faults(target, variant, attention, parts) == [], attention
+        known = KNOWN_FAULTS.get((target, variant.name), [])
+        assert attention_faults(target, variant, attention, parts) == known, attention
     assert all(kernel.instructions["spill"] == 0 for kernel in (*dealt, combine)), (dealt, combine)
 
 
@@ -275,6 +272,7 @@ def planted(kind, target="sm_90", block=16, misaligned=0, **changes):
         pytest.param(planted("decode", aligned=False, misaligned=1), "16-byte asynchronous copies", id="scalar-loads"),
         pytest.param(planted("decode", num_stages=1), "16-byte asynchronous copies", id="no-pipeline"),
         pytest.param(planted("decode", num_stages=2), "more than one tile of keys in flight", id="two-stages"),
+        pytest.param(planted("several", num_stages=2), "more than one tile of keys in flight", id="several-two-stages"),
         pytest.param(planted("decode", num_warps=8), "registers for all programs", id="too-many-warps"),
         pytest.param(planted("decode", num_stages=5), "shared memory for all programs", id="five-stages"),
     ],

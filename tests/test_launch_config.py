@@ -116,6 +116,15 @@ def test_loads_are_pipelined_where_memory_decides(target, queries, head_dim, pro
 
 
 @pytest.mark.parametrize(
+    ("changes", "keys"), [({}, 64), ({"features": Features(alibi=True)}, 32), ({"aligned": False}, 32)]
+)
+def test_tiles_of_wide_heads_are_smaller_where_registers_would_be_spilled(changes, keys):
+    problem = replace(DECODE, num_tokens=16 * DECODE.num_seqs, head_dim=256, value_dim=256, **changes)
+    (launch,) = attention_launches(problem, DEVICES["sm_90"])
+    assert launch.variant.tile == keys
+
+
+@pytest.mark.parametrize(
     ("changes", "target", "unmasked_first"),
     [
         ({}, "sm_90", True),

@@ -107,7 +107,7 @@ def max_registers(problem: Problem, device: Device, tiles: Tiles) -> int | None:
             return 128 if tiles.rows == 32 and not 96 < width <= 128 else None
         if tiles.rows == 16 and width > 128:
             return 255
-        by_key = device.capability == 90 and paging(problem.block_size, tiles.keys) == "any"
+        by_key = device.hopper and paging(problem.block_size, tiles.keys) == "any"
         return 128 if tiles.rows == 16 and 64 < width <= 96 and by_key else None
     if tiles.num_warps > 4:
         return None
@@ -214,6 +214,6 @@ def _shared_memory(problem: Problem, device: Device, tiles: Tiles) -> int:
     # From Hopper on, products of many rows read keys and values from shared memory while the next tile is loaded.
     from_shared = tiles.rows >= 64 and device.capability >= 90 and not device.amd
     buffers = max(tiles.num_stages - 1 + from_shared, 1)
-    # Hopper's take weights from registers; where numbers are widened on their way, that takes as much again.
+    # Hopper's take weights from registers; with 8-bit caches, the same room serves tiles that are widened.
     weights = 0 if from_shared and device.hopper and problem.plain_caches else tiles.keys
     return buffers * tiles.keys * row + tiles.rows * (keys + weights) * problem.itemsize + 1024
