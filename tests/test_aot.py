@@ -91,6 +91,8 @@ def copying_faults(kernel, narrow_stores=0):
 
 # 13 registers, between two units: with 32 keys or two stages there are none, and it is slower.
 KNOWN_FAULTS = {("sm_90", "int8-token-several-bf16-dim128-block16-rows64"): ["no spilled registers"]}
+# Instructions that move what was spilled, where parts of float32 attention are combined eight rows at a time.
+SPILLS_OF_COMBINE = {("sm_100", f"{kind}-fp32-dim128-block16-rows32"): 8 for kind in ("prefill", "mixed")}
 SHIPPED = [
     pytest.param((target, calls.attention_launch, variant), id=f"{target}-{name}")
     for target in aot.TARGETS
@@ -167,7 +169,8 @@ def test_shipped_attention(job, workers):
     for parts, attention in zip(forms, attentions, strict=True):
         known = KNOWN_FAULTS.get((target, variant.name), [])
         assert attention_faults(target, variant, attention, parts) == known, attention
-    assert all(kernel.instructions["spill"] == 0 for kernel in (*dealt, combine)), (dealt, combine)
+    assert all(kernel.instructions["spill"] == 0 for kernel in dealt), dealt
+    assert combine.instructions["spill"] == SPILLS_OF_COMBINE.get((target, variant.name), 0), combine
 
 
 @pytest.mark.skipif(not aot_report.PINNED, reason="another Triton than CI's: all variants were compiled")

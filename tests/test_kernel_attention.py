@@ -24,6 +24,8 @@ DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 BATCHES = {
     "decode": dict(query_lens=[1] * 4, seq_lens=[300, 0, 17, 129], uniform=True),
     "one-sequence": dict(query_lens=[1], seq_lens=[700], uniform=True),
+    "many-parts": dict(query_lens=[1, 1], seq_lens=[40, 3500], num_heads=4, num_kv_heads=1, uniform=True, head_dim=80),
+    "many-parts-several": dict(query_lens=[9], seq_lens=[2500], num_heads=4, num_kv_heads=1, uniform=True, head_dim=80),
     "many-short": dict(query_lens=[1] * 300, seq_lens=[3] * 300, num_heads=2, uniform=True, head_dim=16),
     "mixed": dict(query_lens=[1, 70, 0, 2, 33], seq_lens=[200, 150, 9, 64, 20], num_heads=6, spare_tokens=3),
     "split-dims": dict(query_lens=[1, 40], seq_lens=[200, 90], head_dim=96, value_head_dim=80),
@@ -71,6 +73,35 @@ def check(inputs, output, lse):
 def test_any_number_of_programs_gives_the_same(name, programs):
     inputs = attention_inputs(**BATCHES[name], device=DEVICE, dtype=torch.float16)
     check(inputs, *launch(inputs, programs=programs))
+
+
+@pytest.mark.parametrize(("programs", "parts"), [(40, 2), (40, 8), (4, 8), (5, 8), (6, 8)])
+@pytest.mark.parametrize("name", ["many-parts", "many-parts-several"])
+def test_more_parts_of_a_unit_than_are_read_at_a_time(name, programs, parts):
+    """Where there are 40 programs for the several queries, the parts of a row are shared by warps."""
+    inputs = attention_inputs(**BATCHES[name], device=DEVICE, dtype=torch.float16)
+    check(inputs, *launch(inputs, programs=programs, combine_parts=parts))
+
+
+@pytest.mark.parametrize("dims", [(16, 16), (64, 23), (576, 512)])
+def test_rows_of_any_width_are_combined(dims):
+    heads = dict(num_heads=2, num_kv_heads=1, head_dim=dims[0], value_head_dim=dims[1])
+    inputs = attention_inputs([1], [900], **heads, uniform=True, device=DEVICE, dtype=torch.float16)
+    check(inputs, *launch(inputs, programs=3))
+    check(inputs, *launch(inputs, programs=20))
+
+
+@pytest.mark.parametrize("programs", [4, 5, 7, 9])
+def test_a_program_may_end_one_unit_and_begin_another(programs):
+    lens = dict(query_lens=[1] * 3, seq_lens=[1700, 900, 1350], uniform=True)
+    inputs = attention_inputs(**lens, num_heads=4, num_kv_heads=1, device=DEVICE, dtype=torch.float16)
+    check(inputs, *launch(inputs, programs=programs))
+
+
+def test_more_units_than_sequences_have_heads():
+    heads = dict(num_heads=8, num_kv_heads=1)
+    inputs = attention_inputs([70], [200], **heads, uniform=True, device=DEVICE, dtype=torch.float16)
+    check(inputs, *launch(inputs, programs=12))
 
 
 def test_more_sequences_than_are_read_at_a_time():

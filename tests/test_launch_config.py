@@ -296,6 +296,14 @@ def test_many_sequences_of_8_bit_caches_have_more_and_smaller_programs(seqs, pro
     assert (plain.programs, plain.num_warps) == (132 * 2, 4)
 
 
+@pytest.mark.parametrize(("seqs", "queries", "rows"), [(1, 1, 4), (64, 1, 4), (2, 16, 1), (3, 16, 8), (8, 512, 16)])
+def test_warps_share_the_parts_of_a_row_where_few_units_have_many(seqs, queries, rows):
+    problem = replace(DECODE, num_seqs=seqs, num_tokens=seqs * queries)
+    (launch,) = attention_launches(problem, DEVICES["sm_90"])
+    units = 8 * seqs if launch.variant.single_tile else launch.programs
+    assert launch.rows_combined(units) == rows
+
+
 def test_only_hopper_has_the_hopper_kernel(gpu):
     launches = attention_launches(replace(PREFILL, ragged=True), gpu)
     assert [launch.variant.copy_rows for launch in launches] == [16 if gpu.hopper else 0, 0]

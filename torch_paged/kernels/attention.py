@@ -163,7 +163,7 @@ def _attention(
         gdc_wait()
     if left_before == 0:  # others may look here for a part: an empty one
         write_sums(workspace, lane * 0.0 - float("inf"), lane * 0.0, 2 * program * BLOCK_M + lane, lane < BLOCK_M, V)
-    handoff = handoff_in(workspace, V)
+    handoff = handoff_in(workspace, tl.num_programs(0), V)
     tl.store(handoff + program, left_before)
     tl.store(handoff + tl.num_programs(0) + program, left_sequence)
     tl.store(handoff + 2 * tl.num_programs(0) + program, left_unit)

@@ -29,24 +29,35 @@ def finish(largest, total, sink, V: tl.constexpr):
 
 
 @triton.jit
-def sums_in(workspace, V: tl.constexpr):
+def sums_in(workspace, programs, V: tl.constexpr):
     """(maximum, sum) of every row of the partial results, which stand before them, two slots a program."""
-    return workspace + tl.num_programs(0) * (2 * V.block_m * V.value_dim)
+    return workspace + programs * (2 * V.block_m * V.value_dim)
 
 
 @triton.jit
-def handoff_in(workspace, V: tl.constexpr):
+def handoff_in(workspace, programs, V: tl.constexpr):
     """What programs leave: of a unit that others began, 0 nothing, 1 a part, 2 the last; the unit that each began."""
-    behind = workspace + tl.num_programs(0) * (2 * V.block_m * (V.value_dim + 2))
+    behind = workspace + programs * (2 * V.block_m * (V.value_dim + 2))
     return behind.to(tl.pointer_type(tl.int32))
 
 
 @triton.jit
-def _left(handoff, others):
-    """What all programs leave of units that others began, and the unit that this one leaves to others."""
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    before = tl.load(handoff + others, mask=others < programs, other=0)
-    return before, tl.load(handoff + programs + program), tl.load(handoff + 2 * programs + program)
+def _left(handoff, PROGRAMS: tl.constexpr, PADDED: tl.constexpr):
+    """Sequence and number of the unit that is this program's to combine, who began it and who ended it.
+
+    The first unit that was left is the first program's, and so on; without one, it was begun by -1.
+    """
+    others = tl.arange(0, PADDED)
+    exists = others < PROGRAMS
+    ended = tl.load(handoff + others, mask=exists, other=0) == 2
+    sequences = tl.load(handoff + PROGRAMS + others, mask=exists, other=-1)
+    units = tl.load(handoff + 2 * PROGRAMS + others, mask=exists, other=0)
+    left = (sequences >= 0).to(tl.int32)
+    mine = (left == 1) & (tl.cumsum(left) == tl.program_id(0) + 1)
+    begun_by = tl.max(tl.where(mine, others, -1))
+    sequence = tl.max(tl.where(mine, sequences, 0))
+    unit = tl.max(tl.where(mine, units, 0))
+    return sequence, unit, begun_by, tl.min(tl.where(ended & (others > begun_by), others, PROGRAMS - 1))
 
 
 @triton.jit
@@ -57,87 +68,146 @@ def _leave(program, V: tl.constexpr):
             gdc_wait()
 
 
+@triton.jit
+def _load_part(parts, slot_row, used, V: tl.constexpr):
+    """Maximum, sum and weighted values of rows of parts."""
+    results, sums = parts
+    column = tl.arange(0, V.value_width)[None, :]
+    largest = tl.load(sums + 2 * slot_row, mask=used, other=float("-inf"))
+    total = tl.load(sums + 2 * slot_row + 1, mask=used, other=0.0)
+    inside = used[:, None] & (column < V.value_dim)
+    return largest, total, tl.load(results + slot_row[:, None] * V.value_dim + column, mask=inside, other=0.0)
+
+
+@triton.jit
+def _add_parts(state, parts, first, programs, lane, valid, WAYS: tl.constexpr, COUNT: tl.constexpr, V: tl.constexpr):
+    """`state` of rows with COUNT more parts, every WAYS-th from `first` on, whose loads are all under way together."""
+    begun_by, ended_by = programs
+    largest, total, result = state
+    loaded = ()
+    larger = largest
+    for index in tl.static_range(COUNT):
+        part = first + index * WAYS
+        slot_row = (2 * part + (part == begun_by).to(tl.int32)) * V.block_m + lane
+        loaded += (_load_part(parts, slot_row, valid & (part <= ended_by), V),)  # type: ignore[assignment]
+        larger = tl.maximum(larger, loaded[index][0])
+    shift = tl.where(larger == float("-inf"), 0.0, larger)
+    decay = tl.exp2(largest - shift)
+    total *= decay
+    result *= decay[:, None]
+    for index in tl.static_range(COUNT):
+        factor = tl.exp2(loaded[index][0] - shift)
+        total += factor * loaded[index][1]
+        # A part that saw no key may have left anything for a result.
+        result += factor[:, None] * tl.where((loaded[index][1] != 0)[:, None], loaded[index][2], 0.0)
+    return larger, total, result
+
+
+@triton.jit
+def _combine_rows(
+    parts, programs, lanes, place, tensors, ROWS: tl.constexpr, WAYS: tl.constexpr, PARTS: tl.constexpr, V: tl.constexpr
+):
+    """Writes the first ROWS of the `lanes` [first, end) of a unit, whose `place` among tokens and heads this is.
+
+    Each of WAYS takes its share of the parts, PARTS of them at a time, or a few where there are no more.
+    """
+    WIDTH: tl.constexpr = V.value_width
+    FEW: tl.constexpr = 4
+    begun_by, ended_by = programs
+    first_lane, end_lane = lanes
+    index = tl.arange(0, WAYS * ROWS)
+    lane = first_lane + index % ROWS
+    valid = lane < end_lane
+    first = begun_by + index // ROWS
+    count = ended_by + 1 - begun_by
+    largest = tl.full([WAYS * ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([WAYS * ROWS], tl.float32)
+    state = (largest, total, tl.zeros([WAYS * ROWS, WIDTH], tl.float32))
+    if FEW < PARTS and count <= FEW * WAYS:
+        state = _add_parts(state, parts, first, programs, lane, valid, WAYS, FEW, V)
+    else:
+        for done in range(0, count, PARTS * WAYS):
+            state = _add_parts(state, parts, first + done, programs, lane, valid, WAYS, PARTS, V)
+    largest, total, result = state
+    if WAYS > 1:
+        of_ways = tl.reshape(largest, (WAYS, ROWS))
+        largest = tl.max(of_ways, 0)
+        shift = tl.where(largest == float("-inf"), 0.0, largest)
+        factor = tl.exp2(of_ways - shift[None, :])
+        total = tl.sum(tl.reshape(total, (WAYS, ROWS)) * factor, 0)
+        result = tl.sum(tl.reshape(result, (WAYS, ROWS, WIDTH)) * factor[:, :, None], 0)
+    output, lse, sinks = tensors
+    sequence, num_seqs, head, num_heads, first_token, first_packed = place
+    lane = first_lane + tl.arange(0, ROWS)
+    valid = lane < end_lane
+    packed = first_packed + lane
+    first_row = first_token.to(tl.int64) * num_heads + head * V.group
+    row = packed // V.group * num_heads + packed % V.group
+    row_factor, row_lse = finish(largest, total, sinks_of(packed, head, sequence, num_seqs, sinks, V), V)
+    tl.store(lse + first_row + row, row_lse, mask=valid)
+    store_rows(output + first_row * V.value_dim, row, result * row_factor[:, None], valid, 0, WIDTH, V.value_dim)
+
+
 @triton.jit(
-    do_not_specialize=["stamp", "num_tokens", "num_seqs", "num_kv_heads"],
+    do_not_specialize=["stamp", "num_tokens", "num_seqs", "num_kv_heads", "rows"],
     do_not_specialize_on_alignment=["cu_seqlens_q", "schedule", "sinks"],
 )
 def _combine(
-    workspace, cu_seqlens_q, schedule, stamp, output, lse, sinks, num_tokens, num_seqs, num_kv_heads,
-    PROGRAMS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, V: tl.constexpr,
+    workspace, cu_seqlens_q, schedule, stamp, output, lse, sinks, num_tokens, num_seqs, num_kv_heads, rows,
+    PROGRAMS: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """output = sum_i 2^(m_i - m) acc_i / sum_i 2^(m_i - m) l_i, with m = max_i m_i, over the parts i of a unit.
 
-    Grid: (programs of attention, rows of a unit / ROWS). Program p serves the unit that p began and did not end, if
-    any: its parts are p's second slot and the first slots of the programs after p, up to the one that ended the unit.
+    Grid: (units that can have been left, rows of a unit / `rows`). The parts of the unit that attention's program p
+    began are p's second slot and the first slots of the programs after p, up to the one that ended the unit. `rows`
+    are ROWS, or 1, the parts of which the warps of a program share (see `rows_combined`).
     """
-    DIM: tl.constexpr = V.value_dim
-    WIDTH: tl.constexpr = V.value_width
     program = tl.program_id(0)
-    others = tl.arange(0, PROGRAMS)
     if V.overlap:
         gdc_launch_dependents()
     if is_scheduled(schedule, stamp):
-        left_before, sequence, unit = _left(scheduled_handoff(schedule), others)
+        sequence, unit, begun_by, ended_by = _left(scheduled_handoff(schedule, PROGRAMS), PROGRAMS, PADDED)
     else:
         if V.overlap:
             gdc_wait()
-        left_before, sequence, unit = _left(handoff_in(workspace, V), others)
-    if sequence < 0:
+        sequence, unit, begun_by, ended_by = _left(handoff_in(workspace, PROGRAMS, V), PROGRAMS, PADDED)
+    if begun_by < 0:
         _leave(program, V)
         return
     start, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
     tiles = tl.maximum(query_tiles(queries, V), 1)
     first_row = unit % tiles * V.block_m
-    if tl.program_id(1) * ROWS >= queries * V.group - first_row:
+    first_lane = tl.program_id(1) * rows
+    end_lane = queries * V.group - first_row
+    if first_lane >= end_lane:
         _leave(program, V)
         return
-    end = tl.min(tl.where((left_before == 2) & (others > program), others, PROGRAMS)) + 1
     head = tl.minimum(unit // tiles, num_kv_heads - 1)  # whatever a schedule of other lengths says
-    lane = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    valid = lane < queries * V.group - first_row
-    column = tl.arange(0, WIDTH)
-    sums = sums_in(workspace, V)
+    place = (sequence, num_seqs, head, num_kv_heads * V.group, start + first_row // V.group, first_row % V.group)
+    parts = (workspace, sums_in(workspace, PROGRAMS, V))
     if V.overlap:
         gdc_wait()
-    largest = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    result = tl.zeros([ROWS, WIDTH], tl.float32)
-    for first in range(program, end, PARTS):
-        part = first + tl.arange(0, PARTS)
-        used = (part < end)[:, None] & valid[None, :]
-        # [PARTS, ROWS]
-        slot_row = (2 * part + (part == program).to(tl.int32))[:, None] * V.block_m + lane[None, :]
-        part_largest = tl.load(sums + 2 * slot_row, mask=used, other=float("-inf"))
-        part_total = tl.load(sums + 2 * slot_row + 1, mask=used, other=0.0)
-        # [PARTS, ROWS, WIDTH]
-        inside = used[:, :, None] & (column < DIM)[None, None, :]
-        part_result = tl.load(workspace + slot_row[:, :, None] * DIM + column[None, None, :], mask=inside, other=0.0)
-        larger = tl.maximum(largest, tl.max(part_largest, 0))
-        shift = tl.where(larger == float("-inf"), 0.0, larger)
-        factor = tl.exp2(part_largest - shift[None, :])
-        decay = tl.exp2(largest - shift)
-        total = total * decay + tl.sum(factor * part_total, 0)
-        # A part that saw no key may have left anything for a result.
-        part_result = tl.where((part_total != 0)[:, :, None], part_result, 0.0)
-        result = result * decay[:, None] + tl.sum(factor[:, :, None] * part_result, 0)
-        largest = larger
-    num_heads = num_kv_heads * V.group
-    packed = first_row % V.group + lane
-    output_row = (start + first_row // V.group).to(tl.int64) * num_heads + head * V.group
-    output_rows = packed // V.group * num_heads + packed % V.group
-    sink = sinks_of(packed, head, sequence, num_seqs, sinks, V)
-    row_factor, row_lse = finish(largest, total, sink, V)
-    tl.store(lse + output_row + output_rows, row_lse, mask=valid)
-    store_rows(output + output_row * DIM, output_rows, result * row_factor[:, None], valid, 0, WIDTH, DIM)
+    programs = (begun_by, ended_by)
+    lanes = (first_lane, end_lane)
+    tensors = (output, lse, sinks)
+    if V.single_tile and V.block_m > 16 and rows == 1:
+        _combine_rows(parts, programs, lanes, place, tensors, 1, 4, min(PARTS, 2048 // V.value_width), V)
+    else:
+        _combine_rows(parts, programs, lanes, place, tensors, ROWS, 1, PARTS, V)
 
 
-def combine_launcher(launch: AttentionLaunch) -> Launcher:
-    """Launches the kernel that writes the rows which `launch` left in `workspace`.
+def combine_launcher(launch: AttentionLaunch, units: int) -> Launcher:
+    """Launches the kernel that writes the rows which `launch`, of at most so many `units`, left in `workspace`.
 
-    Its arguments: workspace, cu_seqlens_q, schedule, stamp, output, lse, sinks, num_tokens, num_seqs, num_kv_heads.
+    Its arguments: workspace, cu_seqlens_q, schedule, stamp, output, lse, sinks, num_tokens, num_seqs, num_kv_heads,
+    `launch.rows_combined(units)`.
     """
     constants = dict(
-        PROGRAMS=launch.padded_programs, ROWS=launch.combine_rows, PARTS=launch.combine_parts, V=launch.variant
+        PROGRAMS=launch.programs,
+        PADDED=launch.padded_programs,
+        ROWS=launch.combine_rows,
+        PARTS=launch.combine_parts,
+        V=launch.variant,
     )
-    grid = (launch.programs, launch.combine_programs, 1)
+    grid = (max(1, min(launch.programs, units)), -(-launch.unit_rows // launch.rows_combined(units)), 1)
     return Launcher(_combine, grid, constants, dict(num_warps=4, **launch.overlap_option))

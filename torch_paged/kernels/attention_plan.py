@@ -31,6 +31,7 @@ class Step(NamedTuple):
 
     attend: Launcher | HopperLauncher
     combine: Launcher
+    rows_combined: int  # of a unit, by one of its programs
     schedule: Launcher | None  # writes what the two find in a schedule, where they look for one
     stamp: int  # of such a schedule; 0: they do not
     workspace: int  # its float32 or int32 numbers
@@ -63,7 +64,7 @@ class Step(NamedTuple):
             query, caches, block_table, seq_lens, cu_seqlens_q, schedule, stamp, output, lse, workspace, factors,
             *self.sizes, *self.layout, window, slopes, sinks, *scales,
         )  # fmt: skip
-        self.combine(workspace, cu_seqlens_q, schedule, stamp, output, lse, sinks, *self.sizes)
+        self.combine(workspace, cu_seqlens_q, schedule, stamp, output, lse, sinks, *self.sizes, self.rows_combined)
 
 
 _plans: Plans[tuple[Step, ...]] = Plans()
@@ -123,10 +124,12 @@ def step_of(
         cache_strides += tuple((0, 0, 0) if scales is None else effective_strides(scales) for scales in scale_caches)
     max_keys = min(block_table.shape[1] * block_size, 2**31 - 1024)
     sizes = query.shape[0], block_table.shape[0], num_kv_heads
+    units = block_table.shape[0] * num_kv_heads if variant.single_tile else launch.programs  # that can be cut
     scheduled = not variant.copy_rows and launch.programs <= MOST_PROGRAMS
     return Step(
         attend=_launcher(kernel, launch),
-        combine=combine_launcher(launch),
+        combine=combine_launcher(launch, units),
+        rows_combined=launch.rows_combined(units),
         schedule=schedule_launcher(launch) if scheduled else None,
         stamp=_stamp(launch, (*sizes, max_keys)) if scheduled else 0,
         workspace=launch.partial_floats + launch.handoff_ints,

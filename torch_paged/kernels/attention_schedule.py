@@ -46,9 +46,9 @@ def scheduled_piece(schedule, stamp):
 
 
 @triton.jit
-def scheduled_handoff(schedule):
+def scheduled_handoff(schedule, programs):
     """What the programs leave, as they would write it behind their partial results."""
-    return schedule + _PIECES + PIECE * tl.num_programs(0)
+    return schedule + _PIECES + PIECE * programs
 
 
 @triton.jit(
@@ -75,7 +75,7 @@ def _schedule(seq_lens, cu_seqlens_q, schedule, num_tokens, num_seqs, num_kv_hea
     )
     begun = (units > 1) | ((units == 1) & (first == 0))
     left = begun & (end_tile < last_tiles)
-    handoff = scheduled_handoff(schedule) + program
+    handoff = scheduled_handoff(schedule, programs) + program
     tl.store(handoff, tl.where(continued, tl.where(last == key_tiles, 2, 1), 0))
     tl.store(handoff + programs, tl.where(left, last_sequence, -1))
     tl.store(handoff + 2 * programs, last_unit)

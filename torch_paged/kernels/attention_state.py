@@ -62,7 +62,7 @@ def write_output(output, lse, state, sink, first_row, row, valid, V: tl.constexp
 @triton.jit
 def write_sums(workspace, largest, total, row, valid, V: tl.constexpr):
     """Writes (maximum, sum) pairs of the workspace."""
-    sums = sums_in(workspace, V)
+    sums = sums_in(workspace, tl.num_programs(0), V)
     tl.store(sums + 2 * row, largest, mask=valid)
     tl.store(sums + 2 * row + 1, total, mask=valid)
 

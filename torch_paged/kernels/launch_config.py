@@ -77,7 +77,7 @@ class AttentionLaunch:
     forms: tuple[int, ...]  # of `attention_hopper`, for the device to choose from
     rounds: int  # in which the work of its form for long prompts is dealt out, at most
     unit_rows: int  # most rows that a unit holds
-    combine_rows: int  # rows of a unit that one program combines
+    combine_rows: int  # rows of a unit that one program combines, if not one
     combine_parts: int  # partial results that it reads at a time
 
     @property
@@ -91,10 +91,10 @@ class AttentionLaunch:
         """The compiler option behind `Variant.overlap`, which some backends do not know."""
         return {"launch_pdl": True} if self.variant.overlap else {}
 
-    @property
-    def combine_programs(self) -> int:
-        """Programs that combine the rows of one unit."""
-        return -(-self.unit_rows // self.combine_rows)
+    def rows_combined(self, units: int) -> int:
+        """Rows of a unit that one program combines: one, where few units of many rows are left in many parts."""
+        several = self.variant.single_tile and self.variant.block_m > 16
+        return 1 if several and 16 * units <= self.programs else self.combine_rows
 
     @property
     def padded_programs(self) -> int:
@@ -136,9 +136,8 @@ def _launch(problem: Problem, device: Device, rows: int, above: int, upto: int) 
     """Launch for sequences of more than `above` and at most `upto` rows, made for `rows` of them."""
     tiles = tiles_of(problem, device, rows)
     variant = _variant(problem, device, tiles, rows, above, upto)
-    combine_rows = 1 if tiles.rows <= 16 else 4
-    if tiles.rows >= MANY_ROWS:
-        combine_rows = max(4, min(16, 2048 // next_power_of_two(problem.value_dim)))
+    # What combines has so many numbers of a part at a time, and as many parts as its registers hold.
+    numbers, parts = (512, 16) if tiles.rows <= 16 else (1024, 8) if tiles.rows < MANY_ROWS else (2048, 2)
     slots = WORKSPACE_LIMIT // (2 * tiles.rows * (problem.value_dim + 2) * 4)
     programs = max(1, min(device.multiprocessors * tiles.resident, slots))
     return AttentionLaunch(
@@ -149,8 +148,8 @@ def _launch(problem: Problem, device: Device, rows: int, above: int, upto: int) 
         forms=forms(problem) if variant.copy_rows else (),
         rounds=rounds(problem, programs) if variant.copy_rows else 0,
         unit_rows=tiles.rows if problem.ragged else min(rows, tiles.rows),
-        combine_rows=combine_rows,
-        combine_parts=max(2, min(32, 4096 // variant.value_width)) if combine_rows == 1 else 1,
+        combine_rows=min(max(1, numbers // variant.value_width), tiles.rows),
+        combine_parts=parts,
     )
 
 
