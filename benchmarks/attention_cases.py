@@ -76,6 +76,7 @@ CASES = {
     "decode 1 x 4k": decode(1, 4096),
     "decode 1 x 128k": decode(1, 131072),
     "decode 256 x 128": decode(256, 128),
+    "decode 40 x 500": decode(40, 500),  # 320 units for 264 programs: most are cut
     "decode ragged": Case(log_uniform(256, 64, 32768), (1,) * 256),
     "decode 64 x 8k, cu_seqlens_q": decode(64, 8192, ragged=True),
     "mha 16 x 128, block 8": decode(16, 128, heads=32, kv_heads=32, block=8),
@@ -84,6 +85,8 @@ CASES = {
     "q 1, 32 x 8k": decode(32, 8192),
     "q 4, 32 x 8k": decode(32, 8192, 4),
     "q 16, 32 x 8k": decode(32, 8192, 16),
+    "q 4, 16 x 1000": decode(16, 1000, 4),
+    "q 8, 1 x 8k": decode(1, 8192, 8),
     **{f"decode 64 x 8k, dim {dim}": decode(64, 8192, dim=dim, value_dim=dim) for dim in (64, 80, 96, 256)},
     **{f"decode 64 x 8k, block {block}": decode(64, 8192, block=block) for block in (1, 8, 32, 64, 256)},
     "prefill 8k": Case((8192,), (8192,)),

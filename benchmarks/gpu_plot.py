@@ -48,11 +48,18 @@ def draw(report: dict[str, Any]) -> Any:
     names = sorted({peer for each in beside.values() for peer in each} - {ALONE})
     marks = {ALONE: "|", **{peer: f"${chr(ord('a') + number)}$" for number, peer in enumerate(names)}}
     height = 4.4 + 0.3 * len(cases)
-    figure, axes = plt.subplots(2, 1, figsize=(9, height), height_ratios=[max(len(memory), 1), max(len(compute), 3)])
-    for part, names, key, unit, ceiling in (
-        (axes[0], memory, "gb_s", "GB/s of keys and values", ceilings["read_gb_s"]),
-        (axes[1], compute, "tflop_s", "TFLOP/s of unmasked pairs", ceilings["bf16_tflop_s"]),
-    ):
+    measured = [
+        (names, *rest)
+        for names, *rest in (
+            (memory, "gb_s", "GB/s of keys and values", ceilings["read_gb_s"]),
+            (compute, "tflop_s", "TFLOP/s of unmasked pairs", ceilings["bf16_tflop_s"]),
+        )
+        if names
+    ]
+    ratios = [max(len(names), 3) for names, *_ in measured]
+    figure, grid = plt.subplots(len(measured), 1, figsize=(9, height), height_ratios=ratios, squeeze=False)
+    axes = grid[:, 0]
+    for part, (names, key, unit, ceiling) in zip(axes, measured, strict=True):
         peers = {name: {peer: each[key] for peer, each in beside[name].items() if key in each} for name in names}
         panel(part, {name: cases[name][key] for name in names}, peers, marks, unit, ceiling)
     labelled = {label: handle for part in axes for handle, label in zip(*part.get_legend_handles_labels(), strict=True)}
