@@ -48,14 +48,11 @@ def draw(report: dict[str, Any]) -> Any:
     names = sorted({peer for each in beside.values() for peer in each} - {ALONE})
     marks = {ALONE: "|", **{peer: f"${chr(ord('a') + number)}$" for number, peer in enumerate(names)}}
     height = 4.4 + 0.3 * len(cases)
-    measured = [
-        (names, *rest)
-        for names, *rest in (
-            (memory, "gb_s", "GB/s of keys and values", ceilings["read_gb_s"]),
-            (compute, "tflop_s", "TFLOP/s of unmasked pairs", ceilings["bf16_tflop_s"]),
-        )
-        if names
-    ]
+    panels = (
+        (memory, "gb_s", "GB/s of keys and values", ceilings["read_gb_s"]),
+        (compute, "tflop_s", "TFLOP/s of unmasked pairs", ceilings["bf16_tflop_s"]),
+    )
+    measured = [each for each in panels if each[0]]
     ratios = [max(len(names), 3) for names, *_ in measured]
     figure, grid = plt.subplots(len(measured), 1, figsize=(9, height), height_ratios=ratios, squeeze=False)
     axes = grid[:, 0]
