@@ -1,6 +1,6 @@
 """Attention on one GPU: checks results, then measures the cases that decide, beside the peers that are installed.
 
-    python benchmarks/gpu_attention.py --output results.json [--peers] [--only NAME ...]
+    python benchmarks/gpu_attention.py --output results.json [--peers] [--only NAME ...] [--resume]
 
 Bytes are the keys and values that must be read once; FLOPs count unmasked pairs alone. Every case is verified before it
 is timed, in float64 on a sample of its sequences; a wrong result ends the run. Times are of one call among many in a
@@ -216,16 +216,31 @@ def show_all(name: str, entry: dict[str, Any], read_gb_s: float) -> None:
         show(f"    {peer}", figures, read_gb_s)
 
 
+def kept(output: Path) -> dict[str, Any]:
+    """The cases of a report that an earlier run on such a device, with such packages, did not complete."""
+    if not output.exists():
+        return {}
+    report, now = json.loads(output.read_text()), header()
+    if any(report[key] != now[key] for key in ("device", "torch", "triton")):
+        raise ValueError(f"{output} is of {report['device']}, torch {report['torch']}, triton {report['triton']}")
+    return dict(report["cases"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--resume", action="store_true", help="keep what OUTPUT has of this device, measure the rest")
     parser.add_argument("--only", nargs="*", default=list(CASES))
     parser.add_argument("--peers", action="store_true", help=f"measure them too, on {', '.join(WITH_PEERS)}")
     parser.add_argument("--workers", type=int, default=12, help="processes that compile")
     parser.add_argument("--smoke", action="store_true")
     options = parser.parse_args()
+    if options.resume and options.output is None:
+        parser.error("--resume needs --output")
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    cases, odd = {name: CASES[name] for name in options.only}, ODD if options.smoke else ODD | ODD_PREFILL
+    measured = kept(options.output) if options.resume else {}
+    cases = {name: CASES[name] for name in options.only if name not in measured}
+    odd = ODD if options.smoke else ODD | ODD_PREFILL
     if options.smoke:
         cases = {
             name: replace(case, keys=_at_most_70(case.keys), queries=_at_most_70(case.queries), pool=0)
@@ -240,7 +255,7 @@ def main() -> None:
         "ceilings": ceilings(device, options.smoke),
         "peers": versions(),
         "absent_peers": absent(),
-        "cases": {},
+        "cases": measured,
     }
     print(json.dumps(report), flush=True)
     for case in odd.values():
