@@ -145,3 +145,21 @@ def test_what_was_appended_is_read_back(dtype, device):
     output = ops.attention(torch.zeros(40, 4, 64, device=device), *caches, table, lens, sliding_window=1, **scales)
     step = {torch.float8_e4m3fn: 2**-4, torch.float8_e5m2: 2**-3, torch.int8: 1 / 127}[dtype]
     assert ((output[:, ::2] - value).abs() <= step * value.abs().amax(-1, keepdim=True)).all()
+
+
+@pytest.mark.parametrize("size", [1.0, 0.01])
+@pytest.mark.parametrize("dtype", QUANTISED, ids=str)
+def test_a_row_of_zeros_takes_no_precision_from_others(dtype, size, device):
+    """Its scale is 1, which may be ten million times theirs."""
+    query, key = torch.randn(1, 2, 64).bfloat16().to(device), torch.randn(200, 1, 64).bfloat16().to(device)
+    value = (torch.randn(200, 1, 64) * size).bfloat16().to(device)
+    value[0] = 0
+    key_cache = torch.zeros(13, 16, 1, 64, dtype=torch.bfloat16, device=device)
+    value_cache = torch.zeros(13, 16, 1, 64, device=device).to(dtype)
+    scales = dict(value_scale_cache=torch.ones(13, 16, 1, device=device))
+    ops.append(key, value, key_cache, value_cache, torch.arange(200, device=device), **scales)
+    table = torch.arange(13, dtype=torch.int32, device=device)[None]
+    call = key_cache, value_cache, table, torch.tensor([200], dtype=torch.int32, device=device)
+    exact = reference.attention(query.double(), *call, **scales)
+    error = (ops.attention(query, *call, **scales).double() - exact).norm() / exact.norm()
+    assert error < 2**-8

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch_paged.kernels.hopper_launch import HopperLauncher
 
 _LIMIT = 2**31 - 1
+_LARGEST = torch.finfo(torch.float32).max
 
 
 class Step(NamedTuple):
@@ -163,9 +164,9 @@ def base2_factors(scale: float, softcap: float) -> float | tuple[float, float]:
     No factor is 0, as 0 * -inf is NaN: one this small leaves all visible keys equal.
     """
     if not softcap:
-        return max(scale / math.log(2), 1e-36)
+        return min(max(scale / math.log(2), 1e-36), _LARGEST)
     softcap = min(max(softcap, 1e-20), 1e20)  # beyond these it is as good as 0 or off, and float32 would overflow
-    return scale / softcap, softcap / math.log(2)
+    return min(scale / softcap, _LARGEST), softcap / math.log(2)
 
 
 def options_of(options: AttentionOptions) -> tuple[Any, ...]:

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from torch_paged.kernels.attention_combine import finish, sums_in
-from torch_paged.kernels.attention_stored import static_scale
+from torch_paged.kernels.attention_stored import HEADROOM, static_scale
 from torch_paged.kernels.attention_tiles import store_rows
 
 
@@ -29,6 +29,9 @@ def nothing_seen(value_scale, head, V: tl.constexpr):
 def _in_units_of_one(state, V: tl.constexpr):
     """`state` without its unit."""
     largest, total, output0, output1, unit = state
+    if V.has.value.scale == "token":
+        output0 *= 1.0 / HEADROOM
+        output1 *= 1.0 / HEADROOM
     if V.has.value.scale != "":
         output0 *= unit
         output1 *= unit

@@ -5,6 +5,7 @@ import triton.language as tl
 
 _TINY: tl.constexpr = tl.constexpr(2.0**-100)
 _INSIDE_FLOAT16: tl.constexpr = tl.constexpr(2.0**14)
+HEADROOM: tl.constexpr = tl.constexpr(2.0**15)  # what float16 leaves above 1
 
 
 @triton.jit

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from torch_paged.kernels.attention_logits import logits, sees
-from torch_paged.kernels.attention_stored import normalise, static_scale, widen, widen_pairs
+from torch_paged.kernels.attention_stored import HEADROOM, normalise, static_scale, widen, widen_pairs
 
 
 @triton.jit
@@ -183,10 +183,11 @@ def attend(
             total = total * decay + tl.sum(weights, 1)
         largest = larger
         if VALUE.scale == "token":
-            # Weights times their tokens' scales keep below 1, and so in any type, as multiples of the largest scale.
+            # Weights times their tokens' scales stay inside float16 as multiples of the largest scale. They stand at
+            # its upper end: one large scale, of a row of zeros perhaps, must not press the others out at the lower.
             scales = _token_scales(value_scales, cache_strides[3], ids, tile, span, V)
             larger_unit = tl.maximum(unit, tl.max(tl.abs(scales), 0))
-            weights *= (scales * (1.0 / larger_unit))[None, :]
+            weights *= (scales * (1.0 / larger_unit) * HEADROOM)[None, :]
             decay *= unit / larger_unit
             unit = larger_unit
         # [TILE, V0]
