@@ -92,6 +92,38 @@ def test_freed_blocks_wait_for_the_steps_open_at_that_time(manager):
     manager.rollback(another)
 
 
+def test_blocks_wait_for_steps_that_read_them_alone(manager):
+    """A step that stays open, for good perhaps, holds back what its own sequences let go of, and nothing else."""
+    held, bystander = filled(manager, 4, 4)
+    lost = manager.prepare([held], 1)
+    manager.free(held)
+    assert manager.pool.num_waiting == 2
+    for _ in range(20):
+        seq = manager.add()
+        manager.commit(manager.prepare([seq], 7))
+        manager.free(seq)
+    manager.free(bystander)
+    assert (manager.pool.num_waiting, manager.pool.num_free) == (2, 10)
+    manager.commit(lost)
+    assert (manager.pool.num_waiting, manager.pool.num_free) == (0, 12)
+
+
+def test_a_shared_block_waits_for_whoever_reads_it(manager):
+    """The first of two forks is freed with a step open, then the other without one."""
+    (first,) = filled(manager, 4)
+    (second,) = manager.fork(first, 1)
+    step = manager.prepare([first], 1)
+    manager.free(first)
+    assert manager.pool.num_waiting == 1, "its own block; the shared one is the fork's"
+    later = manager.prepare([second], 1)
+    manager.free(second)
+    assert manager.pool.num_waiting == 3
+    manager.commit(later)
+    assert manager.pool.num_waiting == 2
+    manager.commit(step)
+    assert (manager.pool.num_waiting, manager.pool.num_free) == (0, 12)
+
+
 def test_out_of_blocks_says_what_is_missing(manager):
     first, second, third = filled(manager, 20, 20, 4)
     step = manager.prepare([third], 1)

@@ -71,6 +71,6 @@ class OpenSteps:
         if step is None:
             raise ValueError(
                 "the batch is no open step of this cache: it was committed or rolled back before, or did not come from "
-                "its prepare (batches from advance() are committed with the one that they started from)"
+                "its prepare (those of advance() and scheduled() are committed with the one that they were made from)"
             )
         return step

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from torch_paged.memory.arrays import Flags, Ints, expand
-from torch_paged.memory.pool import BlockPool
+from torch_paged.memory.pool import BlockPool, Readers
 from torch_paged.memory.prefix import CachedBlocks, PrefixTrie
 from torch_paged.memory.sequences import Sequences
 from torch_paged.memory.step import Copies, Growth, Taken
@@ -65,11 +65,10 @@ class BlockGroup:
         seen: int = self.first_seen(num_blocks * self._block_size)
         return min(seen, max(num_blocks - 1, 0))
 
-    def held(self, rows: Ints, first: Ints, last: Ints) -> Ints:
-        """The blocks in the columns from `first` to before `last` of each row, one row after another."""
-        owners, columns = expand(np.minimum(first, last), last)
-        blocks: Ints = self.flat_table[rows[owners] * self._width + columns].astype(np.int64)
-        return blocks
+    def held(self, rows: Ints, last: Ints) -> tuple[Ints, Ints]:
+        """The blocks before the columns `last`, one row after another, and in which of the rows each is."""
+        owners, columns = expand(np.minimum(self.first[rows], last), last)
+        return self.flat_table[rows[owners] * self._width + columns].astype(np.int64), owners
 
     def require(self, entries: Ints, start: Ints, growth: int) -> Ints:
         """Raise OutOfBlocks unless a step can have `growth` new blocks, and copies where it writes to shared ones.
@@ -130,8 +129,8 @@ class BlockGroup:
         self.table[rows, first : first + len(blocks)] = blocks
         self.first[rows] = first
 
-    def release_unseen(self, rows: Ints, length: Ints) -> None:
-        """Release what sequences of these lengths do not need to keep."""
+    def release_unseen(self, rows: Ints, length: Ints, readers: Readers | None) -> None:
+        """Release what sequences of these lengths do not need to keep; `readers`: of each."""
         if self.window is None:
             return
         first = self.first_kept(length)
@@ -143,7 +142,7 @@ class BlockGroup:
             blocks = self.flat_table[entries].astype(np.int64)
             self.flat_table[entries] = -1
             self.first[rows] = first
-            self.pool.release(blocks)
+            self.pool.release(blocks, readers and readers.of(moved[owners]))
 
 
 def usable(groups: list[BlockGroup], nodes: Ints) -> Ints:

@@ -138,5 +138,7 @@ def _exchange(records: Records, group: BlockGroup, exchanges: list[Exchange]) ->
     blocks, times = np.unique(twins, return_counts=True)
     group.pool.retain(blocks, times)
     group.table[rows, columns] = twins
-    group.pool.release(own)
-    records.sequences.renew_stamps(np.unique(rows))
+    changed, places = np.unique(rows, return_inverse=True)
+    readers = records.readers(changed)
+    group.pool.release(own, readers and readers.of(places))
+    records.sequences.renew_stamps(changed)

@@ -112,13 +112,15 @@ class MemoryManager(Records):
         """
         s = self.sequences
         handles, rows = s.find_some(seqs)
+        readers, place = self.readers(rows), s.places(rows)
         for index, group in enumerate(self.groups):
-            blocks = [group.held(rows, group.first[rows], s.num_blocks[rows])]
+            held = [group.held(rows, s.num_blocks[rows])]
             for step in self.steps.values():  # what a step keeps for a sequence goes with the sequence
                 copies = step.taken[index].copies
-                ending = step.alive(self.sequences)[copies.owners] & np.isin(step.rows[copies.owners], rows)
-                blocks.append(copies.sources[ending])
-            group.pool.release(np.concatenate(blocks))
+                owners = np.where(step.alive(s)[copies.owners], place[step.rows[copies.owners]], -1)
+                held.append((copies.sources[owners >= 0], owners[owners >= 0]))
+            blocks, owners = map(np.concatenate, zip(*held, strict=True))
+            group.pool.release(blocks, readers and readers.of(owners))
             group.table[rows] = -1
             group.first[rows] = 0
         for handle in handles[s.outside[rows]].tolist():
@@ -231,13 +233,14 @@ class MemoryManager(Records):
         s = self.sequences
         if self.groups[-1].window is not None:
             rows = step.rows[step.alive(s)]
+            readers = self.readers(rows)
             for group in self.groups:
-                group.release_unseen(rows, s.committed[rows])
+                group.release_unseen(rows, s.committed[rows], readers)
 
     def rollback(self, step: Step) -> None:
         """Undo a step: lengths, tables, reference counts and the order of free blocks are as before it.
 
-        What it evicted from the prefix cache does not come back.
+        What left the prefix cache for its sake, as a block was needed or is written to, does not come back.
 
         Sequences freed since are skipped.
 

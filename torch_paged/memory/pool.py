@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,17 +11,37 @@ from torch_paged.memory.errors import OutOfBlocks
 from torch_paged.memory.eviction import EvictionQueue
 from torch_paged.memory.prefix import CachedBlocks
 
+_NO_STEP = np.iinfo(np.int64).max
+
+
+class Readers(NamedTuple):
+    """int64 [n], of n blocks or sequences: the oldest and the newest open step that may read them.
+
+    Where there is none, the oldest is newer than the newest.
+    """
+
+    oldest: Ints
+    newest: Ints
+
+    @classmethod
+    def none(cls, count: int) -> Readers:
+        return cls(np.full(count, _NO_STEP), np.full(count, -1, dtype=np.int64))
+
+    def of(self, places: Ints) -> Readers:
+        """Those at some places."""
+        return Readers(self.oldest[places], self.newest[places])
+
 
 class BlockPool:
     """Reference counts of a group's blocks, a stack of the free ones, a queue of those kept for the prefix cache.
 
-    A block whose last reference goes while steps are open is not free yet: a step in flight may still read
-    it. It waits until every step that was open at that moment has ended. Example, three steps 0, 1, 2:
+    A block whose last reference goes while a step in flight may still read it is not free yet. Who drops a reference
+    says which steps these are, by the oldest and the newest (`Readers`); of all that were said of a block, it waits for
+    those between the oldest and the newest. Example, four steps 0 to 3, of which 1 and 2 read block 7 for a sequence:
 
-        open_step() -> 0, open_step() -> 1
-        release([7])                           7 waits for steps 0 and 1
-        open_step() -> 2, close_step(0)        7 waits: step 1 is open
-        close_step(1)                          7 is free, though step 2 is open
+        release([7], readers=(1, 2))           7 waits for steps 1 and 2
+        close_step(1)                          7 waits: step 2 is open
+        close_step(2)                          7 is free, though steps 0 and 3 are open
 
     If 7 is in the prefix cache it is then evictable instead: it keeps its contents until `allocate` finds the stack
     empty. Least recently released blocks go first, of those released at once the last column first. So leaves go before
@@ -45,8 +65,10 @@ class BlockPool:
         # [:num_free] are free; the last of them goes out first, so a block just freed is used while cached.
         self._stack = np.arange(num_blocks, dtype=np.int64)[::-1].copy()
         self._evictable = EvictionQueue(num_blocks)
-        # In order: (ticket, newest step open at the time, blocks); of a block only the entry with its ticket counts.
-        self._waiting: deque[tuple[int, int, Ints]] = deque()
+        self._oldest = np.full(num_blocks, _NO_STEP)  # steps that may still read it for who let go of it
+        self._newest = np.full(num_blocks, -1, dtype=np.int64)
+        # By the step that they wait for: (ticket, blocks); of a block only the entry with its ticket counts.
+        self._waiting: dict[int, list[tuple[int, Ints]]] = {}
         self._ticket = np.full(num_blocks, -1, dtype=np.int64)
         self._next_ticket = 0
         self._open_steps: dict[int, None] = {}  # an ordered set: the oldest first
@@ -111,23 +133,22 @@ class BlockPool:
             self._evictable.remove(unreferenced[~waiting])
         self.refcount[blocks] += times
 
-    def release(self, blocks: Ints) -> None:
+    def release(self, blocks: Ints, readers: Readers | None = None) -> None:
         """Drop one reference for each entry of `blocks`, in which a block may occur several times."""
+        if readers is not None:
+            np.minimum.at(self._oldest, blocks, readers.oldest)
+            np.maximum.at(self._newest, blocks, readers.newest)
         different = distinct(blocks)
         if len(different) == len(blocks):
             self.refcount[different] -= 1
         else:
             np.subtract.at(self.refcount, blocks, 1)
         unreferenced = different[self.refcount[different] == 0]
-        if not len(unreferenced):
-            return
-        if self._open_steps:
-            self._waiting.append((self._next_ticket, next(reversed(self._open_steps)), unreferenced))
+        if len(unreferenced):
             self._ticket[unreferenced] = self._next_ticket
-            self._next_ticket += 1
             self.num_waiting += len(unreferenced)
-        else:
-            self._give_up(unreferenced)
+            self._wait_or_give_up(unreferenced, self._next_ticket)
+            self._next_ticket += 1
 
     def open_step(self) -> int:
         """Note that a step begins, and return its number."""
@@ -139,13 +160,20 @@ class BlockPool:
     def close_step(self, step: int) -> None:
         """Note that a step has ended; blocks that waited for it, and for no other, are given up."""
         del self._open_steps[step]
-        oldest = next(iter(self._open_steps), self._next_step)
-        while self._waiting and self._waiting[0][1] < oldest:
-            ticket, _, blocks = self._waiting.popleft()
+        for ticket, blocks in self._waiting.pop(step, ()):
             blocks = blocks[self._ticket[blocks] == ticket]  # the others are referenced again, or wait anew
-            self._ticket[blocks] = -1
-            self.num_waiting -= len(blocks)
-            self._give_up(blocks)
+            self._wait_or_give_up(blocks, ticket)
+
+    def _wait_or_give_up(self, blocks: Ints, ticket: int) -> None:
+        """Unreferenced blocks with this ticket wait for the newest open step that may read them, if there is one."""
+        for step in reversed(self._open_steps):
+            waiting = (self._oldest[blocks] <= step) & (step <= self._newest[blocks])
+            if np.count_nonzero(waiting):
+                self._waiting.setdefault(step, []).append((ticket, blocks[waiting]))
+                blocks = blocks[~waiting]
+        self._ticket[blocks] = -1
+        self.num_waiting -= len(blocks)
+        self._give_up(blocks)
 
     def forget(self, nodes: Ints) -> None:
         """Take the blocks of these nodes out of the prefix cache."""
@@ -158,6 +186,7 @@ class BlockPool:
 
     def _give_up(self, blocks: Ints) -> None:
         """Unreferenced blocks that no step reads: the prefix cache keeps its own, the others are free."""
+        self._oldest[blocks], self._newest[blocks] = _NO_STEP, -1
         if len(self.cached):
             cached = self.cached.has(blocks)
             kept = blocks[cached]

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from torch_paged.memory.arrays import as_integer
+from torch_paged.memory.arrays import Ints, as_integer
 from torch_paged.memory.group import BlockGroup
 from torch_paged.memory.parcel import Parcel
+from torch_paged.memory.pool import Readers
 from torch_paged.memory.prefix import PrefixTrie
 from torch_paged.memory.sequences import Sequences
 from torch_paged.memory.step import Step
@@ -59,6 +60,18 @@ class Records:
         self.steps: dict[int, Step] = {}
         self.parcels: dict[int, Parcel] = {}
         self.tokens_looked_up = self.tokens_found = 0  # of all prompts, and in the prefix cache
+
+    def readers(self, rows: Ints) -> Readers | None:
+        """Of these distinct rows, the open steps that their sequences take part in; None: no step is open at all."""
+        if not self.steps:
+            return None
+        readers, place = Readers.none(len(rows)), self.sequences.places(rows)
+        for number, step in self.steps.items():
+            places = place[step.rows[step.alive(self.sequences)]]
+            places = places[places >= 0]
+            readers.oldest[places] = np.minimum(readers.oldest[places], number)
+            readers.newest[places] = number
+        return readers
 
     @property
     def num_outside(self) -> list[int]:

@@ -98,6 +98,12 @@ class Sequences:
             return seq & self._row_mask
         return int(self.find([seq])[1][0])
 
+    def places(self, rows: Ints) -> Ints:
+        """int64 [max_seqs], where in `rows`, distinct ones, each row is; -1: it is not among them."""
+        places = np.full(self.max_seqs, -1, dtype=np.int64)
+        places[rows] = np.arange(len(rows))
+        return places
+
     def _why_not_alive(self, handle: int) -> str:
         row = handle & self._row_mask
         used = 0 <= handle and row < self.max_seqs and handle < self._next_handle[row]

@@ -44,7 +44,7 @@ def pack(records: Records, seqs: Any) -> Parcel:
     parts = []
     for group in records.groups:
         first = group.first[rows]
-        blocks, places = np.unique(group.held(rows, first, filled), return_inverse=True)
+        blocks, places = np.unique(group.held(rows, filled)[0], return_inverse=True)
         own = np.split(places, np.maximum(filled - first, 0).cumsum()[:-1])
         parts.append(Part(blocks, dict(zip(handles.tolist(), own, strict=False))))
     return Parcel(parts, records.tokens[parts[0].blocks])
@@ -56,7 +56,7 @@ def swap_out(records: Records, parcel: Parcel) -> None:
     handles = parcel.handles
     _, rows = s.find(handles)
     for group in records.groups:
-        group.pool.release(group.held(rows, group.first[rows], s.num_blocks[rows]))
+        group.pool.release(group.held(rows, s.num_blocks[rows])[0])
         group.table[rows] = -1
     s.num_blocks[rows] = 0
     s.outside[rows] = True
