@@ -6,6 +6,7 @@ A fork shares all blocks, and a step copies only the half-full ones that several
 import argparse
 
 from demo import build, decode
+from terminal import positive
 from torch_paged.serving import beam_search
 
 PROMPT = "import os\nimport sys\n\ndef main(argv):\n    if len(argv) "
@@ -13,8 +14,8 @@ PROMPT = "import os\nimport sys\n\ndef main(argv):\n    if len(argv) "
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--beams", default=4, type=int)
-    parser.add_argument("--new-tokens", default=24, type=int)
+    parser.add_argument("--beams", default=4, type=positive)
+    parser.add_argument("--new-tokens", default=24, type=positive)
     args = parser.parse_args()
 
     cache, model = build(num_blocks=128, max_seqs=args.beams)

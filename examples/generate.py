@@ -19,10 +19,11 @@ import corpus
 from batching import Generation, Request
 from contiguous import greedy
 from model import Config, Decoder, load
-from terminal import Terminal
+from terminal import Terminal, positive
 from torch_paged import PagedKVCache
 
 WEIGHTS = Path(__file__).with_name("weights.safetensors")
+LONGEST_LINE = 100  # bytes; a prompt is a line at least
 
 # Files that the model has not seen, the function to go on from, the bytes to read, and whether to fork into samples.
 PROMPTS = (
@@ -92,8 +93,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--new-tokens", default=160, type=int, help="bytes to write, at most, for each prompt")
-    parser.add_argument("--samples", default=4, type=int, help="samples of each forked prompt")
+    parser.add_argument("--new-tokens", default=160, type=positive, help="bytes to write, at most, for each prompt")
+    parser.add_argument("--samples", default=4, type=positive, help="samples of each forked prompt")
     parser.add_argument("--temperature", default=0.5, type=float, help="of the samples; the rest is greedy")
     parser.add_argument("--seed", default=0, type=int)
     parser.add_argument("--check", action="store_true", help="compare with a contiguous float32 cache")
@@ -107,6 +108,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     config, weights = load(WEIGHTS)
+    if args.new_tokens > config.context - LONGEST_LINE:
+        sys.exit(f"--new-tokens must leave room for prompts: at most {config.context - LONGEST_LINE}")
     max_seqs = sum(args.samples if forked else 1 for *_, forked in PROMPTS)
     cache = PagedKVCache(
         config.num_layers,

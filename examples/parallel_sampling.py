@@ -7,6 +7,7 @@ when a sample first writes to it. The same seed gives the same texts, alone or b
 import argparse
 
 from demo import build, decode
+from terminal import positive
 from torch_paged.serving import Engine, Request, Sampling
 
 PROMPT = '''class Stack:
@@ -21,7 +22,7 @@ PROMPT = '''class Stack:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--samples", default=4, type=int)
+    parser.add_argument("--samples", default=4, type=positive)
     parser.add_argument("--temperature", default=0.6, type=float)
     parser.add_argument("--seed", default=0, type=int)
     args = parser.parse_args()
@@ -37,6 +38,8 @@ def main() -> None:
             sampling=Sampling(temperature=args.temperature, top_p=0.95, seed=args.seed),
         )
     )
+    if generation.error is not None:
+        raise SystemExit(f"not served: {generation.error}")
     fullest = cache.stats()
     while engine.step():
         fullest = max(fullest, cache.stats(), key=lambda stats: stats.tokens)

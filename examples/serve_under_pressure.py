@@ -2,7 +2,7 @@
 
 `wait` lets a request in when all that it may come to need is there. `recompute` and `swap` let it in when its prompt
 fits; when blocks run out, the least urgent sample gives way, and is read again or brought back later. Whatever happens,
-every request writes what it would write alone.
+every request that has room in the cache writes what it would write alone.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import random
 import sys
 
 from demo import build, decode
+from terminal import positive
 from torch_paged.serving import Engine, Request
 
 STARTS = ["def main(", "import ", "class Error(", "for line in ", "if __name__ == ", "    return self.", "# Copyright "]
@@ -27,8 +28,8 @@ def table(engine: Engine, cache, step: int, done: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--policy", default="recompute", choices=["wait", "recompute", "swap"])
-    parser.add_argument("--requests", default=40, type=int)
-    parser.add_argument("--blocks", default=48, type=int, help="of 16 tokens")
+    parser.add_argument("--requests", default=40, type=positive)
+    parser.add_argument("--blocks", default=48, type=positive, help="of 16 tokens")
     parser.add_argument("--seed", default=0, type=int)
     args = parser.parse_args()
 
@@ -56,6 +57,9 @@ def main() -> None:
     written = sum(len(sample.written) for generation in generations for sample in generation.samples)
     print(f"{table(engine, cache, step, len(generations))}\n{written} tokens written in {step} steps")
     assert cache.num_free_blocks == cache.num_blocks  # nothing leaked
+    errors = [generation.error for generation in generations if generation.error is not None]
+    if errors:
+        raise SystemExit(f"{len(errors)} of {args.requests} requests could not be served, one because {errors[0]}")
 
 
 if __name__ == "__main__":

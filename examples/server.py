@@ -24,6 +24,7 @@ from starlette.routing import Route
 
 from demo import build, decode
 from model import END_OF_TEXT
+from terminal import positive
 from torch_paged.serving import AsyncEngine, Engine, Piece, Request, Sampling
 
 MODEL = "torch-paged-demo"
@@ -40,6 +41,8 @@ def parse(body: Any) -> Request:
     if unknown := body.keys() - KNOWN:
         raise ValueError(f"not supported: {', '.join(sorted(unknown))}")
     given = {name: value for name, value in body.items() if value is not None}
+    if not isinstance(given.get("stream", False), bool):
+        raise ValueError(f"stream must be true or false, got {given['stream']!r}")
     stop = given.get("stop", [])
     asked = Request(
         prompt=list(given["prompt"].encode()),
@@ -125,7 +128,7 @@ async def completions(request: HttpRequest) -> Response:
             result = await unless_gone(request, collect(stream, asked))
             return Response(status_code=CLIENT_CLOSED_REQUEST) if result is None else JSONResponse(result)
         first = await unless_gone(request, anext(stream))  # what cannot be served fails here, before the head is sent
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         return JSONResponse({"error": {"message": str(error), "type": "invalid_request_error"}}, status_code=400)
     if first is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
@@ -162,7 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", default=8000, type=int)
-    parser.add_argument("--blocks", default=512, type=int, help="of 16 tokens")
+    parser.add_argument("--blocks", default=512, type=positive, help="of 16 tokens")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     cache, model = build(args.blocks, max_seqs=64, device=args.device)

@@ -7,12 +7,11 @@ in a namespace of its own, where nothing can be found: they must write the same 
 
 import argparse
 import time
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from model import Decoder, load
+from demo import build
 from torch_paged import MemoryStats, PagedKVCache
 
 SYSTEM = b'''"""Geometry in the plane."""
@@ -64,19 +63,7 @@ def read_and_write(cache: PagedKVCache, model: nn.Module, seqs: list[int], promp
 @torch.inference_mode()
 def serve(shared: bool) -> tuple[list[bytes], MemoryStats, float]:
     """What all requests wrote, the figures while all were live, and the seconds it took after the first."""
-    config, weights = load(Path(__file__).with_name("weights.safetensors"))
-    cache = PagedKVCache(
-        config.num_layers,
-        config.num_kv_heads,
-        config.head_dim,
-        memory=64 << 20,
-        max_seqs=len(QUESTIONS),
-        max_seq_len=config.context,
-        dtype=torch.float32,
-        device="cpu",
-    )
-    model = Decoder(config, cache.layers).float()
-    model.load_state_dict(weights)
+    cache, model = build(num_blocks=256, max_seqs=len(QUESTIONS))
     prompts = [SYSTEM + question for question in QUESTIONS]
     namespaces = ["everybody" if shared else f"client {i}" for i in range(len(prompts))]
 

@@ -1,4 +1,4 @@
-"""How the demo writes: a line that rewrites itself, dim prompts, bright completions. Plain lines when piped."""
+"""How the examples talk: a line that rewrites itself, dim prompts, bright completions. Plain lines when piped."""
 
 import sys
 import time
@@ -35,6 +35,14 @@ class Terminal:
     def table(self, rows: list[tuple[str, str]]) -> None:
         width = max(len(name) for name, _ in rows)
         print("\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+
+
+def positive(text: str) -> int:
+    """An integer of the command line, at least 1."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
 
 
 def printable(text: bytes) -> str:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 import corpus
 from contiguous import CausalAttention, ContiguousBatch
 from model import Config, Decoder, load, save
+from terminal import positive
 
 WARMUP = 0.02  # of the run
 SIZES = ("dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_dim", "context")
@@ -112,18 +113,21 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", type=torch.device)
     parser.add_argument("--minutes", default=3.0, type=float, help="training time, compilation not counted")
-    parser.add_argument("--steps", type=int, help="how many steps to train, instead of --minutes")
-    parser.add_argument("--batch-size", default=16, type=int, help="sequences a step")
+    parser.add_argument("--steps", type=positive, help="how many steps to train, instead of --minutes")
+    parser.add_argument("--batch-size", default=16, type=positive, help="sequences a step")
     parser.add_argument("--rate", default=4e-3, type=float, help="peak learning rate")
     parser.add_argument("--seed", default=0, type=int)
-    parser.add_argument("--report", default=50, type=int, help="steps between two reports, each of which saves")
+    parser.add_argument("--report", default=50, type=positive, help="steps between two reports, each of which saves")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--stdlib", default=corpus.STDLIB, type=Path, help="default: this interpreter's")
     parser.add_argument("--start", type=Path, help="weights to train on from, their sizes too")
     parser.add_argument("--out", default=Path(__file__).with_name("weights.safetensors"), type=Path)
     for size in SIZES:
-        parser.add_argument(f"--{size.replace('_', '-')}", default=getattr(Config, size), type=int)
-    return parser.parse_args()
+        parser.add_argument(f"--{size.replace('_', '-')}", default=getattr(Config, size), type=positive)
+    args = parser.parse_args()
+    if not args.minutes > 0:
+        parser.error(f"--minutes must be more than 0, got {args.minutes}")
+    return args
 
 
 def main() -> None:

@@ -153,6 +153,14 @@ def test_a_stop_token_narrows_the_search():
     assert cache.num_free_blocks == cache.num_blocks
 
 
+def test_what_the_model_rules_out_is_no_continuation():
+    """By hand: 1 -> 2; 2 -> 3 (0.6), 4 (0.4): the search has one beam, then two, of the three that it may have."""
+    cache = make_cache()
+    beams = beam_search(cache, scripted({1: {2: 1.0}, 2: {3: 0.6, 4: 0.4}}), [1], num_beams=3, max_new_tokens=2)
+    assert [beam.tokens for beam in beams] == [[2, 3], [2, 4]]
+    assert cache.num_free_blocks == cache.num_blocks
+
+
 @pytest.mark.parametrize("fault", ["blocks", "model", "rows", "length"])
 def test_a_search_that_fails_leaves_nothing_behind(weights, fault):
     options = {"blocks": dict(num_blocks=9), "rows": dict(max_seqs=3), "length": dict(max_seq_len=20)}
@@ -183,6 +191,8 @@ def test_arguments_of_beam_search(weights):
         (dict(num_beams=2.5), TypeError, "num_beams must be an integer, got 2.5"),
         (dict(max_new_tokens=0), ValueError, "max_new_tokens must be at least 1, got 0"),
         (dict(stop_tokens=5), ValueError, "stop_tokens must be flat"),
+        (dict(length_penalty="long"), TypeError, "length_penalty must be a real number, got 'long'"),
+        (dict(length_penalty=math.nan), ValueError, r"length_penalty must lie in \[-10.0, 10.0\], got nan"),
         (dict(model=lambda tokens, _: torch.zeros(len(tokens), 256)), ValueError, "of the rows batch.last_token"),
         (dict(model=lambda *_: None), TypeError, "the model must return logits .* got NoneType"),
     ]:

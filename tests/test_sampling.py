@@ -134,6 +134,15 @@ def test_tokens_without_weight_are_never_drawn():
     assert frequencies(Sampling(temperature=1.0, seed=1, top_p=0.5), logits)[3] == 1
 
 
+def test_infinite_logits_take_all_of_the_weight():
+    logits = torch.zeros(7)
+    logits[[1, 4]] = torch.inf
+    for sampling in (Sampling(temperature=1.0, seed=1), Sampling(temperature=0.3, seed=1, top_p=0.9, top_k=4)):
+        drawn = frequencies(sampling, logits)
+        assert drawn[[1, 4]].sum() == 1
+        assert drawn[1] == pytest.approx(0.5, abs=0.05)
+
+
 def test_logprobs():
     rules = rules_of(samples(Sampling(temperature=0.1, logprobs=2, seed=0), Sampling(logprobs=4)), 2, PLAIN)
     drawn = draw(LOGITS.expand(2, -1), torch.zeros(2, dtype=torch.int64), rules).to_host()

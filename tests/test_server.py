@@ -97,14 +97,21 @@ def test_a_stream(served):
         ({"prompt": "x", "n": "2"}, "samples must be an integer, got '2'"),
         ({"prompt": "x", "stop": 5}, "stop_strings must be a list of strings, got 5"),
         ({"prompt": "x", "stop": [5]}, "stop_strings must be strings, got"),
+        ({"prompt": "x", "stream": "false"}, "stream must be true or false, got 'false'"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_what_is_refused(served, body, why, stream):
     client, _, _ = served
-    answer = client.post("/v1/completions", json=body | {"stream": stream})
+    answer = client.post("/v1/completions", json={"stream": stream} | body)
     assert answer.status_code == 400
     assert why in answer.json()["error"]["message"]
+
+
+def test_what_is_nested_too_deep_is_refused(served):
+    client, _, _ = served
+    answer = client.post("/v1/completions", content=b"[" * 100_000)
+    assert answer.status_code == 400
 
 
 def wait_until(condition):

@@ -144,6 +144,16 @@ def test_logprobs_are_those_of_the_model():
     assert without.samples[0].logprobs == []
 
 
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_logprobs_are_as_many_as_were_asked_for(wanted):
+    """Whatever others in the batch want."""
+    engine, _, _ = make_engine()
+    requests = [Request(prompt=[3], max_new_tokens=5, sampling=Sampling(logprobs=n)) for n in (wanted, 5)]
+    few, many = (generation.samples[0].logprobs for generation in engine.run(requests))
+    assert [len(entry.top) for entry in few] == [wanted] * 5
+    assert [len(entry.top) for entry in many] == [5] * 5
+
+
 def test_requests_come_at_any_moment():
     engine, cache, _ = make_engine(token_budget=8)
     generations = []

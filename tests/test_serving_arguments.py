@@ -76,6 +76,7 @@ def test_errors_say_what_was_expected(make, why):
         (lambda: make_engine(watermark="low"), "watermark must be a real number, got 'low'"),
         (lambda: make_engine(patience=None), "patience must be a real number, got None"),
         (lambda: make_engine(vocab_size="many"), "vocab_size must be an integer, got 'many'"),
+        (lambda: make_engine(ahead="no"), "ahead must be True, False or None, got 'no'"),
         (lambda: Sampling(temperature="hot"), "temperature must be a real number, got 'hot'"),
         (lambda: Sampling(top_p=None), "top_p must be a real number, got None"),
         (lambda: Sampling(min_p=1j), "min_p must be a real number, got 1j"),

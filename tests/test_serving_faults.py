@@ -1,5 +1,7 @@
 """Cancelled, too large, or hit by a fault: nothing is lost, nothing leaks, and nobody else notices."""
 
+import itertools
+
 import pytest
 import torch
 from serving_fakes import PROMPTS, VOCAB, FakeModel, Faulty, assert_empty, decode, expected, make_cache, make_engine
@@ -58,6 +60,48 @@ def test_a_stream_closed_early_cancels(place):
     while engine.step():
         pass
     assert_empty(engine, cache)
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["in-turn", "ahead"])
+def test_a_stream_loses_nothing_while_others_step(ahead):
+    """Two streams in turns, and whole requests between the pieces of one."""
+    engine, cache, _ = make_engine(ahead=ahead)
+    streams = [engine.stream(Request(prompt=prompt, max_new_tokens=6)) for prompt in ([1], [2])]
+    pieces = list(itertools.zip_longest(*streams))
+    for prompt, its in zip(([1], [2]), zip(*pieces, strict=True), strict=True):
+        its = [piece for piece in its if piece is not None]
+        assert [piece.token for piece in its if piece.token is not None] == expected(prompt, 6)
+        assert its[-1].finish_reason == "length"
+    tokens = []
+    for piece in engine.stream(Request(prompt=[3], max_new_tokens=6)):
+        tokens.append(piece.token)
+        engine.run([Request(prompt=[4], max_new_tokens=20)])
+    assert tokens == expected([3], 6)
+    assert piece.finish_reason == "length"
+    assert_empty(engine, cache)
+
+
+def test_of_requests_that_run_together_all_or_none_are_taken():
+    engine, cache, _ = make_engine(vocab_size=VOCAB)
+    with pytest.raises(ValueError, match="token ids below 97, got 200"):
+        engine.run([Request(prompt=[1]), Request(prompt=[200])])
+    assert not engine.busy
+    assert_empty(engine, cache)
+
+
+def test_a_generation_is_cancelled_where_it_was_submitted():
+    engine, cache, _ = make_engine()
+    other, other_cache, _ = make_engine()
+    generation = engine.submit(Request(prompt=[3], max_new_tokens=9))
+    for _ in range(3):
+        with pytest.raises(ValueError, match="submitted elsewhere"):
+            other.cancel(generation)
+        engine.step()
+    while engine.step():
+        pass
+    assert generation.samples[0].written == expected([3], 9)
+    assert_empty(engine, cache)
+    assert_empty(other, other_cache)
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,59 @@ def test_words_keep_their_spaces():
     assert text.text == "to beor not"
 
 
+def test_the_first_word_keeps_its_space_behind_a_prompt():
+    words = [" hello", " world", "!"]
+    text = TextStop(lambda tokens: "".join(words[token] for token in tokens).removeprefix(" "), [" world"], [0])
+    assert text.feed(1)
+    assert text.text == ""
+
+
+def test_a_character_of_the_prompt_is_not_ours():
+    text = TextStop(utf8, [], b"\xc3")
+    for token in b"\xa9b":
+        text.feed(token)
+    assert text.text == utf8(b"\xa9b")
+
+
+def test_a_stop_string_ends_the_text_before_its_token_does():
+    tokens = [b"x", b"END\xe2"]
+    text = TextStop(lambda each: b"".join(tokens[token] for token in each).decode(errors="replace"), ["END"])
+    assert [text.feed(0), text.feed(1)] == [False, True]
+    assert text.text == "x"
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.binary(min_size=1, max_size=4), min_size=1, max_size=4), st.data())
+def test_any_bytes_come_as_they_are_together(vocabulary, data):
+    """Tokens of several bytes, broken ones and such as begin a character that another ends."""
+    vocabulary += [b"\xff", b"\xe2\x82", b"\xac", b"\xf0\x9f", b"\x98\x80a"]
+    tokens = data.draw(st.lists(st.integers(0, len(vocabulary) - 1), max_size=40))
+
+    def decode(each):
+        return utf8(b"".join(vocabulary[token] for token in each))
+
+    text = TextStop(decode, [])
+    for token in tokens:
+        text.feed(token)
+    text.finish()
+    assert text.text == decode(tokens)
+
+
+def test_broken_bytes_do_not_fill_the_window():
+    longest = 0
+
+    def decode(tokens):
+        nonlocal longest
+        longest = max(longest, len(tokens))
+        return utf8(tokens)
+
+    text = TextStop(decode, ["END"])
+    for _ in range(1000):
+        text.feed(0xFF)
+    assert longest < 10
+    assert text.ready >= 990
+
+
 def test_broken_characters_come_at_the_end():
     text = TextStop(utf8, [])
     for token in b"ab\xe2\x82":

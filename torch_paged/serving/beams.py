@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
@@ -11,7 +12,10 @@ from torch import Tensor
 from torch_paged.batch import unbacked
 from torch_paged.cache import PagedKVCache
 from torch_paged.memory.arrays import as_integer, as_integers
+from torch_paged.serving.requests import as_real
 from torch_paged.serving.sampling import Model, check_logits, to_device
+
+_STRONGEST_PENALTY = 10.0  # a length to a greater power could overflow
 
 
 class Beam(NamedTuple):
@@ -41,8 +45,9 @@ def beam_search(
     """The continuations of a prompt that a search of width `num_beams` finds, the best first.
 
     Every step extends each beam by every token and keeps as many of these as the search is wide: those with the
-    greatest sums of log-probabilities. One that ends with a stop token is complete: it leaves, and the search is
-    narrower by one (Sutskever, Vinyals, Le, 2014). What is under way after `max_new_tokens` counts as complete.
+    greatest sums of log-probabilities, those of -inf left out. One that ends with a stop token is complete: it leaves,
+    and the search is narrower by one (Sutskever, Vinyals, Le, 2014). What is under way after `max_new_tokens` counts as
+    complete.
 
     A beam with several successors is forked, one without is freed. So a step copies a half-full block for all but one
     of the beams that go on from it, all of them in one `copy_blocks`, and nothing for a beam with one successor.
@@ -68,6 +73,11 @@ def beam_search(
     num_beams = as_integer("num_beams", num_beams, at_least=1)
     max_new_tokens = as_integer("max_new_tokens", max_new_tokens, at_least=1)
     stops = frozenset(as_integers("stop_tokens", stop_tokens).tolist())
+    length_penalty = as_real("length_penalty", length_penalty)
+    if not abs(length_penalty) <= _STRONGEST_PENALTY:
+        raise ValueError(
+            f"length_penalty must lie in [-{_STRONGEST_PENALTY}, {_STRONGEST_PENALTY}], got {length_penalty}"
+        )
     search = _Search(num_beams, stops, length_penalty, cache.device)
     seqs = [cache.add(tokens, namespace)]
     del tokens[: cache.length(seqs[0])]
@@ -138,6 +148,7 @@ class _Search:
         extended = [
             (place // logits.shape[-1], place % logits.shape[-1], total)
             for place, total in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            if total != -math.inf  # what the model rules out is no continuation
         ]
         under_way = [i for i, (_, token, _) in enumerate(extended) if token not in self._stop_tokens]
         for parent, token, total in extended:

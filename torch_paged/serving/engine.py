@@ -72,7 +72,9 @@ class Engine:
         self._decode = decode
         self._vocab_size = None if vocab_size is None else as_integer("vocab_size", vocab_size, at_least=1)
         self._device = cache.device
-        self._ahead = cache.device.type == "cuda" if ahead is None else ahead
+        if ahead not in (None, True, False):
+            raise TypeError(f"ahead must be True, False or None, got {ahead!r}")
+        self._ahead = cache.device.type == "cuda" if ahead is None else bool(ahead)
         self._launched: deque[_Launched] = deque()
         self._rules: tuple[list[Sample], int, Rules] | None = None
 
@@ -102,12 +104,16 @@ class Engine:
         generation = Generation(request)
         if self._decode is not None:
             for sample in generation.samples:
-                sample.text = TextStop(self._decode, request.stop_strings)
+                sample.text = TextStop(self._decode, request.stop_strings, request.prompt[-1:])
         self._scheduler.submit(generation)
         return generation
 
     def cancel(self, generation: Generation) -> None:
-        """End a request, whatever it is at. What it wrote stays; its blocks go once no launched step reads them."""
+        """End a request, whatever it is at. What it wrote stays; its blocks go once no launched step reads them.
+
+        Raises:
+            ValueError: it was submitted to another engine.
+        """
         self._scheduler.cancel(generation)
 
     def fail(self, error: BaseException) -> None:
@@ -117,8 +123,18 @@ class Engine:
         self._scheduler.fail(error)
 
     def run(self, requests: Iterable[Request]) -> list[Generation]:
-        """Submit requests and step until nothing is left to do. Look at their `error` before you trust them."""
-        generations = [self.submit(request) for request in requests]
+        """Submit requests and step until nothing is left to do. Look at their `error` before you trust them.
+
+        If one is refused, so are all of them.
+        """
+        generations: list[Generation] = []
+        try:
+            for request in requests:
+                generations.append(self.submit(request))
+        except BaseException:
+            for generation in generations:
+                self.cancel(generation)
+            raise
         while self.step():
             pass
         return generations
@@ -134,11 +150,12 @@ class Engine:
         generation = self.submit(request)
         stream = Stream(generation)
         try:
-            while True:
+            finished = False
+            while not finished:
+                finished = generation.finished  # before the pieces: whoever takes them may step, too
                 yield from stream.new()
-                if generation.finished:
-                    break
-                self.step()
+                if not generation.finished:
+                    self.step()
         finally:
             self.cancel(generation)
         if generation.error is not None:

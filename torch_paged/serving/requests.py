@@ -41,8 +41,8 @@ class Sampling:
 
     Attributes:
         temperature: divides the logits; 0: the most likely token, and nothing below counts.
-        top_k: only the k most likely tokens; 0: all.
-        top_p: of these, only the fewest whose probabilities add up to at least this, 0 to 1.
+        top_k: only the k most likely tokens, and those that are as likely as the last of these; 0: all.
+        top_p: of these, only the fewest whose probabilities add up to at least this, 0 to 1, and their equals.
         min_p: of these, only tokens at least this share as likely as the most likely one, 0 to 1.
         seed: the same seed draws the same tokens, whatever else is in the batch; None: a random one.
         logprobs: None: no log-probabilities; n: that of the token and those of the n most likely ones. They are the
@@ -161,7 +161,7 @@ class Sample:
 
     __slots__ = (
         "cached", "error", "finish_reason", "forks", "generation", "index", "key", "limit", "logprobs", "row", "seed",
-        "seq", "state", "stop_tokens", "text", "tokens", "wants_logprobs",
+        "seq", "state", "stop_tokens", "text", "tokens", "top_logprobs",
     )  # fmt: skip
 
     def __init__(self, generation: Generation, index: int, seed: int) -> None:
@@ -170,7 +170,7 @@ class Sample:
         self.index = index
         self.seed = signed(mix(seed + index * GAMMA))
         self.tokens = list(request.prompt)
-        self.wants_logprobs = request.sampling.logprobs is not None
+        self.top_logprobs = request.sampling.logprobs
         self.logprobs: list[TokenLogprobs] = []
         self.text: TextStop | None = None
         self.finish_reason: str | None = None
@@ -207,7 +207,8 @@ class Sample:
     def write(self, token: int, logprobs: TokenLogprobs | None) -> None:
         """Append a token that was drawn."""
         self.tokens.append(token)
-        if logprobs is not None and self.wants_logprobs:
+        if logprobs is not None and self.top_logprobs is not None:
+            del logprobs.top[self.top_logprobs :]  # others of the batch may want more
             self.logprobs.append(logprobs)
 
     def take_in_last_token(self) -> str | None:
@@ -240,10 +241,12 @@ class Generation:
     Attributes:
         request: as submitted.
         samples: its continuations.
+        owner: the scheduler that has it.
     """
 
     def __init__(self, request: Request) -> None:
         self.request = request
+        self.owner: Any = None
         seed = request.sampling.seed
         seed = secrets.randbits(64) if seed is None else mix(seed)
         self.samples = [Sample(self, index, seed) for index in range(request.samples)]

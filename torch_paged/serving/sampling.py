@@ -13,6 +13,7 @@ from torch_paged.serving.random_numbers import FACTORS, GAMMA, signed
 from torch_paged.serving.requests import Sample, Sampling
 
 _SMALLEST_TEMPERATURE = 1e-5  # below, a logit's quotient could overflow
+_LARGEST_SCORE = torch.finfo(torch.float32).max
 _NO_LIMIT = torch.iinfo(torch.int64).max
 
 Model = Callable[[Tensor, PagedBatch], Tensor]  # `model(tokens, batch) -> logits`, see Engine and `check_logits`
@@ -88,6 +89,7 @@ def draw(logits: Tensor, positions: Tensor, rules: Rules) -> Drawn:
     if rules.greedy:
         return _with_logprobs(likeliest, logits, rules)
     scores = logits.float() / rules.temperature.clamp(min=_SMALLEST_TEMPERATURE)
+    scores.clamp_(max=_LARGEST_SCORE)  # infinite ones are equal, and leave others no chance
     if rules.cut:
         scores = scores.masked_fill(scores < _lowest_score(scores, rules), -torch.inf)
     cumulative = (scores - scores.amax(dim=-1, keepdim=True)).double().exp_().cumsum_(dim=-1)

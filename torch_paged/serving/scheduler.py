@@ -102,6 +102,7 @@ class Scheduler:
 
     def submit(self, generation: Generation) -> None:
         """Queue a request. One that could never run is finished at once, with its error."""
+        generation.owner = self
         leader, *forks = generation.samples
         leader.forks = forks
         error = self._why_never(leader)
@@ -127,6 +128,8 @@ class Scheduler:
 
     def cancel(self, generation: Generation) -> None:
         """End what has not ended of a request, whatever it is at. Its blocks are free once no open step reads them."""
+        if generation.owner is not self:
+            raise ValueError("the generation was submitted elsewhere, and can be cancelled there alone")
         self.finish(generation.samples, "cancelled")
 
     def finish(self, samples: Iterable[Sample], reason: str, error: BaseException | None = None) -> None:

@@ -7,14 +7,16 @@ from collections.abc import Callable, Sequence
 Decode = Callable[[list[int]], str]
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what decoders give for the first bytes of a longer character
+_LONGEST = 4  # bytes of a character, and so tokens
 
 
 class TextStop:
     """The text of a growing list of tokens, up to the first of the stop strings.
 
     Tokens are decoded in a window that moves on with every token that completes a character, so that a long text
-    costs no more a token than a short one. The window reaches one such token back, because tokenizers write the
-    first word without its space. What may be the beginning of a stop string is held back from `ready`:
+    costs no more a token than a short one. The window reaches one such token back, at first into the prompt, because
+    tokenizers write the first word without its space. Behind bytes that make no character it moves on, too, when no
+    character can have begun there. What may be the beginning of a stop string is held back from `ready`:
 
         stop strings ["END"], text "the EN"    ready 4
 
@@ -24,11 +26,13 @@ class TextStop:
         stopped: whether a stop string came.
     """
 
-    def __init__(self, decode: Decode, stop_strings: Sequence[str]) -> None:
+    def __init__(self, decode: Decode, stop_strings: Sequence[str], before: Sequence[int] = ()) -> None:
+        """`before`: the last token of the prompt, or some more."""
         self._decode = decode
         self._stop_strings = stop_strings
-        self._window: list[int] = []
-        self._context = 0  # tokens of the window whose text is in `text` already
+        self._window = list(before)
+        self._context = len(before)  # tokens of the window whose text is in `text` already, or in the prompt
+        self._taken = 0  # characters of the others that are in `text`, too
         self.text = ""
         self.ready = 0
         self.stopped = False
@@ -36,22 +40,41 @@ class TextStop:
     def feed(self, token: int) -> bool:
         """Append a token; True once a stop string came."""
         self._window.append(token)
-        before = self._decode(self._window[: self._context])
-        text = self._decode(self._window)
-        if not text.endswith(_INCOMPLETE):
-            self._extend(text[len(before) :])
-            del self._window[: self._context]
-            self._context = len(self._window)
+        self._read(_LONGEST - 1)
         return self.stopped
 
     def finish(self) -> None:
         """No token follows: all of the text is ready, broken characters too."""
         if not self.stopped:
-            before = self._decode(self._window[: self._context])
-            self._extend(self._decode(self._window)[len(before) :])
-            del self._window[: self._context]
-            self._context = len(self._window)
+            self._read(0)
         self.ready = len(self.text)
+
+    def _read(self, held: int) -> None:
+        """Take in the window's text, but for broken characters at its end, up to `held`, that may become whole."""
+        before, text = self._decode(self._window[: self._context]), self._decode(self._window)
+        if before.endswith(_INCOMPLETE) and not self.text:  # the prompt ends inside a character, which is not ours
+            del self._window[: self._context]
+            self._context = 0
+            before, text = "", self._decode(self._window)
+        whole = max(len(text.rstrip(_INCOMPLETE)), len(text) - held)
+        self._extend(text[len(before) + self._taken : whole])
+        self._taken = max(self._taken, whole - len(before))
+        if whole == len(text):
+            self._move_on(len(self._window), len(text) - len(before))
+            return
+        settled = len(self._window) - held  # tokens before these last ones have no part in a character to come
+        if settled > self._context:
+            known, left = self._decode(self._window[:settled]), self._window[self._context :]
+            context = self._decode(left[: settled - self._context])
+            alike = known + self._decode(left).removeprefix(context) == text
+            if alike and len(known) - len(before) <= self._taken:
+                self._move_on(settled, len(known) - len(before))
+
+    def _move_on(self, settled: int, characters: int) -> None:
+        """The window's tokens up to `settled`, with so many new characters, are its context now."""
+        del self._window[: self._context]
+        self._context = settled - self._context
+        self._taken -= characters
 
     def _extend(self, new: str) -> None:
         longest = max(map(len, self._stop_strings), default=1)

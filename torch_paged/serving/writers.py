@@ -65,7 +65,7 @@ class Writers:
             first=as_integers("first", [sample.cached for sample in samples]),
             histories=[sample.tokens for sample in samples],
             stop_tokens=frozenset[int]().union(*(sample.stop_tokens for sample in samples)),
-            plain=all(sample.text is None and not sample.wants_logprobs for sample in samples),
+            plain=all(sample.text is None and sample.top_logprobs is None for sample in samples),
             next_tokens=[sample.tokens[sample.cached] for sample in samples] if known else None,
         )
 
