@@ -303,3 +303,15 @@ def test_every_code_is_read(dtype, like, device):
     inputs = type(inputs)(*(tensor if tensor is None else tensor.to(device) for tensor in inputs))
     output = inputs.call(torch.ops.paged.attention, key_scale=one, value_scale=one * 0.5)
     assert torch.equal(output[:, 1].flatten()[: len(codes)].cpu().float(), codes * 0.5)
+
+
+def test_a_huge_scale_under_a_cap(device):
+    """Their quotient is beyond float32. Rows of zeros see all keys alike, others are at the cap."""
+    keys, values = torch.randn(2, 1, 16, 1, 16, device=device)
+    call = keys, values, torch.zeros(1, 1, dtype=torch.int32, device=device), torch.tensor([16], device=device).int()
+    for query in (torch.zeros(1, 1, 16, device=device), torch.randn(1, 1, 16, device=device)):
+        expected = reference.attention(
+            query.double(), *(part.double() for part in call[:2]), *call[2:], scale=1e38, softcap=0.1
+        )
+        output = torch.ops.paged.attention(query, *call, scale=1e38, softcap=0.1)
+        torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)

@@ -180,3 +180,14 @@ def test_a_buffer_in_flight_is_waited_for():
     assert uploads.begin(10).ctypes.data == filled[0].ctypes.data
     assert [copy.waited for copy in uploads._done].count(2) == 1
     assert len(uploads.begin(1000)) == 1000
+
+
+def test_rows_of_the_block_table_are_as_many_as_there_can_be_sequences():
+    """Buckets for tokens may be far larger."""
+    cache = make_cache(buckets=[4, 12, 4096])
+    (table,) = cache._staging.block_tables
+    assert len(table) == 12
+    seqs = [cache.add() for _ in range(8)]
+    batch = cache.prepare(seqs, [1] * 7 + [6])
+    assert [len(part) for part in batch[3:6]] == [4096, 4096, 12]
+    cache.check_integrity()

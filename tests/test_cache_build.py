@@ -6,6 +6,7 @@ import os
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from small_caches import build
@@ -27,6 +28,12 @@ def test_buffers_are_separate_and_head_major():
 def test_kv_bytes():
     assert PagedKVCache.kv_bytes(3, 100, 2, 16, dtype=torch.bfloat16) == 3 * 100 * 2 * (16 + 16) * 2
     assert PagedKVCache.kv_bytes(3, 100, 2, 16, 24, dtype=torch.float32) == 3 * 100 * 2 * (16 + 24) * 4
+    large = map(np.int32, (80, 131072, 8, 128))
+    assert PagedKVCache.kv_bytes(*large, dtype=torch.float16) == 80 * 131072 * 8 * 256 * 2
+    with pytest.raises(ValueError, match="num_layers must be at least 0, got -1"):
+        PagedKVCache.kv_bytes(-1, 2, 3, 4, dtype=torch.float32)
+    with pytest.raises(TypeError, match=r"dtype must be a torch\.dtype, got 'x'"):
+        PagedKVCache.kv_bytes(1, 2, 3, 4, dtype="x")
     cache = build()
     held = sum(part.numel() * part.element_size() for pair in cache.tensors() for part in pair)
     assert held == PagedKVCache.kv_bytes(2, 8 * 4, 2, 16, dtype=torch.bfloat16)

@@ -68,3 +68,17 @@ def test_serving(defaults, place):
         beams = beam_search(cache, model, [1, 2], num_beams=2, max_new_tokens=3)
         results.append([generation.samples[0].written for generation in done] + [beam.tokens for beam in beams])
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [{}, dict(softcap=5.0), dict(softcap=5.0, sinks=torch.ones(4))], ids=str)
+def test_autocast_changes_nothing(options, dtype, device):
+    """Types are those of the arguments, inside as well."""
+    query, caches = torch.randn(6, 4, 32, dtype=dtype), torch.randn(2, 2, 16, 2, 32, dtype=dtype)
+    table, lens = torch.tensor([[0, 1]], dtype=torch.int32), torch.tensor([20], dtype=torch.int32)
+    call = [part.to(device) for part in (query, *caches, table, lens)]
+    options = {name: each.to(device) if torch.is_tensor(each) else each for name, each in options.items()}
+    expected = torch.ops.paged.attention(*call, **options)
+    with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
+        output = torch.ops.paged.attention(*call, **options)
+    assert torch.equal(output, expected)

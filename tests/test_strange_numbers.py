@@ -77,3 +77,12 @@ def test_sinks_that_are_no_numbers_show(device):
     outputs, lses = strange("value", 0.0, 1, 100, 2, 32, torch.float32, device, dict(sinks=torch.tensor([math.nan, 1])))
     assert outputs[0].isnan().all() and lses[0].isnan().all()
     assert outputs[1].isfinite().all() and lses[1].isfinite().all()
+
+
+def test_merging_with_what_saw_no_key_does_not_hide_nan(device):
+    """In either order."""
+    seen = torch.full((3, 2, 16), math.nan, device=device), torch.full((3, 2), math.nan, device=device)
+    unseen = torch.zeros(3, 2, 16, device=device), torch.full((3, 2), -math.inf, device=device)
+    for parts in ((*seen, *unseen), (*unseen, *seen)):
+        output, lse = torch.ops.paged.merge_attention(*parts)
+        assert output.isnan().all() and lse.isnan().all()

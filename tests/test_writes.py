@@ -101,6 +101,19 @@ def test_copy_blocks(pairs, device):
     assert_same_storage(caches, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint16, torch.uint32, torch.uint64, torch.complex64], ids=str)
+def test_blocks_of_any_type_are_moved(dtype, device):
+    cache = torch.randint(0, 256, (4, 3 * dtype.itemsize), dtype=torch.uint8)
+    cache = ((cache > 100) if dtype == torch.bool else cache.view(dtype)).to(device)
+    before = cache.clone()
+    ops.copy_blocks([cache], torch.tensor([[0, 1]], device=device))
+    out = torch.zeros(2, 3 * dtype.itemsize, dtype=torch.uint8, device=device)
+    ops.gather_blocks([cache], torch.tensor([1, 3], device=device), out)
+    ops.scatter_blocks(out, torch.tensor([2, 0], device=device), [cache])
+    expected = before[[3, 0, 0, 3]]
+    assert torch.equal(cache.cpu().view(torch.uint8), expected.cpu().view(torch.uint8))
+
+
 def test_copy_blocks_of_no_cache(device):
     ops.copy_blocks([], torch.tensor([[0, 1]], device=device))
 

@@ -39,7 +39,7 @@ def attention(
     if num_seqs == 0 or query.shape[0] == 0:
         return
     table = block_table[:, : int(used.max())]
-    wrong = (table < 0) | (table >= num_blocks)
+    wrong = (table < 0) | (table > min(num_blocks - 1, torch.iinfo(table.dtype).max))
     columns = torch.arange(table.shape[1], device=table.device)
     wrong &= columns < used[:, None]
     if sliding_window is not None:

@@ -62,7 +62,8 @@ class PagedKVCache(nn.Module):
         device: where the cache lies.
         buckets: increasing sizes. Sequences and tokens of a batch are padded to the smallest that holds them, and the
             tensors of these batches never change their addresses, so CUDA graphs can be replayed on them. What no
-            bucket holds is not padded. None: no padding.
+            bucket holds is not padded. Where all counts are equal, whole sequences are added, and the tokens are as
+            many as these have. None: no padding.
         swap_space: bytes of host memory for sequences that are swapped out. None: as much as there is. On a GPU it is
             pinned by PyTorch, which rounds what it allocates up to a power of two.
 
@@ -148,7 +149,11 @@ class PagedKVCache(nn.Module):
         dtype: torch.dtype,
     ) -> int:
         """Bytes of the keys and values of `num_tokens` tokens over all layers, their scales aside."""
-        value_head_dim = head_dim if value_head_dim is None else value_head_dim
+        num_layers, num_tokens = as_integer("num_layers", num_layers, 0), as_integer("num_tokens", num_tokens, 0)
+        num_kv_heads, head_dim = as_integer("num_kv_heads", num_kv_heads, 0), as_integer("head_dim", head_dim, 0)
+        value_head_dim = head_dim if value_head_dim is None else as_integer("value_head_dim", value_head_dim, 0)
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
         return num_layers * num_tokens * num_kv_heads * (head_dim + value_head_dim) * dtype.itemsize
 
     def forward(

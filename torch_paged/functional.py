@@ -173,7 +173,7 @@ def schedule(
     perhaps not written, though nothing is read or written out of place. Another stream needs an event, as ever.
 
     Args:
-        query, key_cache, value_cache: as in `attention`; only their shapes and dtypes matter. The
+        query, key_cache, value_cache: as in `attention`; only their shapes and dtypes matter, and are checked. The
             operator itself, `torch.ops.paged.schedule`, should be given stand-ins for caches that the same compiled
             function writes, as this function does: torch.compile would copy them.
         the others: as in `attention`; values of `scale`, slopes, sinks and scales do not matter.
@@ -182,7 +182,7 @@ def schedule(
         int32, of one shape whatever the batch.
 
     Raises:
-        TypeError, ValueError: as in `attention`.
+        TypeError, ValueError: as in `attention`, for what matters.
     """
     result: Tensor = _ops.schedule(
         query,

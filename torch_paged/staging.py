@@ -100,7 +100,8 @@ class Staging:
         self._sequences = sequences
         self._groups = memory.groups
         self._buckets = list(buckets)
-        rows = max([sequences.max_seqs, *buckets])
+        rows = self._pad(sequences.max_seqs)
+        room = max([rows, *buckets])  # sequences or tokens
         self._held = np.zeros(rows, dtype=np.int64)  # entries of each row that are not -1
         self._stamps = np.full(rows, -1, dtype=np.int64)  # whose they are: `Sequences.stamp`
         self.num_entries_sent = 0
@@ -111,7 +112,7 @@ class Staging:
             self.block_tables = [torch.full(shape, -1, dtype=torch.int32, device=device) for _ in self._groups]
             self._flat_tables = [table.view(-1) for table in self.block_tables]
             self._block_size = torch.tensor(memory.block_size, dtype=torch.int64, device=device)
-            self._parts = self._allocate(rows)
+            self._parts = self._allocate(room)
             self._spare_parts = self._allocate(0)  # for what exceeds them
         self._in_place = in_place
         self._host_tables = [table.numpy() for table in self._flat_tables] if in_place else []
@@ -183,7 +184,7 @@ class Staging:
         """
         whole = self._parts
         largest = max(shape.num_seqs, shape.num_tokens)
-        if largest > len(self.block_tables[0]):
+        if largest > len(self._parts[0]):
             if largest > len(self._spare_parts[0]):
                 self._spare_parts = self._allocate(1 << largest.bit_length())
             whole = self._spare_parts

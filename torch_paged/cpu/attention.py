@@ -41,6 +41,7 @@ class _Runs(NamedTuple):
     stands: Tensor  # [n], one more than the last query's position among them
 
 
+@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]  # the caller's would change types in here
 def attention(
     query: Tensor,
     key_cache: Tensor,

@@ -11,7 +11,7 @@ def gather_blocks(caches: Sequence[Tensor], blocks: Tensor, out: Tensor) -> None
     """WRITES to row i of `out` the bytes of block `blocks[i]` of each cache in turn, unless that is negative."""
     rows = (blocks >= 0).nonzero()[:, 0]
     for cache, part in _parts(caches, out):
-        gathered = cache.index_select(0, blocks[rows]).view(len(rows), math.prod(cache.shape[1:]))
+        gathered = indexable(cache).index_select(0, blocks[rows]).view(len(rows), math.prod(cache.shape[1:]))
         part[rows] = gathered.view(torch.uint8)
 
 
@@ -25,8 +25,9 @@ def scatter_blocks(source: Tensor, blocks: Tensor, caches: Sequence[Tensor]) -> 
 
 
 def indexable(cache: Tensor) -> Tensor:
-    """`cache`, as bytes where its elements are bytes: PyTorch cannot write to rows of every float8 type."""
-    return cache.view(torch.uint8) if cache.element_size() == 1 else cache
+    """`cache`, as integers of the same size: PyTorch cannot write to rows of every type."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return cache.view(integers.get(cache.element_size(), cache.dtype))
 
 
 def _parts(caches: Sequence[Tensor], staging: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_LARGEST = torch.finfo(torch.float32).max
+
 
 class Mask(NamedTuple):
     """Which keys a query sees, and by how much their distance lowers the logits."""
@@ -42,7 +44,8 @@ def capped_attention(
     n, num_heads, queries, head_dim = query.shape
     num_kv_heads, keys = key.shape[1:3]
     logits = query.reshape(n, num_kv_heads, -1, head_dim) @ key.mT
-    logits = logits.mul_(scale / softcap).tanh_().mul_(softcap).view(n, num_heads, queries, keys).add_(bias)
+    quotient = max(min(scale / softcap, _LARGEST), -_LARGEST)
+    logits = logits.mul_(quotient).tanh_().mul_(softcap).view(n, num_heads, queries, keys).add_(bias)
     lse = logits.logsumexp(-1)
     weights = logits.sub_(lse.masked_fill(lse.isneginf(), 0)[..., None]).exp_()
     output = weights.view(n, num_kv_heads, -1, keys) @ value

@@ -143,7 +143,7 @@ void merge_row(const Merge& m, int64_t token, int64_t head) {
   const int64_t row = token * m.a.num_heads + head;
   const float lse_a = m.lse_a[token * m.lse_a_strides[0] + head * m.lse_a_strides[1]];
   const float lse_b = m.lse_b[token * m.lse_b_strides[0] + head * m.lse_b_strides[1]];
-  const float largest = lse_a > lse_b ? lse_a : lse_b;
+  const float largest = lse_a > lse_b || lse_a != lse_a ? lse_a : lse_b;
   char* out = m.out + row * m.a.dim * size_of(m.a.type);
   if (largest == -INFINITY) {
     m.lse[row] = -INFINITY;
