@@ -242,6 +242,37 @@ def test_export_holds_no_cache(options, place):
         torch.testing.assert_close(loaded(*args), expected)
 
 
+def test_host_work_in_a_compiled_function_breaks_its_graph():
+    """A whole step, from `add` to `free`: what is between runs compiled, and all of it as without a compiler."""
+    counter = CompileCounterWithBackend("aot_eager")
+    caches = [make_cache() for _ in range(2)]
+    models = [Model(cache.layers) for cache in caches]
+    models[1].load_state_dict(models[0].state_dict())
+
+    def serve(cache, model, seq, prompt):
+        fresh = cache.add(prompt)
+        batch = cache.prepare([seq, fresh], [1, len(prompt)])
+        tokens = torch.arange(len(batch.positions)) % VOCABULARY
+        cache.rollback(batch)
+        batch = cache.prepare([seq, fresh], [1, len(prompt)])
+        logits = model(unbacked(tokens), batch)
+        cache.commit(batch, tokens)
+        (child,) = cache.fork(fresh, 1)
+        cache.truncate(child, 1)
+        cache.free([fresh, child])
+        return logits
+
+    runs = [serve, torch.compile(serve, backend=counter)]
+    seqs = [cache.add() for cache in caches]
+    for step in range(4):
+        expected, seen = (run(*each, [3] * 5) for run, *each in zip(runs, caches, models, seqs, strict=True))
+        torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-5)
+        assert [cache.length(seq) for cache, seq in zip(caches, seqs, strict=True)] == [step + 1] * 2
+        assert caches[0].stats() == caches[1].stats()
+        caches[1].check_integrity()
+    assert 1 <= counter.frame_count <= 3
+
+
 def test_orders_cover_what_the_contract_names():
     assert {1, 2, 5, 9, 64} <= set(itertools.chain(*ORDERS))
     assert {HEADS, MAX_SEQ_LEN // BLOCK_SIZE} <= set(ORDERS[1])

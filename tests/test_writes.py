@@ -110,8 +110,8 @@ def test_blocks_of_any_type_are_moved(dtype, device):
     out = torch.zeros(2, 3 * dtype.itemsize, dtype=torch.uint8, device=device)
     ops.gather_blocks([cache], torch.tensor([1, 3], device=device), out)
     ops.scatter_blocks(out, torch.tensor([2, 0], device=device), [cache])
-    expected = before[[3, 0, 0, 3]]
-    assert torch.equal(cache.cpu().view(torch.uint8), expected.cpu().view(torch.uint8))
+    expected = before.cpu()[[3, 0, 0, 3]]
+    assert torch.equal(cache.cpu().view(torch.uint8), expected.view(torch.uint8))
 
 
 def test_copy_blocks_of_no_cache(device):

@@ -22,6 +22,7 @@ from torch_paged.steps import OpenSteps
 from torch_paged.swapping import Swapping
 from torch_paged.token_feed import TokenFeed
 from torch_paged.transfer import Transfer
+from torch_paged.untraced import untraced
 
 
 class PagedKVCache(nn.Module):
@@ -187,6 +188,7 @@ class PagedKVCache(nn.Module):
             for (window, layers), group in zip(self._groups.items(), self._manager.groups, strict=True)
         ]
 
+    @untraced
     def add(self, tokens: Any = None, namespace: Hashable = None) -> int:
         """A new sequence. It begins with as many tokens of its prompt as are found in the prefix cache.
 
@@ -208,6 +210,7 @@ class PagedKVCache(nn.Module):
         self._feed.deliver()
         return self._manager.add(() if tokens is None else tokens, namespace)
 
+    @untraced
     def fork(self, seq: int, n: int) -> list[int]:
         """`n` new sequences with all tokens of `seq`. Blocks are shared until one of the sharers writes to them.
 
@@ -217,6 +220,7 @@ class PagedKVCache(nn.Module):
         self._feed.deliver()
         return self._manager.fork(seq, n)
 
+    @untraced
     def truncate(self, seq: int, length: int) -> None:
         """Forget the tokens of `seq` from position `length` on, and give back the blocks beyond, reserved ones too.
 
@@ -233,6 +237,7 @@ class PagedKVCache(nn.Module):
         self._feed.deliver()
         self._manager.truncate(seq, length)
 
+    @untraced
     def free(self, seqs: int | Sequence[int]) -> None:
         """End one sequence or several, open steps or not. Blocks are reused when no open step may read them.
 
@@ -242,6 +247,7 @@ class PagedKVCache(nn.Module):
         self._feed.deliver()
         self._manager.free(seqs)
 
+    @untraced
     def swap_out(self, seqs: int | Sequence[int]) -> None:
         """Move the tokens of one sequence or several to host memory, and release their blocks.
 
@@ -256,6 +262,7 @@ class PagedKVCache(nn.Module):
         self._feed.deliver()
         self._swapping.out(seqs)
 
+    @untraced
     def swap_in(self, seqs: int | Sequence[int]) -> None:
         """Move sequences back that were swapped out. Those that left together share again what they shared.
 
@@ -273,6 +280,7 @@ class PagedKVCache(nn.Module):
         """Tokens of `seq`, those of open steps included. Raises ValueError if it was freed."""
         return self._manager.length(seq)
 
+    @untraced
     def prepare(self, seqs: Sequence[int], counts: int | Sequence[int], *, ahead: int = 0) -> PagedBatch:
         """Open a step in which each of `seqs` gets new tokens, and return its tensors.
 
@@ -294,6 +302,7 @@ class PagedKVCache(nn.Module):
         """
         return self._steps.prepare(seqs, counts, ahead)
 
+    @untraced
     def commit(self, batch: PagedBatch, tokens: Any = None, *, advanced: int = 0) -> None:
         """End a step: its tokens stand. Sequences freed since are skipped; what was reserved stays reserved.
 
@@ -317,6 +326,7 @@ class PagedKVCache(nn.Module):
         """
         self._steps.commit(batch, tokens, advanced)
 
+    @untraced
     def rollback(self, batch: PagedBatch) -> None:
         """Undo a step, after the model raised for instance: lengths, tables and free blocks are as before `prepare`.
 
@@ -327,6 +337,7 @@ class PagedKVCache(nn.Module):
         """
         self._steps.rollback(batch)
 
+    @untraced
     def clear_prefixes(self, *namespaces: Hashable) -> None:
         """Empty the prefix cache of these namespaces, or of all if none is given.
 
