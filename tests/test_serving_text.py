@@ -59,6 +59,13 @@ def test_a_character_of_the_prompt_is_not_ours():
     assert text.text == utf8(b"\xa9b")
 
 
+def test_tokens_of_the_prompt_need_not_be_decodable():
+    text = TextStop(utf8, [], [300])
+    for token in b"ab":
+        text.feed(token)
+    assert text.text == "ab"
+
+
 def test_a_stop_string_ends_the_text_before_its_token_does():
     tokens = [b"x", b"END\xe2"]
     text = TextStop(lambda each: b"".join(tokens[token] for token in each).decode(errors="replace"), ["END"])

@@ -86,3 +86,16 @@ def test_merging_with_what_saw_no_key_does_not_hide_nan(device):
     for parts in ((*seen, *unseen), (*unseen, *seen)):
         output, lse = torch.ops.paged.merge_attention(*parts)
         assert output.isnan().all() and lse.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_infinite_keys_show_where_they_are_looked_at(dtype, device):
+    """Queries that point away from one give it no weight, for the others it has all, and no number comes of it."""
+    query = torch.ones(2, 1, 16, dtype=dtype, device=device)
+    query[0] = -1
+    keys, values = torch.randn(2, 2, 16, 1, 16, device=device).to(dtype)
+    keys[0, 5, 0, 3] = math.inf
+    table = torch.tensor([[0, 1]] * 2, dtype=torch.int32, device=device)
+    output, _ = op(query, keys, values, table, torch.tensor([20, 20], dtype=torch.int32, device=device))
+    assert output[0].isfinite().all()
+    assert output[1].isnan().all()

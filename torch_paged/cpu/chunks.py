@@ -134,6 +134,7 @@ class Chunks:
         width = max(key.shape[3], value.shape[3])
         queries, key, value = (_widen(tensor, width) for tensor in (queries, key, value))
         output, lse = _flash_attention(queries, key, value, 0.0, causal, attn_mask=bias, scale=self.scale)
+        output = output.masked_fill(lse.isposinf()[..., None], math.nan)  # of infinite logits it makes zeros
         return Part(sequences, output.view(*shape[:3], width)[..., : self.value_dim], lse.reshape(shape[:3]))
 
 

@@ -127,7 +127,11 @@ class Scheduler:
         return None
 
     def cancel(self, generation: Generation) -> None:
-        """End what has not ended of a request, whatever it is at. Its blocks are free once no open step reads them."""
+        """End what has not ended of a request, whatever it is at. Its blocks are free once no open step reads them.
+
+        Raises:
+            ValueError: the request was not submitted here.
+        """
         if generation.owner is not self:
             raise ValueError("the generation was submitted elsewhere, and can be cancelled there alone")
         self.finish(generation.samples, "cancelled")

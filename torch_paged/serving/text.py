@@ -30,8 +30,9 @@ class TextStop:
         """`before`: the last token of the prompt, or some more."""
         self._decode = decode
         self._stop_strings = stop_strings
-        self._window = list(before)
-        self._context = len(before)  # tokens of the window whose text is in `text` already, or in the prompt
+        self._before = before
+        self._window: list[int] = []
+        self._context = 0  # tokens of the window whose text is in `text` already, or in the prompt
         self._taken = 0  # characters of the others that are in `text`, too
         self.text = ""
         self.ready = 0
@@ -39,6 +40,8 @@ class TextStop:
 
     def feed(self, token: int) -> bool:
         """Append a token; True once a stop string came."""
+        if self._before:
+            self._begin(list(self._before))
         self._window.append(token)
         self._read(_LONGEST - 1)
         return self.stopped
@@ -49,13 +52,19 @@ class TextStop:
             self._read(0)
         self.ready = len(self.text)
 
+    def _begin(self, before: list[int]) -> None:
+        """Let these be the first context, unless they end inside a character, or `decode` does not know them."""
+        self._before = ()
+        try:
+            whole = not self._decode(before).endswith(_INCOMPLETE)
+        except Exception:
+            return
+        if whole:
+            self._window, self._context = before, len(before)
+
     def _read(self, held: int) -> None:
         """Take in the window's text, but for broken characters at its end, up to `held`, that may become whole."""
         before, text = self._decode(self._window[: self._context]), self._decode(self._window)
-        if before.endswith(_INCOMPLETE) and not self.text:  # the prompt ends inside a character, which is not ours
-            del self._window[: self._context]
-            self._context = 0
-            before, text = "", self._decode(self._window)
         whole = max(len(text.rstrip(_INCOMPLETE)), len(text) - held)
         self._extend(text[len(before) + self._taken : whole])
         self._taken = max(self._taken, whole - len(before))
