@@ -176,7 +176,8 @@ def serve_with(heads, kv_heads, dim, value_dim, block_size, options, head_major)
         return cache.transpose(1, 2) if head_major else cache
 
     caches = empty(dim), empty(value_dim)
-    for first, (rows, seqs) in itertools.product((0, 1), ((1, 1), (2, 1), (5, 1), (64, 1), (9, 9), (128, 128))):
+    batches = ((1, 1), (2, 1), (5, 1), (64, 1), (9, 9), (128, 128), (1, 128), (5, 200), (16, 200), (40, 200))
+    for first, (rows, seqs) in itertools.product((0, 1), batches):
         per_head = torch.ones(heads + first)[first:]
         scale = {"scalar": torch.ones(2)[first], "head": torch.ones(kv_heads + first)[first:]}.get(scales)
         written = {f"{side}_scale": scale for side in ("key", "value")}
@@ -188,7 +189,8 @@ def serve_with(heads, kv_heads, dim, value_dim, block_size, options, head_major)
         if "rotary_dim" in options:
             angles = torch.zeros(9, options["rotary_dim"] // 2)
             torch_paged.rotary_append(query, key, value, angles, angles, ids, *caches, ids, **written)
-        for bounds in (None, torch.arange(seqs + 1, dtype=torch.int32) * (rows // seqs)):
+        bounds = torch.arange(seqs + 1, dtype=torch.int32) * -(-rows // seqs)
+        for bounds in (bounds.clamp(max=rows), *[None] * (seqs <= rows)):
             torch_paged.attention(
                 query, *caches, torch.zeros(seqs, 5, dtype=torch.int32), torch.full((seqs,), 5, dtype=torch.int32),
                 cu_seqlens_q=bounds, sliding_window=(7, 16)[first] if "sliding_window" in options else None,

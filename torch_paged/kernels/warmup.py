@@ -110,32 +110,33 @@ def _scaled(options: AttentionOptions, kind: str | None, of_tokens: Tensor) -> A
     return options._replace(key_scale=scale, value_scale=scale)
 
 
-def _batch(model: _Model, keys: Tensor, values: Tensor, sequences: int, queries: int, ragged: bool) -> _Batch:
-    """Arguments of attention for so many sequences, each with so many queries."""
+def _batch(model: _Model, keys: Tensor, values: Tensor, sequences: int, tokens: int, ragged: bool) -> _Batch:
+    """Arguments of attention for so many sequences, the first of which share so many query tokens evenly."""
     table = torch.zeros(sequences, 1, dtype=torch.int32, device=keys.device)
-    starts = torch.arange(sequences + 1, dtype=torch.int32, device=keys.device) * queries
-    query = torch.zeros(sequences * queries, model.num_heads, keys.shape[3], dtype=model.dtype, device=keys.device)
-    return query, keys, values, table, table[:, 0], starts if ragged else None
+    starts = torch.arange(sequences + 1, dtype=torch.int32, device=keys.device) * -(-tokens // sequences)
+    query = torch.zeros(tokens, model.num_heads, keys.shape[3], dtype=model.dtype, device=keys.device)
+    return query, keys, values, table, table[:, 0], starts.clamp(max=tokens) if ragged else None
 
 
 def _kinds(model: _Model, keys: Tensor, values: Tensor) -> list[tuple[int, int, bool]]:
-    """Numbers of sequences and of their queries, uniform and ragged, that between them need every launch there is."""
+    """Numbers of sequences and of tokens, uniform and ragged, that between them need every launch there is."""
     query, _, _, table, _, _ = _batch(model, keys, values, 1, 1, False)
     problem = problem_of(query, keys, values, table, None, model.causal, model.options)
     kinds: list[tuple[int, int, bool]] = []
     known: set[AttentionLaunch] = set()
     few = range(1, MANY_ROWS * keys.shape[2] // model.num_heads + 2)
     longer = [LONG << times for times in range(8)]  # the last of them are dealt out in rounds
-    batches = [(1, queries) for queries in (*few, *longer)] + [(MANY_UNITS, queries) for queries in few]
-    batches += [(2 << times, LONG // 2) for times in range(8)]  # of which only the device knows whether some are long
-    for ragged, (sequences, queries) in itertools.product((False, True), batches):
-        asked = replace(problem, num_seqs=sequences, num_tokens=sequences * queries, ragged=ragged)
+    batches = [(1, tokens) for tokens in (*few, *longer)] + [(MANY_UNITS, MANY_UNITS * queries) for queries in few]
+    batches += [(2 << times, LONG << times) for times in range(8)]  # only the device knows whether some are long
+    padded = [(MANY_UNITS, tokens) for tokens in few]  # by sequences without queries
+    for ragged, (sequences, tokens) in [*itertools.product((False, True), batches), *((True, each) for each in padded)]:
+        asked = replace(problem, num_seqs=sequences, num_tokens=tokens, ragged=ragged)
         launches = attention_launches(asked, device_of(keys.device))
         # These decide grids alone.
         compiled = {replace(launch, unit_rows=0, rounds=min(launch.rounds, 2)) for launch in launches}
         if not compiled <= known:
             known |= compiled
-            kinds.append((sequences, queries, ragged))
+            kinds.append((sequences, tokens, ragged))
     return kinds
 
 
