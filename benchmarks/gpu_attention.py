@@ -216,29 +216,31 @@ def show_all(name: str, entry: dict[str, Any], read_gb_s: float) -> None:
         show(f"    {peer}", figures, read_gb_s)
 
 
-def kept(output: Path) -> dict[str, Any]:
-    """The cases of a report that an earlier run on such a device, with such packages, did not complete."""
+def kept(output: Path, peers: bool) -> dict[str, Any]:
+    """The cases that an unfinished report has already; it must be of such a device, with the packages of today."""
     if not output.exists():
         return {}
-    report, now = json.loads(output.read_text()), header()
-    if any(report[key] != now[key] for key in ("device", "torch", "triton")):
-        raise ValueError(f"{output} is of {report['device']}, torch {report['torch']}, triton {report['triton']}")
-    return dict(report["cases"])
+    report, now = json.loads(output.read_text()), header() | {"peers": versions()}
+    for key in ("device", "torch", "triton", "peers"):
+        if report[key] != now[key]:
+            raise ValueError(f"{output} cannot be resumed: it was measured with {key} {report[key]}, not {now[key]}")
+    cases = report["cases"].items()
+    return {name: case for name, case in cases if "peers" in case or not (peers and name in WITH_PEERS)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--resume", action="store_true", help="keep what OUTPUT has of this device, measure the rest")
+    parser.add_argument("--resume", action="store_true", help="keep the cases that OUTPUT has, measure the rest")
     parser.add_argument("--only", nargs="*", default=list(CASES))
     parser.add_argument("--peers", action="store_true", help=f"measure them too, on {', '.join(WITH_PEERS)}")
     parser.add_argument("--workers", type=int, default=12, help="processes that compile")
     parser.add_argument("--smoke", action="store_true")
     options = parser.parse_args()
-    if options.resume and options.output is None:
-        parser.error("--resume needs --output")
+    if options.resume and (options.output is None or options.smoke):
+        parser.error("--resume needs --output, and goes on with no --smoke")
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    measured = kept(options.output) if options.resume else {}
+    measured = kept(options.output, options.peers) if options.resume else {}
     cases = {name: CASES[name] for name in options.only if name not in measured}
     odd = ODD if options.smoke else ODD | ODD_PREFILL
     if options.smoke:

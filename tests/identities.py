@@ -189,8 +189,8 @@ def serve_with(heads, kv_heads, dim, value_dim, block_size, options, head_major)
         if "rotary_dim" in options:
             angles = torch.zeros(9, options["rotary_dim"] // 2)
             torch_paged.rotary_append(query, key, value, angles, angles, ids, *caches, ids, **written)
-        bounds = torch.arange(seqs + 1, dtype=torch.int32) * -(-rows // seqs)
-        for bounds in (bounds.clamp(max=rows), *[None] * (seqs <= rows)):
+        starts = (torch.arange(seqs + 1, dtype=torch.int32) * -(-rows // seqs)).clamp(max=rows)
+        for bounds in [starts, None] if seqs <= rows else [starts]:
             torch_paged.attention(
                 query, *caches, torch.zeros(seqs, 5, dtype=torch.int32), torch.full((seqs,), 5, dtype=torch.int32),
                 cu_seqlens_q=bounds, sliding_window=(7, 16)[first] if "sliding_window" in options else None,

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from torch_paged import reference
+from torch_paged import bounds, reference
 from torch_paged.testing import assert_within_budget, attention_inputs, low_precision_attention
 
 op = torch.ops.paged.attention_with_lse
@@ -176,3 +176,12 @@ def test_merge_keeps_the_first_dtype_and_reads_strides(device):
     low, low_lse = plain_merge(a, lse_a, b, lse_b)
     assert_within_budget(output, exact, low)
     assert_within_budget(lse, exact_lse, low_lse, "lse")
+
+
+def test_block_ids_up_to_the_largest():
+    """A cache of more blocks than int32 counts, all of them one."""
+    cache = torch.randn(1, 1, 1, 16).expand(2**31 + 7, 1, 1, 16)
+    call = torch.randn(1, 1, 16), cache, cache, torch.tensor([[2**31 - 1]]).int(), torch.ones(1, dtype=torch.int32)
+    bounds.attention(*call)
+    output, _ = op(*call)
+    torch.testing.assert_close(output[0], cache[0, 0])

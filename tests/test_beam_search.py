@@ -158,6 +158,8 @@ def test_what_the_model_rules_out_is_no_continuation():
     cache = make_cache()
     beams = beam_search(cache, scripted({1: {2: 1.0}, 2: {3: 0.6, 4: 0.4}}), [1], num_beams=3, max_new_tokens=2)
     assert [beam.tokens for beam in beams] == [[2, 3], [2, 4]]
+    beams = beam_search(cache, scripted({1: {2: 0.6, 3: 0.4}, 2: {}, 3: {4: 1.0}}), [1], num_beams=2, max_new_tokens=2)
+    assert [beam.tokens for beam in beams] == [[3, 4]], "behind 2 nothing can follow"
     assert cache.num_free_blocks == cache.num_blocks
 
 

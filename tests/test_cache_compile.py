@@ -258,6 +258,9 @@ def test_host_work_in_a_compiled_function_breaks_its_graph():
         logits = model(unbacked(tokens), batch)
         cache.commit(batch, tokens)
         (child,) = cache.fork(fresh, 1)
+        cache.swap_out(child)
+        cache.swap_in(child)
+        cache.clear_prefixes("nobody")
         cache.truncate(child, 1)
         cache.free([fresh, child])
         return logits

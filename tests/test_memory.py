@@ -108,6 +108,33 @@ def test_blocks_wait_for_steps_that_read_them_alone(manager):
     assert (manager.pool.num_waiting, manager.pool.num_free) == (0, 12)
 
 
+def test_nobody_waits_for_a_step_between_theirs(manager):
+    """Steps 0 and 2 are of one sequence, and step 1, which stays open, of another."""
+    one, other = filled(manager, 4, 4)
+    first = manager.prepare([one], 1)
+    manager.prepare([other], 1)
+    second = manager.prepare([one], 1)
+    manager.free(one)
+    manager.commit(first)
+    assert manager.pool.num_waiting == 2
+    manager.commit(second)
+    assert manager.pool.num_waiting == 0
+
+
+def test_what_a_step_copied_goes_once(manager):
+    """Its sequence is freed, and another stands in its row when the step ends."""
+    (parent,) = filled(manager, 6)
+    (child,) = manager.fork(parent, 1)
+    step = manager.prepare([child], 1)
+    manager.free(child)
+    manager.free(manager.add())
+    manager.check_integrity()
+    manager.commit(step)
+    manager.free(parent)
+    manager.check_integrity()
+    assert manager.pool.num_free == 12
+
+
 def test_a_shared_block_waits_for_whoever_reads_it(manager):
     """The first of two forks is freed with a step open, then the other without one."""
     (first,) = filled(manager, 4)
@@ -332,7 +359,7 @@ def test_stats_by_hand(manager):
         (lambda m: m.sequences.committed.__setitem__(0, 5), "add up to the length"),
         (lambda m: m.sequences.stamp.__setitem__(0, m.sequences.stamp[1]), "stamps"),
         (lambda m: m.sequences.handle.__setitem__(1, -1), "max_seqs"),
-        (lambda m: setattr(m.pool, "num_waiting", 1), "waiting blocks are counted"),
+        (lambda m: m.pool._readers.__setitem__(m.pool.free_blocks[0], 1), "free, waiting or evictable twice"),
     ],
 )
 def test_check_integrity_names_what_is_broken(manager, breakage, invariant_named):

@@ -141,6 +141,9 @@ def test_infinite_logits_take_all_of_the_weight():
         drawn = frequencies(sampling, logits)
         assert drawn[[1, 4]].sum() == 1
         assert drawn[1] == pytest.approx(0.5, abs=0.05)
+    rules = rules_of(samples(Sampling(logprobs=3)), 1, PLAIN)
+    top = draw(logits[None], torch.zeros(1), rules).top_logprobs[0]
+    assert top.exp().tolist() == pytest.approx([0.5, 0.5, 0])
 
 
 def test_logprobs():

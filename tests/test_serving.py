@@ -144,6 +144,17 @@ def test_logprobs_are_those_of_the_model():
     assert without.samples[0].logprobs == []
 
 
+def test_the_first_word_keeps_its_space():
+    """Of a tokenizer that drops that of whatever it decodes first."""
+
+    def words(tokens):
+        return "".join(f" {token}" for token in tokens)[1:]
+
+    engine, _, _ = make_engine(decode=words)
+    (generation,) = engine.run([Request(prompt=[3], max_new_tokens=3)])
+    assert words([3]) + generation.samples[0].text.text == words([3, *expected([3], 3)])
+
+
 @pytest.mark.parametrize("wanted", [0, 1])
 def test_logprobs_are_as_many_as_were_asked_for(wanted):
     """Whatever others in the batch want."""

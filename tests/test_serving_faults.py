@@ -1,6 +1,10 @@
 """Cancelled, too large, or hit by a fault: nothing is lost, nothing leaks, and nobody else notices."""
 
+import copy
+import gc
 import itertools
+import pickle
+import weakref
 
 import pytest
 import torch
@@ -94,14 +98,28 @@ def test_a_generation_is_cancelled_where_it_was_submitted():
     other, other_cache, _ = make_engine()
     generation = engine.submit(Request(prompt=[3], max_new_tokens=9))
     for _ in range(3):
-        with pytest.raises(ValueError, match="submitted elsewhere"):
+        with pytest.raises(ValueError, match="was not submitted here"):
             other.cancel(generation)
+        with pytest.raises(TypeError, match="generation must be a Generation, got None"):
+            other.cancel(None)
         engine.step()
     while engine.step():
         pass
     assert generation.samples[0].written == expected([3], 9)
     assert_empty(engine, cache)
     assert_empty(other, other_cache)
+
+
+def test_results_outlive_their_engine():
+    """They keep no cache alive, and can be copied."""
+    engine, cache, _ = make_engine()
+    (generation,) = engine.run([Request(prompt=[3], max_new_tokens=9)])
+    memory = weakref.ref(cache)
+    del engine, cache, _
+    gc.collect()
+    assert memory() is None
+    for copied in (copy.deepcopy(generation), pickle.loads(pickle.dumps(generation))):
+        assert copied.samples[0].written == expected([3], 9)
 
 
 @pytest.mark.parametrize(

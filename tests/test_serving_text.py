@@ -1,6 +1,9 @@
 """Text from tokens: whole characters, stop strings over any cut of the text into tokens, what is held back."""
 
-from hypothesis import given, settings
+import itertools
+
+import pytest
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from torch_paged.serving.text import TextStop
@@ -83,11 +86,57 @@ def test_any_bytes_come_as_they_are_together(vocabulary, data):
     def decode(each):
         return utf8(b"".join(vocabulary[token] for token in each))
 
+    assert fed(decode, tokens) == decode(tokens)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "tokens"),
+    [
+        ([b"\xf0", b"\xac\x98"], [0, 1, 1, 1, 1]),
+        ([b"\xf0", b"\xa9"], [1, 0, 1, 1, 0]),
+        ([b"\x98\xf0", b"\xf0", b"a\xa9\x82\xa9", b"\x82\xac", b"\xa9", b"\x82\xc3\xc3"], [5, 2, 2, 5, 0, 4, 4, 2, 3]),
+    ],
+)
+def test_bytes_that_were_hard(vocabulary, tokens):
+    assert fed(lambda each: utf8(b"".join(vocabulary[token] for token in each)), tokens) == utf8(
+        b"".join(vocabulary[token] for token in tokens)
+    )
+
+
+def fed(decode, tokens):
     text = TextStop(decode, [])
     for token in tokens:
         text.feed(token)
     text.finish()
-    assert text.text == decode(tokens)
+    return text.text
+
+
+def byte_fallback(tokens):
+    """As SentencePiece: rare characters are tokens of a byte, broken ones spoil all others beside them."""
+    text = ""
+    for is_byte, run in itertools.groupby(tokens, lambda token: isinstance(token, int)):
+        run = [*run]
+        if not is_byte:
+            text += "".join(run)
+            continue
+        try:
+            text += bytes(run).decode()
+        except UnicodeDecodeError:
+            text += "\N{REPLACEMENT CHARACTER}" * len(run)
+    return text.removeprefix(" ")
+
+
+PIECES = [[" hi"], ["x"], [""], [10], *(list(character.encode()) for character in "é日😀")]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(PIECES), max_size=8))
+@example([[10], list("é".encode())])
+@example([list("日".encode())] * 2)
+@example([[10], [""], [" hi"]])
+def test_rare_characters_one_after_another(pieces):
+    tokens = [*itertools.chain(*pieces)]
+    assert fed(byte_fallback, tokens) == byte_fallback(tokens)
 
 
 def test_broken_bytes_do_not_fill_the_window():

@@ -239,7 +239,10 @@ class PagedKVCache(nn.Module):
 
     @untraced
     def free(self, seqs: int | Sequence[int]) -> None:
-        """End one sequence or several, open steps or not. Blocks are reused when no open step may read them.
+        """End one sequence or several, open steps or not; what these still compute for them counts for nothing.
+
+        Blocks are reused when no open step may read them. A step is to be committed or rolled back all the same, also
+        where all of its sequences have gone.
 
         Raises:
             ValueError: one was freed before, or occurs twice; none is freed.

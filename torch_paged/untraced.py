@@ -21,7 +21,7 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_dynamo_compiling():
-            result: R = torch._dynamo.disable(function)(*args, **kwargs)
+            result: R = torch.compiler.disable(function)(*args, **kwargs)
             return result
         return function(*args, **kwargs)
 

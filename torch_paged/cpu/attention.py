@@ -41,7 +41,6 @@ class _Runs(NamedTuple):
     stands: Tensor  # [n], one more than the last query's position among them
 
 
-@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]  # the caller's would change types in here
 def attention(
     query: Tensor,
     key_cache: Tensor,
@@ -79,10 +78,11 @@ def attention(
         stands = runs.stands[members] if chunks.mask else lens
         group = Group(queries, runs.block_table[members], lens, stands)
         square = count if causal and count > 1 and not chunks.mask else 0
-        parts = [*chunks.prefixes(group, lens - square)]
-        if square:
-            parts += chunks.squares(group)
-        group_output, group_lse = _with_sinks(*_merge(parts, len(members)), options.sinks)
+        with torch.autocast("cpu", enabled=False):  # the caller's would change types
+            parts = [*chunks.prefixes(group, lens - square)]
+            if square:
+                parts += chunks.squares(group)
+            group_output, group_lse = _with_sinks(*_merge(parts, len(members)), options.sinks)
         output[tokens] = group_output.transpose(1, 2).flatten(0, 1).to(output.dtype)
         lse[tokens] = group_lse.transpose(1, 2).flatten(0, 1)
     return output, lse

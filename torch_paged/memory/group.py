@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from torch_paged.memory.arrays import Flags, Ints, expand
-from torch_paged.memory.pool import BlockPool, Readers
+from torch_paged.memory.pool import BlockPool, Reading
 from torch_paged.memory.prefix import CachedBlocks, PrefixTrie
 from torch_paged.memory.sequences import Sequences
 from torch_paged.memory.step import Copies, Growth, Taken
@@ -129,8 +130,8 @@ class BlockGroup:
         self.table[rows, first : first + len(blocks)] = blocks
         self.first[rows] = first
 
-    def release_unseen(self, rows: Ints, length: Ints, readers: Readers | None) -> None:
-        """Release what sequences of these lengths do not need to keep; `readers`: of each."""
+    def release_unseen(self, rows: Ints, length: Ints, reading: Callable[[Ints, Ints, Ints], Reading]) -> None:
+        """Release what sequences of these lengths do not need to keep; `reading`: that of the records."""
         if self.window is None:
             return
         first = self.first_kept(length)
@@ -142,7 +143,7 @@ class BlockGroup:
             blocks = self.flat_table[entries].astype(np.int64)
             self.flat_table[entries] = -1
             self.first[rows] = first
-            self.pool.release(blocks, readers and readers.of(moved[owners]))
+            self.pool.release(blocks, reading(rows, blocks, owners))
 
 
 def usable(groups: list[BlockGroup], nodes: Ints) -> Ints:

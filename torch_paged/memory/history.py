@@ -139,6 +139,5 @@ def _exchange(records: Records, group: BlockGroup, exchanges: list[Exchange]) ->
     group.pool.retain(blocks, times)
     group.table[rows, columns] = twins
     changed, places = np.unique(rows, return_inverse=True)
-    readers = records.readers(changed)
-    group.pool.release(own, readers and readers.of(places))
+    group.pool.release(own, records.reading(changed, own, places))
     records.sequences.renew_stamps(changed)

@@ -158,7 +158,6 @@ def _check_blocks(records: Records, index: int) -> None:
     _require((pool.refcount[idle] == 0).all(), "free, waiting and evictable blocks have no reference")
     used = int((pool.refcount > 0).sum())
     _require(used + len(idle) == pool.num_blocks, "used, waiting, free and evictable blocks add up to all")
-    _require(pool.num_waiting == len(pool.waiting_blocks), "waiting blocks are counted")
     _require(not pool.num_waiting or bool(records.steps), "blocks wait only while steps are open")
     reserved = in_tables[columns * size >= records.sequences.length[rows]]
     _require((pool.refcount[reserved] == 1).all(), "reserved blocks belong to one sequence")

@@ -112,7 +112,7 @@ class MemoryManager(Records):
         """
         s = self.sequences
         handles, rows = s.find_some(seqs)
-        readers, place = self.readers(rows), s.places(rows)
+        place = s.places(rows)
         for index, group in enumerate(self.groups):
             held = [group.held(rows, s.num_blocks[rows])]
             for step in self.steps.values():  # what a step keeps for a sequence goes with the sequence
@@ -120,7 +120,7 @@ class MemoryManager(Records):
                 owners = np.where(step.alive(s)[copies.owners], place[step.rows[copies.owners]], -1)
                 held.append((copies.sources[owners >= 0], owners[owners >= 0]))
             blocks, owners = map(np.concatenate, zip(*held, strict=True))
-            group.pool.release(blocks, readers and readers.of(owners))
+            group.pool.release(blocks, self.reading(rows, blocks, owners))
             group.table[rows] = -1
             group.first[rows] = 0
         for handle in handles[s.outside[rows]].tolist():
@@ -233,9 +233,8 @@ class MemoryManager(Records):
         s = self.sequences
         if self.groups[-1].window is not None:
             rows = step.rows[step.alive(s)]
-            readers = self.readers(rows)
             for group in self.groups:
-                group.release_unseen(rows, s.committed[rows], readers)
+                group.release_unseen(rows, s.committed[rows], self.reading)
 
     def rollback(self, step: Step) -> None:
         """Undo a step: lengths, tables, reference counts and the order of free blocks are as before it.

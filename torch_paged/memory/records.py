@@ -9,7 +9,7 @@ import numpy as np
 from torch_paged.memory.arrays import Ints, as_integer
 from torch_paged.memory.group import BlockGroup
 from torch_paged.memory.parcel import Parcel
-from torch_paged.memory.pool import Readers
+from torch_paged.memory.pool import Reading
 from torch_paged.memory.prefix import PrefixTrie
 from torch_paged.memory.sequences import Sequences
 from torch_paged.memory.step import Step
@@ -61,17 +61,12 @@ class Records:
         self.parcels: dict[int, Parcel] = {}
         self.tokens_looked_up = self.tokens_found = 0  # of all prompts, and in the prefix cache
 
-    def readers(self, rows: Ints) -> Readers | None:
-        """Of these distinct rows, the open steps that their sequences take part in; None: no step is open at all."""
-        if not self.steps:
-            return None
-        readers, place = Readers.none(len(rows)), self.sequences.places(rows)
+    def reading(self, rows: Ints, blocks: Ints, owners: Ints) -> Reading:
+        """The open steps, each with those of `blocks`, of the sequences at `rows[owners]`, that it may read."""
         for number, step in self.steps.items():
-            places = place[step.rows[step.alive(self.sequences)]]
-            places = places[places >= 0]
-            readers.oldest[places] = np.minimum(readers.oldest[places], number)
-            readers.newest[places] = number
-        return readers
+            taking_part = np.zeros(self.sequences.max_seqs, dtype=bool)
+            taking_part[step.rows[step.alive(self.sequences)]] = True
+            yield number, blocks[taking_part[rows[owners]]]
 
     @property
     def num_outside(self) -> list[int]:

@@ -13,7 +13,7 @@ from torch_paged.batch import unbacked
 from torch_paged.cache import PagedKVCache
 from torch_paged.memory.arrays import as_integer, as_integers
 from torch_paged.serving.requests import as_real
-from torch_paged.serving.sampling import Model, check_logits, to_device
+from torch_paged.serving.sampling import Model, check_logits, log_probabilities, to_device
 
 _STRONGEST_PENALTY = 10.0  # a length to a greater power could overflow
 
@@ -143,7 +143,9 @@ class _Search:
 
         `logits`: [beams, vocab_size].
         """
-        sums = (self._sums[:, None] + logits.float().log_softmax(dim=-1)).flatten()
+        logprobs = log_probabilities(logits)
+        logprobs = logprobs.masked_fill(logprobs.isnan(), -torch.inf)  # of a row that rules all tokens out
+        sums = (self._sums[:, None] + logprobs).flatten()
         best = sums.topk(min(self._width, len(sums)))
         extended = [
             (place // logits.shape[-1], place % logits.shape[-1], total)

@@ -112,8 +112,11 @@ class Engine:
         """End a request, whatever it is at. What it wrote stays; its blocks go once no launched step reads them.
 
         Raises:
-            ValueError: it was submitted to another engine.
+            TypeError: it is no Generation.
+            ValueError: it was not submitted to this engine.
         """
+        if not isinstance(generation, Generation):
+            raise TypeError(f"generation must be a Generation, got {generation!r}")
         self._scheduler.cancel(generation)
 
     def fail(self, error: BaseException) -> None:

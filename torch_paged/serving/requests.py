@@ -241,12 +241,12 @@ class Generation:
     Attributes:
         request: as submitted.
         samples: its continuations.
-        owner: the scheduler that has it.
+        owner: stands for the scheduler that it was submitted to.
     """
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.owner: Any = None
+        self.owner: object = None
         seed = request.sampling.seed
         seed = secrets.randbits(64) if seed is None else mix(seed)
         self.samples = [Sample(self, index, seed) for index in range(request.samples)]

@@ -89,7 +89,7 @@ def draw(logits: Tensor, positions: Tensor, rules: Rules) -> Drawn:
     if rules.greedy:
         return _with_logprobs(likeliest, logits, rules)
     scores = logits.float() / rules.temperature.clamp(min=_SMALLEST_TEMPERATURE)
-    scores.clamp_(max=_LARGEST_SCORE)  # infinite ones are equal, and leave others no chance
+    scores.clamp_(max=_LARGEST_SCORE)  # as in `log_probabilities`
     if rules.cut:
         scores = scores.masked_fill(scores < _lowest_score(scores, rules), -torch.inf)
     cumulative = (scores - scores.amax(dim=-1, keepdim=True)).double().exp_().cumsum_(dim=-1)
@@ -119,9 +119,14 @@ def _lowest_score(scores: Tensor, rules: Rules) -> Tensor:
 def _with_logprobs(tokens: Tensor, logits: Tensor, rules: Rules) -> Drawn:
     if rules.logprobs is None:
         return Drawn(tokens)
-    logprobs = logits.float().log_softmax(dim=-1)
+    logprobs = log_probabilities(logits)
     top = logprobs.topk(min(rules.logprobs, logits.shape[-1]))
     return Drawn(tokens, logprobs.gather(-1, tokens[:, None])[:, 0], top.values, top.indices)
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """float32, of the logits of each row. Infinite ones are equal, and leave others no chance."""
+    return logits.float().clamp(max=_LARGEST_SCORE).log_softmax(dim=-1)
 
 
 def uniform(seed: Tensor, position: Tensor) -> Tensor:

@@ -84,6 +84,7 @@ class Scheduler:
         if not patience >= 0:
             raise ValueError(f"patience must be at least 0, got {patience}")
         self.open_plans: deque[Plan] = deque()
+        self._name = object()  # by which generations know it, and keep no cache alive
         self._cache = cache
         self._budget = token_budget
         self._max_running = min(max_running or cache.max_seqs, cache.max_seqs, token_budget)
@@ -102,7 +103,7 @@ class Scheduler:
 
     def submit(self, generation: Generation) -> None:
         """Queue a request. One that could never run is finished at once, with its error."""
-        generation.owner = self
+        generation.owner = self._name
         leader, *forks = generation.samples
         leader.forks = forks
         error = self._why_never(leader)
@@ -132,8 +133,8 @@ class Scheduler:
         Raises:
             ValueError: the request was not submitted here.
         """
-        if generation.owner is not self:
-            raise ValueError("the generation was submitted elsewhere, and can be cancelled there alone")
+        if generation.owner is not self._name:
+            raise ValueError("the generation was not submitted here, and can be cancelled where it was alone")
         self.finish(generation.samples, "cancelled")
 
     def finish(self, samples: Iterable[Sample], reason: str, error: BaseException | None = None) -> None:

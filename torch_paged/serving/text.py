@@ -65,10 +65,12 @@ class TextStop:
     def _read(self, held: int) -> None:
         """Take in the window's text, but for broken characters at its end, up to `held`, that may become whole."""
         before, text = self._decode(self._window[: self._context]), self._decode(self._window)
-        whole = max(len(text.rstrip(_INCOMPLETE)), len(text) - held)
+        whole = len(text.rstrip(_INCOMPLETE))
+        if len(self._window) - self._context > held:  # more tokens than what is missing of a character can have
+            whole = max(whole, len(text) - held)
         self._extend(text[len(before) + self._taken : whole])
         self._taken = max(self._taken, whole - len(before))
-        if whole == len(text):
+        if len(before) < whole == len(text):  # behind a token without text, a word could lose its space
             self._move_on(len(self._window), len(text) - len(before))
             return
         settled = len(self._window) - held  # tokens before these last ones have no part in a character to come
