@@ -191,3 +191,27 @@ def test_rows_of_the_block_table_are_as_many_as_there_can_be_sequences():
     batch = cache.prepare(seqs, [1] * 7 + [6])
     assert [len(part) for part in batch[3:6]] == [4096, 4096, 12]
     cache.check_integrity()
+
+
+def test_equal_counts_may_be_ragged():
+    """As a program wants that was exported with `cu_seqlens_q`; and tokens are padded to a bucket."""
+    cache = make_cache(buckets=[4, 32])
+    seqs = [cache.add() for _ in range(2)]
+    uniform = cache.prepare(seqs, [10, 10])
+    assert uniform.cu_seqlens_q is None
+    expected = [part.tolist() for part in (uniform.slot_mapping[:20], uniform.positions[:20], uniform.seq_lens[:2])]
+    cache.rollback(uniform)
+    for counts in (10, [10, 10]):
+        batch = cache.prepare(seqs, counts, ragged=True)
+        assert batch.cu_seqlens_q.tolist() == [0, 10, 20, 20, 20]
+        assert batch.last_token.tolist() == [9, 19, 0, 0]
+        assert len(batch.slot_mapping) == 32
+        parts = batch.slot_mapping[:20], batch.positions[:20], batch.seq_lens[:2]
+        assert [part.tolist() for part in parts] == expected
+        cache.rollback(batch)
+    batch = cache.prepare(seqs, 1, ragged=True)
+    cache.commit(batch, [1, 2])
+    batch = cache.prepare([], 1, ragged=True)
+    assert batch.cu_seqlens_q.tolist() == [0] * 5
+    cache.commit(batch)
+    cache.check_integrity()

@@ -6,6 +6,8 @@ import pytest
 import torch
 from cache_twins import SIZE, Twin, make_cache, some
 
+from torch_paged import calibrate_scales
+
 
 def test_calibrated_by_the_tokens_that_are_there():
     """Poison stands in every other slot: those of a freed sequence, of an open step, and left behind by a window."""
@@ -40,3 +42,12 @@ def test_calibration_needs_tokens_in_the_cache_and_a_type_to_store_them_in():
 def test_a_quantised_cache_is_not_calibrated_again():
     with pytest.raises(TypeError, match=r"calibrate needs an unquantised cache, got one of torch.int8"):
         make_cache([None], cache_dtype=torch.int8).calibrate(torch.int8)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_named(value):
+    cache = torch.randn(2, 4, 3, 16)
+    cache[1, 2, 1, 5] = value
+    with pytest.raises(ValueError, match=r"got NaN or infinity in heads \[1\]"):
+        calibrate_scales(cache, torch.arange(8), torch.int8)
+    assert calibrate_scales(cache, torch.tensor([0, 1, 2, 3, -1]), torch.int8).isfinite().all()

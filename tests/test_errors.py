@@ -331,6 +331,10 @@ def test_unused_table_entries_are_not_validated():
         (dict(scales="head"), ValueError, "key_scale must be None with an unquantised float32 key_cache"),
         (dict(sliding_window=True, causal=False), ValueError, "sliding_window needs causal=True"),
         (dict(rotary_dim=5), ValueError, "rotary_dim must be even, got 5"),
+        (dict(rotary_dim=-2), ValueError, "rotary_dim must be at least 1, got -2"),
+        (dict(num_heads=-4), ValueError, "num_heads must be at least 1, got -4"),
+        (dict(block_size=2.0), TypeError, "block_size must be an integer, got 2.0"),
+        (dict(dtype=None), TypeError, r"dtype must be a torch\.dtype, got None"),
         (dict(rotary_dim=64), ValueError, "cos must have 1 to head_dim / 2 = 16 columns"),
     ],
 )

@@ -10,9 +10,9 @@ from imported_names import PACKAGE, imported
 
 # Who may import whom within the package; a name stands for a file or a folder. Everything else is forbidden.
 ALLOWED = {
-    "__init__": {"batch", "cache", "functional", "memory", "quantise", "warming"},
+    "__init__": {"batch", "cache", "functional", "layers", "memory", "quantise", "warming"},
     "functional": {"ops"},
-    "warming": {"checks", "ops"},
+    "warming": {"checks", "memory", "ops"},
     "ops": {"bounds", "checks", "guard", "options"},  # and, by name, cpu and kernels on first use
     "checks": {"matching", "options"},
     "matching": set(),

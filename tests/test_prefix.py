@@ -222,6 +222,8 @@ def test_figures(manager):
     [
         (([1.5],), TypeError, "tokens must be integers, got float64"),
         (([1 << 63],), ValueError, "tokens must be integers of 64 bits with a sign, got 9223372036854775808"),
+        (([-1, 1 << 63],), ValueError, "tokens must be integers of 64 bits with a sign, got 9223372036854775808"),
+        (([1 << 64],), ValueError, "tokens must be integers of 64 bits with a sign, got 18446744073709551616"),
         (([[1]],), ValueError, r"tokens must be flat: \[n\] integers, got shape \[1, 1\]"),
         (([1] * 33,), ValueError, "max_seq_len = 32: the prompt has 33 tokens"),
         (([1], ["a"]), TypeError, r"namespace must be hashable, got \['a'\]"),

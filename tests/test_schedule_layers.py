@@ -72,6 +72,10 @@ def test_scheduled_and_with_schedule_refuse():
         cache.layers[0].scheduled((1, 2), HEADS)
     with pytest.raises(ValueError, match=r"one group of layers, got a layer of groups\[3\]"):
         batch.with_schedule(torch.zeros(SCHEDULE_SHAPE, dtype=torch.int32), 3)
+    with pytest.raises(ValueError, match=r"2 groups of layers, got a layer of groups\[2\]"):
+        batch._replace(further_groups=(batch.tables(0),)).with_schedule(torch.zeros(SCHEDULE_SHAPE).int(), 2)
+    with pytest.raises(ValueError, match=r"2 groups of layers, got a layer of groups\[-1\]"):
+        batch._replace(further_groups=(batch.tables(0),)).tables(-1)
 
 
 def test_layers_of_every_group_have_their_own():

@@ -13,6 +13,7 @@ from torch_paged.functional import (
     scatter_blocks,
     schedule,
 )
+from torch_paged.layers import PagedKVLayer
 from torch_paged.memory import IntegrityError, MemoryStats, OutOfBlocks, OutOfSwapSpace
 from torch_paged.quantise import calibrate_scales, quantise_cache, slots_in_use
 from torch_paged.warming import warmup
@@ -25,6 +26,7 @@ __all__ = [
     "OutOfSwapSpace",
     "PagedBatch",
     "PagedKVCache",
+    "PagedKVLayer",
     "append",
     "attention",
     "attention_with_lse",

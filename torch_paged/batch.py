@@ -66,9 +66,11 @@ class PagedBatch(NamedTuple):
         """`block_table` and `slot_mapping` of a group of layers."""
         if group == 0:
             return self.block_table, self.slot_mapping
-        if self.further_groups is None:
-            raise ValueError(f"the batch is of a cache with one group of layers, got a layer of groups[{group}]")
-        return self.further_groups[group - 1]
+        further = self.further_groups or ()
+        if not 0 < group <= len(further):
+            groups = f"{1 + len(further)} groups" if further else "one group"
+            raise ValueError(f"the batch is of a cache with {groups} of layers, got a layer of groups[{group}]")
+        return further[group - 1]
 
     def with_schedule(self, schedule: Tensor, group: int = 0) -> PagedBatch:
         """The batch with a schedule for the layers of a group: see `PagedKVLayer.scheduled`."""

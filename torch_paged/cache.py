@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch_paged.batch import PagedBatch
 from torch_paged.capacity import blocks_of_groups, group_limits
 from torch_paged.functional import copy_blocks
-from torch_paged.layers import FunctionalKV, PagedKVLayer
+from torch_paged.layers import FunctionalKV, PagedKVLayer, PagedKVLayers
 from torch_paged.layout import LayerGroup, Stored, check_buckets, check_stored, check_windows, group_layers
 from torch_paged.memory import MemoryManager, MemoryStats
 from torch_paged.memory.arrays import as_integer
@@ -64,7 +64,7 @@ class PagedKVCache(nn.Module):
         buckets: increasing sizes. Sequences and tokens of a batch are padded to the smallest that holds them, and the
             tensors of these batches never change their addresses, so CUDA graphs can be replayed on them. What no
             bucket holds is not padded. Where all counts are equal, whole sequences are added, and the tokens are as
-            many as these have. None: no padding.
+            many as these have, unless the batch is to be ragged. None: no padding.
         swap_space: bytes of host memory for sequences that are swapped out. None: as much as there is. On a GPU it is
             pinned by PyTorch, which rounds what it allocates up to a power of two.
 
@@ -112,7 +112,7 @@ class PagedKVCache(nn.Module):
         self._manager = MemoryManager(sizes, self.block_size, self.max_seqs, self.max_seq_len, list(self._groups))
         self.num_blocks, self.device = sizes[0], device
         self.layers = self._build_layers(stored, sizes, windows, dtype)
-        layers = self._paged_layers()
+        layers = list(self.layers)
         caches = [[t for i in members for t in layers[i].blocks()] for members in self._groups.values()]
         self._staging = Staging(self._manager, device, check_buckets(buckets))
         self._feed = TokenFeed(self._manager)
@@ -126,10 +126,10 @@ class PagedKVCache(nn.Module):
 
     def _build_layers(
         self, stored: Stored, sizes: list[int], windows: list[int | None], dtype: torch.dtype
-    ) -> nn.ModuleList:
+    ) -> PagedKVLayers:
         group_of = {layer: group for group, members in enumerate(self._groups.values()) for layer in members}
         with torch.inference_mode(False):  # whatever mode this runs under, the buffers can be written in any
-            return nn.ModuleList(
+            return PagedKVLayers(
                 PagedKVLayer(
                     stored.allocate(sizes[group], self.block_size, self.device),
                     dtype=dtype,
@@ -170,15 +170,12 @@ class PagedKVCache(nn.Module):
         An exported program keeps its example inputs: set `program.example_inputs = None` before it is saved, or the
         file holds the caches after all.
         """
-        return FunctionalKV([(layer.group, layer.sliding_window) for layer in self._paged_layers()])
+        return FunctionalKV([(layer.group, layer.sliding_window) for layer in self.layers])
 
     def tensors(self) -> list[tuple[Tensor, ...]]:
         """Every layer's key cache and value cache, then its two tensors of scales if it has any: the tensors
         themselves."""
-        return [layer.tensors() for layer in self._paged_layers()]
-
-    def _paged_layers(self) -> list[PagedKVLayer]:
-        return list(self.layers)  # type: ignore[arg-type]
+        return [layer.tensors() for layer in self.layers]
 
     @property
     def groups(self) -> list[LayerGroup]:
@@ -284,7 +281,9 @@ class PagedKVCache(nn.Module):
         return self._manager.length(seq)
 
     @untraced
-    def prepare(self, seqs: Sequence[int], counts: int | Sequence[int], *, ahead: int = 0) -> PagedBatch:
+    def prepare(
+        self, seqs: Sequence[int], counts: int | Sequence[int], *, ahead: int = 0, ragged: bool = False
+    ) -> PagedBatch:
         """Open a step in which each of `seqs` gets new tokens, and return its tensors.
 
         THE TENSORS ARE OVERWRITTEN BY THE NEXT `prepare`: run the model on a batch before preparing another. On a
@@ -294,8 +293,10 @@ class PagedKVCache(nn.Module):
         Args:
             seqs: distinct live sequences (list or integer array), in the order of the batch.
             counts: new tokens of each, at least 1: one int for all, or one for each. Equal counts make a uniform
-                batch, without `cu_seqlens_q`.
+                batch, without `cu_seqlens_q`, unless it is to be `ragged`.
             ahead: reserve blocks for so many tokens more, for `PagedBatch.advance`.
+            ragged: give the batch `cu_seqlens_q` whatever the counts, as a program needs that was exported or captured
+                with it; its tokens are then padded to a bucket, too.
 
         Raises:
             TypeError: `seqs`, `counts` or `ahead` are not integers.
@@ -303,7 +304,7 @@ class PagedKVCache(nn.Module):
                 `counts` does not match `seqs` or is below 1.
             OutOfBlocks: the free blocks do not suffice.
         """
-        return self._steps.prepare(seqs, counts, ahead)
+        return self._steps.prepare(seqs, counts, ahead, ragged)
 
     @untraced
     def commit(self, batch: PagedBatch, tokens: Any = None, *, advanced: int = 0) -> None:
@@ -375,7 +376,7 @@ class PagedKVCache(nn.Module):
         slots = [torch.from_numpy(each).to(self.device) for each in self._manager.slots_in_use()]
         if not all(map(len, slots)):
             raise ValueError("calibrate needs tokens in the cache, got none: no sequence with tokens is in it")
-        layers = [(layer.key_cache, layer.value_cache, slots[layer.group]) for layer in self._paged_layers()]
+        layers = [(layer.key_cache, layer.value_cache, slots[layer.group]) for layer in self.layers]
         return [
             (calibrate_scales(key_cache, used, dtype), calibrate_scales(value_cache, used, dtype))
             for key_cache, value_cache, used in layers

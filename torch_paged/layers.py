@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -210,3 +210,15 @@ def _cache_options(
                 f"the layer's sliding_window is {sliding_window}, got sliding_window={options['sliding_window']}"
             )
     return key_cache, value_cache, options
+
+
+if TYPE_CHECKING:
+
+    class PagedKVLayers(nn.ModuleList):
+        """What a cache has: a ModuleList, of which type checkers know the elements."""
+
+        def __getitem__(self, index: int) -> PagedKVLayer: ...  # type: ignore[override]
+        def __iter__(self) -> Iterator[PagedKVLayer]: ...
+
+else:
+    PagedKVLayers = nn.ModuleList

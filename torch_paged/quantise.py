@@ -65,7 +65,7 @@ def calibrate_scales(cache: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor
         float32 [num_kv_heads], `key_scale` or `value_scale` of `append` and `attention`; 1 for a head of zeros.
 
     Raises:
-        TypeError, ValueError: a wrong dtype or shape.
+        TypeError, ValueError: a wrong dtype or shape; a number that is not finite, as no scale fits it.
         IndexError: a slot past the cache.
     """
     _check(cache, slots, dtype)
@@ -74,6 +74,9 @@ def calibrate_scales(cache: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor
     for part in slots.split(_ROWS):
         if len(part):
             peaks = torch.maximum(peaks, _rows(cache, part).float().abs().amax((0, 2)))
+    if not peaks.isfinite().all():
+        heads = (~peaks.isfinite()).nonzero()[:, 0].tolist()
+        raise ValueError(f"cache must be finite in the slots to look at, got NaN or infinity in heads {heads}")
     scales = peaks / torch.full_like(peaks, largest(dtype))  # a GPU would multiply by a number's reciprocal
     return scales.masked_fill(scales < torch.finfo(torch.float32).tiny, 1)
 

@@ -31,8 +31,8 @@ class OpenSteps:
         self._caches = caches
         self._open: dict[int, tuple[PagedBatch, Step]] = {}
 
-    def prepare(self, seqs: Sequence[int], counts: int | Sequence[int], ahead: int) -> PagedBatch:
-        step = self._memory.prepare(seqs, counts, ahead)
+    def prepare(self, seqs: Sequence[int], counts: int | Sequence[int], ahead: int, ragged: bool) -> PagedBatch:
+        step = self._memory.prepare(seqs, counts, ahead, ragged)
         try:
             batch, copies = self._staging.send(step)
             for caches, pairs in zip(self._caches, copies, strict=True):

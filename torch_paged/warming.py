@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from torch_paged import checks, ops
+from torch_paged.memory.arrays import as_integer
 
 
 def warmup(
@@ -86,6 +87,13 @@ def _check(
     sliding_window: bool,
 ) -> None:
     """What the operators demand of a model of this kind, by tensors without memory that it would bring."""
+    sizes = dict(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, value_head_dim=value_head_dim)
+    sizes |= dict(block_size=block_size) | ({} if rotary_dim is None else dict(rotary_dim=rotary_dim))
+    for name, size in sizes.items():
+        as_integer(name, size, at_least=1)
+    for name, it in (("dtype", dtype), ("cache_dtype", cache_dtype)):
+        if not isinstance(it, torch.dtype):
+            raise TypeError(f"{name} must be a torch.dtype, got {it!r}")
     if scales not in (None, "scalar", "head", "token"):
         raise ValueError(f"scales must be 'scalar', 'head', 'token' or None, got {scales!r}")
 

@@ -18,8 +18,10 @@ def as_integers(name: str, values: Any) -> Ints:
     if type(values) is list and values and type(values[0]) is int:
         try:  # faster than NumPy alone, which looks for other types first
             return np.frombuffer(struct.pack(f"{len(values)}q", *values), dtype=np.int64)
-        except struct.error:
-            pass  # said below
+        except struct.error:  # said below, unless NumPy would make other types of these
+            if all(type(value) is int for value in values):
+                largest = max(values, key=abs)
+                raise ValueError(f"{name} must be integers of 64 bits with a sign, got {largest}") from None
     numbers = np.frombuffer(values, np.uint8) if isinstance(values, bytes) else np.asarray(values)
     if numbers.ndim != 1:
         actual = f"shape {list(numbers.shape)}" if numbers.ndim else f"{values!r:.60}"

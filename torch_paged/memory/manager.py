@@ -141,13 +141,14 @@ class MemoryManager(Records):
         """Tokens of `seq`, those of open steps included."""
         return int(self.sequences.length[self.sequences.find_one(seq)])
 
-    def prepare(self, seqs: Any, counts: Any, ahead: int = 0) -> Step:
+    def prepare(self, seqs: Any, counts: Any, ahead: int = 0, ragged: bool = False) -> Step:
         """Open a step: `counts` new tokens for each of `seqs`, and room for `ahead` more.
 
         Args:
             seqs: n distinct live sequences, in the order of the batch.
             counts: new tokens of each, at least 1: one int for all, or n of them.
             ahead: tokens beyond for which blocks are reserved.
+            ragged: whether equal counts are kept one by one.
 
         Raises:
             TypeError: something is no integer.
@@ -159,6 +160,8 @@ class MemoryManager(Records):
         if self.parcels:
             s.require_inside(rows)
         counts, ahead = as_counts(counts, len(rows)), as_integer("ahead", ahead, at_least=0)
+        if ragged and isinstance(counts, int):
+            counts = np.full(len(rows), counts)
         start = s.length[rows]
         end, reserved = s.grown(handles, start, counts, ahead)
         before = s.num_blocks[rows]

@@ -141,7 +141,7 @@ class Sequences:
 
         Raises ValueError if one of them would grow past `max_seq_len`.
         """
-        most = max(ahead, counts if isinstance(counts, int) else int(counts.max()))
+        most = max(ahead, counts if isinstance(counts, int) else int(counts.max(initial=0)))
         if most > self.max_seq_len:  # before a sum could overflow
             raise ValueError(f"max_seq_len = {self.max_seq_len}: no sequence can get {most} tokens")
         end = length + counts
