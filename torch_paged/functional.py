@@ -356,7 +356,7 @@ def gather_blocks(caches: Sequence[Tensor], blocks: Tensor, out: Tensor) -> None
         caches: tensors of one first dimension N, any dtypes and shapes.
         blocks: int64 [n]; a negative entry leaves its row of `out` as it is.
         out: contiguous, n rows of as many bytes as a block has in all caches together; uint8, or the dtype that all
-            caches share. MUTATED.
+            caches share. It must not overlap them. MUTATED.
 
     Raises:
         TypeError, ValueError: a dtype, shape, stride or device that does not fit.
