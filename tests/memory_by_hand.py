@@ -42,3 +42,10 @@ def table(manager, seq):
     s = manager.sequences
     row = s.find_one(seq)
     return manager.groups[0].table[row, : s.num_blocks[row]].tolist()
+
+
+def filled(manager, *lengths):
+    """New sequences of these lengths, committed."""
+    seqs = [manager.add() for _ in lengths]
+    manager.commit(manager.prepare(seqs, lengths))
+    return seqs

@@ -112,8 +112,7 @@ class PagedKVCache(nn.Module):
         self._manager = MemoryManager(sizes, self.block_size, self.max_seqs, self.max_seq_len, list(self._groups))
         self.num_blocks, self.device = sizes[0], device
         self.layers = self._build_layers(stored, sizes, windows, dtype)
-        layers = list(self.layers)
-        caches = [[t for i in members for t in layers[i].blocks()] for members in self._groups.values()]
+        caches = [[t for i in members for t in self.layers[i].blocks()] for members in self._groups.values()]
         self._staging = Staging(self._manager, device, check_buckets(buckets))
         self._feed = TokenFeed(self._manager)
         self._steps = OpenSteps(self._manager, self._staging, self._feed, caches)

@@ -130,7 +130,7 @@ class BlockGroup:
         self.table[rows, first : first + len(blocks)] = blocks
         self.first[rows] = first
 
-    def release_unseen(self, rows: Ints, length: Ints, reading: Callable[[Ints, Ints, Ints], Reading]) -> None:
+    def release_unseen(self, rows: Ints, length: Ints, reading: Callable[[Ints, Ints], Reading]) -> None:
         """Release what sequences of these lengths do not need to keep; `reading`: that of the records."""
         if self.window is None:
             return
@@ -143,7 +143,7 @@ class BlockGroup:
             blocks = self.flat_table[entries].astype(np.int64)
             self.flat_table[entries] = -1
             self.first[rows] = first
-            self.pool.release(blocks, reading(rows, blocks, owners))
+            self.pool.release(blocks, reading(blocks, rows[owners]))
 
 
 def usable(groups: list[BlockGroup], nodes: Ints) -> Ints:

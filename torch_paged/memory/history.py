@@ -138,6 +138,5 @@ def _exchange(records: Records, group: BlockGroup, exchanges: list[Exchange]) ->
     blocks, times = np.unique(twins, return_counts=True)
     group.pool.retain(blocks, times)
     group.table[rows, columns] = twins
-    changed, places = np.unique(rows, return_inverse=True)
-    group.pool.release(own, records.reading(changed, own, places))
-    records.sequences.renew_stamps(changed)
+    group.pool.release(own, records.reading(own, rows))
+    records.sequences.renew_stamps(np.unique(rows))

@@ -120,7 +120,7 @@ class MemoryManager(Records):
                 owners = np.where(step.alive(s)[copies.owners], place[step.rows[copies.owners]], -1)
                 held.append((copies.sources[owners >= 0], owners[owners >= 0]))
             blocks, owners = map(np.concatenate, zip(*held, strict=True))
-            group.pool.release(blocks, self.reading(rows, blocks, owners))
+            group.pool.release(blocks, self.reading(blocks, rows[owners]))
             group.table[rows] = -1
             group.first[rows] = 0
         for handle in handles[s.outside[rows]].tolist():

@@ -117,9 +117,8 @@ class BlockPool:
             if len(read):
                 self._reading[step].append(read)
                 np.add.at(self._readers, read, 1)
-        different = distinct(blocks)
         np.subtract.at(self.refcount, blocks, 1)
-        self._give_up(different[self._idle(different)])
+        self._give_up(blocks)
 
     def open_step(self) -> int:
         """Note that a step begins, and return its number."""
@@ -132,8 +131,7 @@ class BlockPool:
         """Note that a step has ended; blocks that waited for it, and for no other, are given up."""
         for read in self._reading.pop(step):
             np.subtract.at(self._readers, read, 1)
-            different = distinct(read)
-            self._give_up(different[self._idle(different)])
+            self._give_up(read)
 
     def _idle(self, blocks: Ints) -> Flags:
         """Which of these blocks nobody references and no step reads."""
@@ -150,7 +148,9 @@ class BlockPool:
         self._push(idle)
 
     def _give_up(self, blocks: Ints) -> None:
-        """Unreferenced blocks that no step reads: the prefix cache keeps its own, the others are free."""
+        """Of these blocks those that are idle now: the prefix cache keeps its own, the others are free."""
+        blocks = distinct(blocks)
+        blocks = blocks[self._idle(blocks)]
         if len(self.cached):
             cached = self.cached.has(blocks)
             kept = blocks[cached]

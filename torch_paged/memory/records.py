@@ -61,12 +61,12 @@ class Records:
         self.parcels: dict[int, Parcel] = {}
         self.tokens_looked_up = self.tokens_found = 0  # of all prompts, and in the prefix cache
 
-    def reading(self, rows: Ints, blocks: Ints, owners: Ints) -> Reading:
-        """The open steps, each with those of `blocks`, of the sequences at `rows[owners]`, that it may read."""
+    def reading(self, blocks: Ints, rows: Ints) -> Reading:
+        """The open steps, each with those of `blocks`, which are of the sequences in `rows`, that it may read."""
         for number, step in self.steps.items():
             taking_part = np.zeros(self.sequences.max_seqs, dtype=bool)
             taking_part[step.rows[step.alive(self.sequences)]] = True
-            yield number, blocks[taking_part[rows[owners]]]
+            yield number, blocks[taking_part[rows]]
 
     @property
     def num_outside(self) -> list[int]:

@@ -57,7 +57,7 @@ class TextStop:
         self._before = ()
         try:
             whole = not self._decode(before).endswith(_INCOMPLETE)
-        except Exception:
+        except Exception:  # the caller's: what it knows of the prompt is none of our business
             return
         if whole:
             self._window, self._context = before, len(before)
