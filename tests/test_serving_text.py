@@ -134,6 +134,7 @@ PIECES = [[" hi"], ["x"], [""], [10], *(list(character.encode()) for character i
 @example([[10], list("é".encode())])
 @example([list("日".encode())] * 2)
 @example([[10], [""], [" hi"]])
+@example([[" hi"], *[[""]] * 5, [" hi"]])
 def test_rare_characters_one_after_another(pieces):
     tokens = [*itertools.chain(*pieces)]
     assert fed(byte_fallback, tokens) == byte_fallback(tokens)

@@ -16,7 +16,8 @@ class TextStop:
     Tokens are decoded in a window that moves on with every token that completes a character, so that a long text
     costs no more a token than a short one. The window reaches one such token back, at first into the prompt, because
     tokenizers write the first word without its space. Behind bytes that make no character it moves on, too, when no
-    character can have begun there. What may be the beginning of a stop string is held back from `ready`:
+    character can have begun there; tokens without text stay until some comes. What may be the beginning of a stop
+    string is held back from `ready`:
 
         stop strings ["END"], text "the EN"    ready 4
 
@@ -78,7 +79,7 @@ class TextStop:
             known, left = self._decode(self._window[:settled]), self._window[self._context :]
             context = self._decode(left[: settled - self._context])
             alike = known + self._decode(left).removeprefix(context) == text
-            if alike and len(known) - len(before) <= self._taken:
+            if alike and 0 < len(known) - len(before) <= self._taken:
                 self._move_on(settled, len(known) - len(before))
 
     def _move_on(self, settled: int, characters: int) -> None:
