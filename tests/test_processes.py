@@ -46,12 +46,11 @@ def test_interpreter_suite():
         assert passed and int(passed[1]) >= 100, report[-5000:]
 
 
-def test_nothing_compiles_while_serving():
-    """Every kernel that caches of either layout need, at any batch size, is among those that `warmup` compiles."""
-    pytest.importorskip("triton")
+def compiling(*arguments):
+    """What a Python process writes in which Triton compiles."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "tests/identities.py"],
+        [sys.executable, *arguments],
         cwd=ROOT,
         env=environment | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -59,7 +58,42 @@ def test_nothing_compiles_while_serving():
         check=False,
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert len(re.findall(r"[1-9]\d* compiled, 0 lacking", done.stdout)) == 33
+    return done.stdout
+
+
+def test_nothing_compiles_while_serving():
+    """Every kernel that caches of either layout need, at any batch size, is among those that `warmup` compiles."""
+    pytest.importorskip("triton")
+    assert len(re.findall(r"[1-9]\d* compiled, 0 lacking", compiling("tests/identities.py"))) == 33
+
+
+_KEYS = """
+import importlib
+import sys
+
+from torch_paged.kernels.launch import settle_key
+
+kernels = {
+    name: getattr(importlib.import_module(f"torch_paged.kernels.{module}"), name)
+    for module, name in (
+        ("attention", "_attention"),
+        ("attention_combine", "_combine"),
+        ("attention_hopper", "attention_hopper"),
+        ("rounds", "deal_pieces"),
+    )
+}
+for kernel in list(kernels.values())[:: int(sys.argv[1])]:
+    settle_key(kernel)
+print({name: kernel.cache_key for name, kernel in kernels.items()})
+"""
+
+
+def test_what_is_launched_first_decides_nothing():
+    """Another process finds in Triton's cache on disk what this one compiled."""
+    pytest.importorskip("triton")
+    keys = compiling("-c", _KEYS, "1")
+    assert "attention_hopper" in keys
+    assert keys == compiling("-c", _KEYS, "-1")
 
 
 _INTERPRET = """

@@ -8,6 +8,7 @@ import triton
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
+from triton.runtime.jit import JITCallable
 
 _MAX_PLANS = 4096
 _KNOWN_RELEASES = ("3.6.",)  # of Triton, whose compiled kernels are launched as `direct` does it
@@ -21,6 +22,7 @@ def launch(kernel: Any, grid: Grid, *args: Any, **constants: Any) -> Any:
     Raises:
         RuntimeError: the kernel is not on the device yet, and CUDA graph capture forbids to load it.
     """
+    settle_key(kernel)
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         compiled = kernel.warmup(*args, grid=grid, **constants)
         if compiled.module is None:  # a failed attempt to load would leave it unusable for good
@@ -29,6 +31,18 @@ def launch(kernel: Any, grid: Grid, *args: Any, **constants: Any) -> Any:
                 "with tensors of these dtypes and shapes once before, or torch_paged.warmup"
             )
     return kernel[grid](*args, **constants)
+
+
+def settle_key(kernel: Any) -> None:
+    """Has Triton compute what it finds a compiled `kernel` by, after that of all functions that it calls.
+
+    Triton (3.6) lets the globals of a function count only if its own key is known by then. So keys would depend on
+    which kernel was launched first, and the next process might not find what this one compiled.
+    """
+    if isinstance(kernel, JITCallable) and kernel.hash is None:
+        for name in kernel.fn.__code__.co_names:
+            settle_key(kernel.fn.__globals__.get(name))
+        kernel.cache_key  # noqa: B018 - computed and kept
 
 
 class Plans(dict[tuple[Any, ...], Plan]):
