@@ -1,19 +1,21 @@
 """What options cost, or save, on one GPU: quantised caches, windows, softcap and others beside the plain call.
 
-    python benchmarks/gpu_options.py --output options.json
+    python benchmarks/gpu_options.py --output options.json [--peers] [--only NAME ...]
 
 Calls of the operator in a CUDA graph over rotated inputs, with a schedule made before, as `gpu_attention.py` measures.
-Each result is compared with the reference on a few of its sequences before it is timed. Bytes are those of the keys and
-values that a query sees.
+Each result is compared with the reference on a few of its sequences before it is timed, and a peer's with ours. Bytes
+are those of the keys and values that a query sees.
 """
 
 import argparse
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from attention_cases import Arguments, Case, decode, make
+from gpu_engines import flash_attention, vllm_attention
 from gpu_timing import ceilings, header, rotations, summary, timed
 from torch import Tensor
 
@@ -25,6 +27,8 @@ DECODE, FEW_HEADS = (
     {keys: decode(1, keys, heads=32, kv_heads=4) for keys in (4096, 16384, 65536, 262144)},
 )
 PREFILL = Case((8192,), (8192,))
+GPT_OSS = Case((8192,), (8192,), heads=64, dim=64, value_dim=64)
+GEMMA_2 = Case((8192,), (8192,), heads=16, dim=256, value_dim=256)
 E4M3, E5M2, INT8 = torch.float8_e4m3fn, torch.float8_e5m2, torch.int8
 CASES: dict[str, tuple[Case, torch.dtype | None, str, dict[str, Any]]] = {
     "decode 64 x 8k": (DECODE, None, "", {}),
@@ -41,7 +45,20 @@ CASES: dict[str, tuple[Case, torch.dtype | None, str, dict[str, Any]]] = {
     "decode 64 x 8k, sinks": (DECODE, None, "", dict(sinks=0.5)),
     "prefill 8k": (PREFILL, None, "", {}),
     "prefill 8k, window 1k": (PREFILL, None, "", dict(sliding_window=1024)),
+    "prefill 8k, window 4k": (PREFILL, None, "", dict(sliding_window=4096)),
+    "prefill 32k, window 4k": (Case((32768,), (32768,)), None, "", dict(sliding_window=4096)),
+    "prefill 16 x 1k, window 512": (Case((1024,) * 16, (1024,) * 16, ragged=True), None, "", dict(sliding_window=512)),
+    "prefill 8k, sinks": (PREFILL, None, "", dict(sinks=0.5)),
     "prefill 8k, softcap": (PREFILL, None, "", dict(softcap=30.0)),
+    "prefill 8k, window 128, sinks, 64/8 heads of dim 64": (GPT_OSS, None, "", dict(sliding_window=128, sinks=0.5)),
+    "prefill 8k, sinks, 64/8 heads of dim 64": (GPT_OSS, None, "", dict(sinks=0.5)),
+    "prefill 8k, softcap, 16/8 heads of dim 256": (GEMMA_2, None, "", dict(softcap=50.0)),
+    "prefill 8k, window 4k, softcap, 16/8 heads of dim 256": (
+        GEMMA_2,
+        None,
+        "",
+        dict(sliding_window=4096, softcap=50.0),
+    ),
     "prefill 8k, e4m3": (PREFILL, E4M3, "head", {}),
     "prefill 8k, int8": (PREFILL, INT8, "head", {}),
 }
@@ -80,7 +97,34 @@ def verify(case: Case, inputs: Arguments, options: dict[str, Any], output: Tenso
     return worst
 
 
-def measure(case: Case, dtype: torch.dtype | None, scales: str, options: dict[str, Any]) -> dict[str, float]:
+PEERS = {
+    "FlashAttention 3 of vLLM": functools.partial(flash_attention, 3),
+    "vLLM (Triton)": vllm_attention,
+}
+
+
+def beside(
+    case: Case, sets: list[tuple[Arguments, dict[str, Tensor]]], options: dict[str, Any], ours: Tensor, least: float
+) -> dict[str, Any]:
+    """Microseconds of the peers that serve `options`, or why one does not."""
+    found: dict[str, Any] = {}
+    for name, peer in PEERS.items():
+        try:
+            calls = [peer(case, inputs, **options) for inputs, _ in sets]
+            output = calls[0]()
+        except (NotImplementedError, ImportError, RuntimeError) as problem:
+            found[name] = (str(problem).splitlines() or [type(problem).__name__])[0][:100]
+            continue
+        error = ((output.float() - ours[: len(output)].float()).norm() / ours.float().norm()).item()
+        if not error < 1e-2:
+            raise AssertionError(f"{name} differs: {case}, {list(options)}: error {error:.2e}")
+        found[name] = summary(timed(calls, 20, least))["us"]
+    return found
+
+
+def measure(
+    case: Case, dtype: torch.dtype | None, scales: str, options: dict[str, Any], with_peers: bool
+) -> dict[str, Any]:
     device = torch.device("cuda", 0)
     window = min(options.get("sliding_window", 1 << 40), min(case.keys))
     seen = sum(min(window + q - 1, k) for k, q in zip(case.keys, case.queries, strict=True))
@@ -95,17 +139,23 @@ def measure(case: Case, dtype: torch.dtype | None, scales: str, options: dict[st
     def call(inputs: Arguments, its: dict[str, Tensor], schedule: Tensor) -> Tensor:
         return torch_paged.attention(*inputs[:5], cu_seqlens_q=inputs[5], **its, **options, schedule=schedule)
 
-    error = verify(case, sets[0][0], sets[0][1] | options, call(*sets[0], schedules[0]))
+    ours = call(*sets[0], schedules[0])
+    error = verify(case, sets[0][0], sets[0][1] | options, ours)
     calls = [lambda i=i, its=its, s=s: call(i, its, s) for (i, its), s in zip(sets, schedules, strict=True)]
-    times = timed(calls, 20, max(size / 4e12, flops / 6e14))
-    figures = summary(times)
+    least = max(size / 4e12, flops / 6e14)
+    figures = summary(timed(calls, 20, least))
     seconds = figures["us"] * 1e-6
-    return figures | {"gb_s": size / seconds * 1e-9, "tflop_s": flops / seconds * 1e-12, "error": error}
+    figures |= {"gb_s": size / seconds * 1e-9, "tflop_s": flops / seconds * 1e-12, "error": error}
+    served = with_peers and dtype is None and "alibi_slopes" not in options
+    return figures | {"peers": beside(case, sets, options, ours, least) if served else {}}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path)
+    parser.add_argument(
+        "--peers", action="store_true", help="measure those that serve an option, if they are installed"
+    )
     parser.add_argument("--only", nargs="*", default=list(CASES))
     chosen = parser.parse_args()
     report: dict[str, Any] = {
@@ -115,18 +165,25 @@ def main() -> None:
     }
     for name in chosen.only:
         try:
-            report["cases"][name] = figures = measure(*CASES[name])
+            report["cases"][name] = figures = measure(*CASES[name], chosen.peers)
         except torch.cuda.OutOfMemoryError as problem:
-            report["cases"][name] = {"absent": str(problem).splitlines()[0][:100]}
-            continue
-        share = figures["gb_s"] / report["ceilings"]["read_gb_s"]
-        print(
-            f"{name:40s} {figures['us']:9.1f} us {share:6.1%} of a plain read {figures['tflop_s']:7.1f} TFLOP/s",
-            flush=True,
-        )
+            report["cases"][name] = figures = {"absent": str(problem).splitlines()[0][:100]}
+        print(_line(name, figures, report["ceilings"]["read_gb_s"]), flush=True)
         torch.cuda.empty_cache()
-    if chosen.output:
-        chosen.output.write_text(json.dumps(report, indent=1))
+        if chosen.output:  # after each case, as the machine may be taken away
+            chosen.output.write_text(json.dumps(report, indent=1))
+
+
+def _line(name: str, figures: dict[str, Any], read_gb_s: float) -> str:
+    if "absent" in figures:
+        return f"{name:40s} {figures['absent']}"
+    ours = (
+        f"{figures['us']:9.1f} us {figures['gb_s'] / read_gb_s:6.1%} of a plain read {figures['tflop_s']:7.1f} TFLOP/s"
+    )
+    others = (
+        f"{peer} {its:.1f}" if isinstance(its, float) else f"{peer}: {its}" for peer, its in figures["peers"].items()
+    )
+    return "; ".join((f"{name:40s} {ours}", *others))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ MODELS = {
 
 OPTIONS = {
     "window, sinks": dict(sliding_window=True, sinks=True),
+    "softcap": dict(softcap=True),
     "softcap, ALiBi": dict(softcap=True, alibi_slopes=True),
     "float8, rotary": dict(cache_dtype=torch.float8_e4m3fn, rotary_dim=64),
     "float8, one scale": dict(cache_dtype=torch.float8_e5m2, scales="scalar"),
@@ -176,7 +177,8 @@ def serve_with(heads, kv_heads, dim, value_dim, block_size, options, head_major)
         return cache.transpose(1, 2) if head_major else cache
 
     caches = empty(dim), empty(value_dim)
-    batches = ((1, 1), (2, 1), (5, 1), (64, 1), (9, 9), (128, 128), (1, 128), (5, 200), (16, 200), (40, 200))
+    batches = [(1, 1), (2, 1), (5, 1), (64, 1), (9, 9), (128, 128), (1, 128), (5, 200), (16, 200), (40, 200)]
+    batches += [(2100, 1), (2100, 3)]
     for first, (rows, seqs) in itertools.product((0, 1), batches):
         per_head = torch.ones(heads + first)[first:]
         scale = {"scalar": torch.ones(2)[first], "head": torch.ones(kv_heads + first)[first:]}.get(scales)
@@ -193,8 +195,8 @@ def serve_with(heads, kv_heads, dim, value_dim, block_size, options, head_major)
         for bounds in [starts, None] if seqs <= rows else [starts]:
             torch_paged.attention(
                 query, *caches, torch.zeros(seqs, 5, dtype=torch.int32), torch.full((seqs,), 5, dtype=torch.int32),
-                cu_seqlens_q=bounds, sliding_window=(7, 16)[first] if "sliding_window" in options else None,
-                softcap=2.0 + first if "softcap" in options else 0.0,
+                cu_seqlens_q=bounds, sliding_window=(7, 600)[first] if "sliding_window" in options else None,
+                softcap=(2.0, 1e5)[first] if "softcap" in options else 0.0,
                 alibi_slopes=per_head if "alibi_slopes" in options else None,
                 sinks=per_head if "sinks" in options else None, **written,
             )  # fmt: skip

@@ -11,6 +11,7 @@ from dealt_units import units_of
 
 pytest.importorskip("triton")
 from torch_paged.kernels.deal import LAST_TILE
+from torch_paged.kernels.features import Features
 from torch_paged.kernels.launch_config import attention_launches
 from torch_paged.kernels.launch_tiles import LONG_LOOP
 from torch_paged.kernels.problem import Device, Problem, next_power_of_two
@@ -31,12 +32,12 @@ BATCHES = {
 }
 
 
-def dealt_turns(queries, keys, spare, heads, programs, rounds, v, long_loop=0, bounds=None):
+def dealt_turns(queries, keys, spare, heads, programs, rounds, v, long_loop=0, bounds=None, window=None):
     """What `deal_pieces` writes, `[turns, programs]` pieces and late ones, and what it leaves for `combine`."""
     lens = torch.tensor(keys, dtype=torch.int32, device=DEVICE)
     if bounds is None:
         bounds = [0, *itertools.accumulate(queries)]
-    batch = sum(queries) + spare, len(keys), heads, 8192
+    batch = sum(queries) + spare, len(keys), heads, 8192, window or 0
     bounds = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
     starts = torch.full((max(rounds - 1, 0) * programs + 1,), -1, dtype=torch.int64, device=DEVICE)
     if rounds > 1:
@@ -49,7 +50,7 @@ def dealt_turns(queries, keys, spare, heads, programs, rounds, v, long_loop=0, b
     work = lens, bounds, starts, pieces, partial, handoff, *batch, long_loop, room
     deal_pieces[(programs, turns)](*work, PROGRAMS=next_power_of_two(programs), V=v)
     (begin, end), pieces, dealt = pieces[:2].tolist(), pieces[2:].view(-1, 5), programs * turns
-    if not any(units_of([*queries, spare], [*keys, 0], heads, v)):
+    if not any(units_of([*queries, spare], [*keys, 0], heads, v, window)):
         assert begin == end == UNWRITTEN  # nobody looks for late units
         begin = end = dealt
     assert begin == dealt and end <= begin + room
@@ -62,17 +63,19 @@ def dealt_turns(queries, keys, spare, heads, programs, rounds, v, long_loop=0, b
     )
 
 
-def dealt_pieces(*batch):
+def dealt_pieces(*batch, **options):
     """The pieces of the form that has the work, in the order of the row, of its rounds or of turn 0; late ones."""
-    (first, *others), late, _, _ = dealt_turns(*batch)
+    (first, *others), late, _, _ = dealt_turns(*batch, **options)
     idle, served = ([first], others) if others else ([], [first])
     assert all(count < 0 for turn in idle for *_, count, _ in turn)
     assert all(count >= 0 for turn in served for *_, count, _ in turn)
     return list(itertools.chain(*served)), late
 
 
-def variant_of(queries, keys, spare, heads, programs, causal=True, block_m=128, num_heads=8):
-    problem = Problem(sum(queries) + spare, len(keys), num_heads, heads, 128, 128, 16, 2, causal, ragged=True)
+def variant_of(queries, keys, spare, heads, programs, causal=True, block_m=128, num_heads=8, window=None, ragged=True):
+    has = Features(window=window is not None)
+    sizes = sum(queries) + spare, len(keys), num_heads, heads
+    problem = Problem(*sizes, 128, 128, 16, 2, causal, ragged, features=has)
     variant = attention_launches(problem, Device(programs, 227 * 1024, 90))[0].variant
     return replace(variant, block_m=block_m, overlap=False)  # the interpreter knows nothing of that
 
@@ -88,12 +91,12 @@ def late_of(queries, keys, heads, v):
                 yield from ((sequence, head * -(-rows // v.block_m) + tile) for head in range(heads))
 
 
-def check_covered(pieces, late, queries, keys, spare, heads, v):
+def check_covered(pieces, late, queries, keys, spare, heads, v, window=None):
     """Each tile of keys of each unit is in one piece, and returns whether each piece has whole units alone."""
     assert late == [[*unit, 0, 1, LAST_TILE.value] for unit in late_of(queries, keys, heads, v)]
     late = {(sequence, unit) for sequence, unit, *_ in late}
     # The rows past the last query are a sequence of their own.
-    units = list(units_of([*queries, spare], [*keys, 0], heads, v))
+    units = list(units_of([*queries, spare], [*keys, 0], heads, v, window))
     order = {unit: number for number, (unit, _) in enumerate(units)}
     dealt, whole = [], []
     for sequence, unit, begin, count, end in pieces:
@@ -122,6 +125,22 @@ def test_every_tile_is_dealt_once(name, programs, rounds, causal, block_m):
     v = variant_of(queries, keys, spare, heads, programs, causal, block_m)
     pieces, late = dealt_pieces(queries, keys, spare, heads, programs, rounds, v)
     whole = check_covered(pieces, late, queries, keys, spare, heads, v)
+    assert all(whole[: max(rounds - 1, 0) * programs])
+
+
+@pytest.mark.parametrize(
+    ("window", "programs", "rounds"), [(1, 3, 0), (100, 13, 1), (128, 3, 2), (300, 5, 3), (2**31 - 1, 3, 2)]
+)
+@pytest.mark.parametrize("name", ["few-queries", "mixed", "without-keys", "uniform", "late"])
+def test_every_tile_that_a_window_shows_is_dealt_once(name, window, programs, rounds):
+    others = {"uniform": ([90] * 3, [700, 90, 40]), "late": ([2500, 40], [2600, 3000])}
+    queries, keys = (BATCHES | others)[name]
+    spare, ragged = (0, False) if name == "uniform" else (3, True)
+    heads, num_heads = (8, 64) if name == "late" else (2, 8)
+    v = variant_of(queries, keys, spare, heads, programs, num_heads=num_heads, window=window, ragged=ragged)
+    pieces, late = dealt_pieces(queries, keys, spare, heads, programs, rounds, v, window=window)
+    assert (len(late) >= LATE_UNITS.value) == (name == "late")
+    whole = check_covered(pieces, late, queries, keys, spare, heads, v, window)
     assert all(whole[: max(rounds - 1, 0) * programs])
 
 
@@ -176,29 +195,29 @@ SHAPES = {
 }
 
 
-def mean_loop(queries, keys, heads, v):
+def mean_loop(queries, keys, heads, v, window):
     """Tiles of keys of a unit, on average."""
-    tiles = [tiles for _, tiles in units_of(queries, keys, heads, v)]
+    tiles = [tiles for _, tiles in units_of(queries, keys, heads, v, window)]
     return sum(tiles) / len(tiles) if tiles else 0
 
 
-@pytest.mark.parametrize(("rounds", "seed"), [(1, 0), (3, 1)])
+@pytest.mark.parametrize(("rounds", "seed", "window"), [(1, 0, None), (3, 1, None), (3, 2, 200), (1, 3, 2000)])
 @pytest.mark.parametrize("name", SHAPES)
-def test_one_form_gets_everything(name, rounds, seed):
+def test_one_form_gets_everything(name, rounds, seed, window):
     """That for long loops, in its rounds, where units have many tiles of keys on average; nobody tells the host."""
     chance, heads, programs, spare = random.Random(seed), 2, 4, seed
     queries, lengths = SHAPES[name]
     queries = chance.sample(queries, len(queries))
     keys = [max(count, chance.choice(lengths)) for count in queries]
-    v = variant_of(queries, keys, spare, heads, programs)
-    turns, late, _, _ = dealt_turns(queries, keys, spare, heads, programs, rounds, v, LONG_LOOP)
+    v = variant_of(queries, keys, spare, heads, programs, window=window)
+    turns, late, _, _ = dealt_turns(queries, keys, spare, heads, programs, rounds, v, LONG_LOOP, window=window)
     idle = [all(count == -1 for *_, count, _ in turn) for turn in turns]
     if any(units_of([*queries, spare], [*keys, 0], heads, v)):
         assert idle[1:] == [not idle[0]] * rounds
     else:
         assert all(idle)
-    check_covered(itertools.chain(*turns), late, queries, keys, spare, heads, v)
-    mean = mean_loop(queries, keys, heads, v)
+    check_covered(itertools.chain(*turns), late, queries, keys, spare, heads, v, window)
+    mean = mean_loop(queries, keys, heads, v, window)
     if mean and not 0.9 * LONG_LOOP < mean < 1.1 * LONG_LOOP:
         assert idle[0] == (mean >= LONG_LOOP)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from torch_paged import reference
-from torch_paged.options import PLAIN
+from torch_paged.options import PLAIN, AttentionOptions
 from torch_paged.testing import assert_within_budget, attention_inputs, low_precision_attention
 
 pytest.importorskip("triton")
@@ -40,6 +40,14 @@ BATCHES = {
     "wide-values": dict(MIXED, num_heads=8, head_dim=64, value_head_dim=128),
     "uniform": dict(query_lens=[90] * 3, seq_lens=[700, 90, 40], num_heads=8, head_dim=128, uniform=True),
 }
+LATE = dict(
+    query_lens=[270, 1, 90, 300, 257],
+    seq_lens=[270, 900, 90, 265, 257],
+    num_heads=512,
+    num_kv_heads=32,
+    head_dim=64,
+    spare_tokens=3,
+)
 
 
 # Forms that are launched, and from how many tiles of keys a unit on the device gives everything to the second.
@@ -67,29 +75,31 @@ def forms(request, monkeypatch):
     attention_plan._plans.clear()
 
 
-def attention(*arguments):
-    return attend_with(*arguments, PLAIN)
+def attention(*arguments, **options):
+    return attend_with(*arguments, AttentionOptions(**options) if options else PLAIN)
 
 
-def launches_of(inputs, causal=True):
+def launches_of(inputs, causal=True, **options):
     query, key_cache, value_cache, block_table, _, cu_seqlens_q = inputs
-    problem = problem_of(query, key_cache, value_cache, block_table, cu_seqlens_q, causal)
+    problem = problem_of(query, key_cache, value_cache, block_table, cu_seqlens_q, causal, AttentionOptions(**options))
     return attention_launches(problem, device_of(query.device))
 
 
-def launch(inputs, **changes):
+def launch(inputs, options=None, **changes):
     """Output and lse of the launches of `inputs`, each with `changes`."""
-    query = inputs.query
+    query, options = inputs.query, options or {}
     output = query.new_full((*query.shape[:2], inputs.value_cache.shape[3]), torch.nan)
     lse = query.new_full(query.shape[:2], torch.nan, dtype=torch.float32)
-    for item in launches_of(inputs):
-        launch_attention(replace(item, **changes), *inputs, output, lse, query.shape[2] ** -0.5)
+    for item in launches_of(inputs, **options):
+        scale = query.shape[2] ** -0.5
+        launch_attention(replace(item, **changes), *inputs, output, lse, scale, AttentionOptions(**options))
     return output, lse
 
 
-def check(inputs, output, lse, causal=True):
-    exact = inputs._replace(query=inputs.query.double()).call(reference.attention_with_lse, causal=causal)
-    low = low_precision_attention(inputs, causal=causal)
+def check(inputs, output, lse, causal=True, **options):
+    options["causal"] = causal
+    exact = inputs._replace(query=inputs.query.double()).call(reference.attention_with_lse, **options)
+    low = low_precision_attention(inputs, **options)
     assert_within_budget(output, exact[0], low[0])
     assert_within_budget(lse, exact[1], low[1], "lse")
 
@@ -101,6 +111,83 @@ def test_values(name, dtype, causal, forms):
     inputs = attention_inputs(**BATCHES[name], dtype=dtype, device="cuda")
     assert launches_of(inputs, causal)[0].forms == forms
     check(inputs, *attention(*inputs, inputs.query.shape[2] ** -0.5, causal), causal)
+
+
+HIDDEN_IN_LARGE_BLOCKS = {
+    "one-block": dict(query_lens=[40], seq_lens=[200], num_heads=8, head_dim=128, block_size=256),
+    "narrow": dict(query_lens=[40, 70], seq_lens=[200, 900], num_heads=8, head_dim=64, block_size=256),
+    "wide": dict(query_lens=[40], seq_lens=[120], num_heads=8, head_dim=256, block_size=128),
+}
+OPTIONS = {
+    "window-1": dict(sliding_window=1),
+    "window-60": dict(sliding_window=60),
+    "window-128": dict(sliding_window=128),
+    "window-400": dict(sliding_window=400),
+    "endless-window": dict(sliding_window=2**40),
+    "softcap": dict(softcap=0.7),
+    "sinks": dict(sinks=True),
+    "all": dict(sliding_window=130, softcap=2.0, sinks=True),
+}
+
+
+def with_options(name, batch, **changes):
+    """A batch that poisons what its window hides, and the options."""
+    options = dict(OPTIONS[name])
+    window = options.get("sliding_window")
+    inputs = attention_inputs(**batch | changes, sliding_window=window, device="cuda")
+    if "sinks" in options:
+        options["sinks"] = torch.linspace(-1, 3, inputs.query.shape[1], device="cuda")
+    return inputs, options
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("name", BATCHES)
+def test_options(name, option, forms):
+    inputs, options = with_options(option, BATCHES[name], dtype=torch.bfloat16)
+    general = name == "block-256" and "sliding_window" in options
+    assert launches_of(inputs, **options)[0].forms == (() if general else forms)
+    check(inputs, *attention(*inputs, inputs.query.shape[2] ** -0.5, True, **options), **options)
+
+
+@pytest.mark.parametrize("option", ["softcap", "sinks"])
+@pytest.mark.parametrize("name", ["mixed", "block-256"])
+def test_options_where_all_keys_are_seen(name, option):
+    inputs, options = with_options(option, BATCHES[name], dtype=torch.float16)
+    check(inputs, *attention(*inputs, inputs.query.shape[2] ** -0.5, False, **options), False, **options)
+
+
+@pytest.mark.parametrize("window", [20, 61])
+@pytest.mark.parametrize("name", HIDDEN_IN_LARGE_BLOCKS)
+def test_what_a_window_hides_in_a_large_block_does_not_show(name, window):
+    inputs = attention_inputs(
+        **HIDDEN_IN_LARGE_BLOCKS[name], sliding_window=window, dtype=torch.bfloat16, device="cuda"
+    )
+    scale = inputs.query.shape[2] ** -0.5
+    check(inputs, *attention(*inputs, scale, True, sliding_window=window), sliding_window=window)
+
+
+def test_softcaps_of_any_size(forms):
+    """On the same tensors, so that one is not served as another was; the largest have another kernel."""
+    inputs = attention_inputs(**BATCHES["mixed"], dtype=torch.float16, device="cuda")
+    for softcap in (30.0, 1e30, 1e-30, 1e-3, 4000.0, 1e4):
+        assert launches_of(inputs, softcap=softcap)[0].forms == (forms if softcap <= 4096 else ())
+        check(inputs, *attention(*inputs, -0.4, True, softcap=softcap), softcap=softcap, scale=-0.4)
+
+
+@pytest.mark.parametrize("forms", [(None, None)], ids=["as-launched"], indirect=True)
+def test_short_windows_have_one_form():
+    inputs = attention_inputs([2050], [3000], num_heads=4, head_dim=128, dtype=torch.bfloat16, device="cuda")
+    for window, forms in ((1, (1,)), (500, (1, 2)), (256, (1,))):
+        assert launches_of(inputs, sliding_window=window)[0].forms == forms
+        check(inputs, *attention(*inputs, 0.1, True, sliding_window=window), sliding_window=window, scale=0.1)
+
+
+@pytest.mark.parametrize("option", ["window-60", "window-400", "all"])
+@pytest.mark.parametrize(("programs", "rounds"), [(1, 1), (3, 5), (7, 2), (132, 1)])
+@pytest.mark.parametrize("name", ["mixed", "no-group", "uniform", "late"])
+def test_any_division_of_windows_gives_the_same(name, programs, rounds, option, forms):
+    inputs, options = with_options(option, LATE if name == "late" else BATCHES[name], dtype=torch.float16)
+    check(inputs, *launch(inputs, options, programs=programs, rounds=rounds if 2 in forms else 0), **options)
 
 
 @pytest.mark.parametrize("programs", [1, 2, 7, 31, 132])
@@ -123,6 +210,10 @@ def test_three_parts(name, dtype, causal, monkeypatch):
     if causal:
         for programs, rounds in ((1, 1), (3, 5), (7, 2), (132, 1)):
             check(inputs, *launch(inputs, programs=programs, rounds=rounds))
+    for option in ("softcap", "sinks"):
+        inputs, options = with_options(option, BATCHES[name] | dict(head_dim=64), dtype=dtype)
+        assert launches_of(inputs, causal, **options)[0].forms == (3,)
+        check(inputs, *attention(*inputs, inputs.query.shape[2] ** -0.5, causal, **options), causal, **options)
 
 
 @pytest.mark.parametrize("rounds", [2, 5])
@@ -144,16 +235,6 @@ def test_batches_of_which_shapes_say_little(queries, keys):
     check(inputs, *attention(*inputs, inputs.query.shape[2] ** -0.5, True))
 
 
-LATE = dict(
-    query_lens=[270, 1, 90, 300, 257],
-    seq_lens=[270, 900, 90, 265, 257],
-    num_heads=512,
-    num_kv_heads=32,
-    head_dim=64,
-    spare_tokens=3,
-)
-
-
 @pytest.mark.parametrize("programs", [1, 7, 132])
 def test_units_that_come_last(programs, forms):
     """Those that see little of a long prompt, which whoever is first done with all others takes."""
@@ -170,12 +251,13 @@ def test_units_that_come_last_in_three_parts(monkeypatch):
     check(inputs, *attention(*inputs, 64**-0.5, True))
 
 
+@pytest.mark.parametrize("options", [{}, dict(sliding_window=61)], ids=["", "window"])
 @pytest.mark.parametrize("batch", [BATCHES["mixed"], LATE], ids=["mixed", "late"])
-def test_repeated_calls_agree_to_the_bit(batch):
-    inputs = attention_inputs(**batch, dtype=torch.bfloat16, device="cuda")
-    expected = launch(inputs)
+def test_repeated_calls_agree_to_the_bit(batch, options):
+    inputs = attention_inputs(**batch, **options, dtype=torch.bfloat16, device="cuda")
+    expected = launch(inputs, options)
     for _ in range(20):
-        output, lse = launch(inputs)
+        output, lse = launch(inputs, options)
         assert torch.equal(output, expected[0])
         assert torch.equal(lse, expected[1])
 
@@ -251,14 +333,15 @@ def test_query_bounds_that_run_backwards_or_away_do_not_fault():
     ],
     ids=["few-heads", "late-units"],
 )
-def test_a_captured_graph_serves_other_lengths(heads, batches):
+@pytest.mark.parametrize("options", [{}, dict(sliding_window=100)], ids=["", "window"])
+def test_a_captured_graph_serves_other_lengths(heads, batches, options):
     query = torch.randn(300, heads, 128, device="cuda", dtype=torch.bfloat16)
     caches = [torch.randn(80, 16, max(heads // 16, 2), 128, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     table = torch.randperm(80, device="cuda").int().view(4, 20)
     lens, bounds = (torch.zeros(n, dtype=torch.int32, device="cuda") for n in (4, 5))
 
     def attend():
-        return attention(query, *caches, table, lens, bounds, 0.1, True)
+        return attention(query, *caches, table, lens, bounds, 0.1, True, **options)
 
     attend()
     torch.cuda.synchronize()

@@ -7,6 +7,7 @@ import pytest
 
 from torch_paged.kernels.features import Features, Stored
 from torch_paged.kernels.launch_config import WORKSPACE_LIMIT, attention_launches
+from torch_paged.kernels.launch_tiles import LONG_LOOP, SHORT_WINDOW
 from torch_paged.kernels.problem import Device, Problem, split_dim
 from torch_paged.kernels.shipped import shipped_variants
 
@@ -160,12 +161,11 @@ def test_values_share_the_tiles_of_keys_only_where_their_pieces_agree():
     assert not attention_launches(narrower, DEVICES["sm_90"])[0].variant.shared_values
 
 
-def test_a_problem_without_options_is_plain(gpu):
-    assert DECODE.plain and DECODE.plain_caches
+def test_options_have_launches_of_their_own(gpu):
+    assert DECODE.plain_caches
     windowed = replace(DECODE, features=Features(window=True))
-    assert not windowed.plain and windowed.plain_caches
-    stored = replace(DECODE, features=Features(value=Stored("int8", "head")))
-    assert not stored.plain and not stored.plain_caches
+    assert windowed.plain_caches
+    assert not replace(DECODE, features=Features(value=Stored("int8", "head"))).plain_caches
     assert attention_launches(windowed, gpu) != attention_launches(DECODE, gpu)
 
 
@@ -206,6 +206,12 @@ PREFILL = replace(DECODE, num_tokens=4096, num_seqs=1)
         (dict(block_size=256, head_dim=256, value_dim=256), 64),
         (dict(head_dim=64, value_dim=128), 16),
         (dict(num_heads=56), 16),
+        (dict(features=Features(window=True, softcap=True, sinks=True)), 16),
+        (dict(features=Features(alibi=True)), 0),
+        (dict(features=Features(key=Stored("e4m3", "head"))), 0),
+        (dict(features=Features(softcap=True), far_cap=True), 0),
+        (dict(features=Features(window=True), block_size=128), 128),
+        (dict(features=Features(window=True), block_size=256), 0),
         (dict(block_size=4), 0),
         (dict(block_size=48), 0),
         (dict(head_dim=80, value_dim=80), 0),
@@ -239,6 +245,20 @@ def test_the_device_chooses_the_form_of_the_hopper_kernel_where_shapes_do_not(qu
     assert prefill.forms == forms
     assert [launch.forms for launch in decode] == [()] * ragged
     assert attention_launches(problem, DEVICES["sm_80"])[0].forms == ()
+    # Windows may be short.
+    problem = replace(problem, features=Features(window=True))
+    assert attention_launches(problem, DEVICES["sm_90"])[0].forms == ((1,) if queries < 2048 else (1, 2))
+    assert attention_launches(replace(problem, short_window=True), DEVICES["sm_90"])[0].forms == (1,)
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_no_unit_of_a_short_window_has_a_long_loop(dim):
+    problem = replace(
+        PREFILL, num_heads=64, num_kv_heads=64, head_dim=dim, value_dim=dim, features=Features(window=True)
+    )
+    variant = attention_launches(problem, DEVICES["sm_90"])[0].variant
+    keys = SHORT_WINDOW + variant.block_m // variant.group - 1
+    assert keys / variant.tile + 1 <= LONG_LOOP
 
 
 @pytest.mark.parametrize(

@@ -3,30 +3,30 @@
 Either two are one part and share their code, which suits units of few tiles, where the code itself must be fetched
 again and again; or each is a part with its own code, and while one computes weights another has the tensor cores.
 
-Computes what `attention` computes, dealt out as `rounds` says, and leaves its partial results to the same `combine`.
-Written in Gluon, as plain Triton cannot let the copy engine fill slices of one operand from several blocks, nor keep a
-product under way during the softmax before it.
+Computes what `attention` computes without ALiBi from caches of query's dtype, dealt out as `rounds` says, and leaves
+its partial results to the same `combine`. Written in Gluon, as plain Triton cannot let the copy engine fill slices of
+one operand from several blocks, nor keep a product under way during the softmax before it.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from torch_paged.kernels.attention_logits import LN_2
-from torch_paged.kernels.attention_rows import visible_to
+from torch_paged.kernels.attention_combine import finish
+from torch_paged.kernels.attention_rows import first_seen, sinks_of, visible_to
 from torch_paged.kernels.deal import UNITS
 from torch_paged.kernels.hopper_loader import load_keys, load_values
 from torch_paged.kernels.hopper_ring import RECORD, RING, forget, keys_of_unit, left_of_unit, rows_of_unit
 from torch_paged.kernels.hopper_tiles import (
     attend_tiles,
     await_tile,
+    centred,
     fetch_query,
     first_tile,
     free_tile,
     lanes_of,
-    zero,
 )
-from torch_paged.kernels.hopper_units import of_piece
+from torch_paged.kernels.hopper_units import of_piece, zero
 
 
 @gluon.jit
@@ -62,11 +62,12 @@ def _write_partial(partial, state, slot, lane, valid, V: gl.constexpr):
 
 
 @gluon.jit
-def _write_output(output_rows, lse, state, first_row, row, valid, V: gl.constexpr):
+def _write_output(output_rows, lse, state, sink, first_row, row, valid, V: gl.constexpr):
     """Writes the finished rows `first_row + row`."""
     largest, total, output = state
-    gl.store(lse + first_row + row, (largest + gl.log2(total)) * LN_2, mask=valid)
-    factor = gl.convert_layout(1.0 / gl.where(total != 0, total, 1.0), gl.SliceLayout(1, output.type.layout))
+    factor, row_lse = finish(largest, total, sink, V)
+    gl.store(lse + first_row + row, row_lse, mask=valid)
+    factor = gl.convert_layout(factor, gl.SliceLayout(1, output.type.layout))
     _store(output_rows + first_row * V.value_dim, row, output * factor[:, None], valid, V)
 
 
@@ -84,7 +85,7 @@ def _hand_over(handoff, sequence, unit, part):
 @gluon.jit
 def _write(tensors, state, ring, number, num_kv_heads, lane, PART: gl.constexpr, V: gl.constexpr):
     """Writes these rows of unit number `number`: finished, or as a part of a unit (see `left_of_unit`)."""
-    output, lse, partial, handoff = tensors
+    output, lse, partial, handoff, sinks, num_seqs = tensors
     head, token, rows, offset = rows_of_unit(ring, number)
     sequence, unit, part = left_of_unit(ring, number)
     valid = lane < rows
@@ -92,7 +93,8 @@ def _write(tensors, state, ring, number, num_kv_heads, lane, PART: gl.constexpr,
         num_heads = (num_kv_heads + zero()) * V.group
         packed = offset + lane + zero()
         row = packed // V.group * num_heads + packed % V.group
-        _write_output(output, lse, state, token.to(gl.int64) * num_heads + head * V.group, row, valid, V)
+        sink = sinks_of(packed, head, sequence, num_seqs, sinks, V)
+        _write_output(output, lse, state, sink, token.to(gl.int64) * num_heads + head * V.group, row, valid, V)
     else:
         _write_partial(partial, state, 2 * gl.program_id(0) + (part == 0).to(gl.int32), lane, valid, V)
         if PART == 0:
@@ -100,11 +102,43 @@ def _write(tensors, state, ring, number, num_kv_heads, lane, PART: gl.constexpr,
 
 
 @gluon.jit
+def _attend_others(state, weights, rows, buffers, barriers, first, last, count, bounds, sight, scale, V: gl.constexpr):
+    """`attend_tiles` [first, last) of a unit; with no mask between the `bounds`, where every row sees every key.
+
+    Masked tiles stand on both sides of these where there is a window, their code does not: it would not fit into the
+    instruction cache.
+    """
+    begin, end = bounds
+    masked = gl.minimum(gl.maximum(end, first), last)
+    if V.has.window:
+        unmasked = gl.minimum(gl.maximum(begin, first), masked)
+        for side in range(2):
+            # Triton 3.6 would lose a lower bound that is carried from one iteration to the next.
+            from_masked = gl.where(side == 0, first, masked)
+            from_unmasked = gl.where(side == 0, unmasked, last)
+            until = gl.where(side == 0, masked, last)
+            state, weights, count = attend_tiles(
+                state, weights, rows, buffers, barriers, from_masked, from_unmasked, count, sight, scale, True, V
+            )
+            state, weights, count = attend_tiles(
+                state, weights, rows, buffers, barriers, from_unmasked, until, count, sight, scale, False, V
+            )
+    else:
+        state, weights, count = attend_tiles(
+            state, weights, rows, buffers, barriers, first, masked, count, sight, scale, False, V
+        )
+        state, weights, count = attend_tiles(
+            state, weights, rows, buffers, barriers, masked, last, count, sight, scale, True, V
+        )
+    return state, weights, count
+
+
+@gluon.jit
 def _attend(PART: gl.constexpr, arguments, V: gl.constexpr):
     """A part of the warps that multiply: attention of its rows of every unit of this program."""
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, V.value_dim, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, V.tile, 16]))
-    query, query_strides, scale, num_kv_heads, tensors, ring, buffers, barriers = arguments
+    query, query_strides, scale, num_kv_heads, window, tensors, ring, buffers, barriers = arguments
     queries, _, value_buffers = buffers
     _, _, values_free, values_here = barriers
     rows = queries.index(PART)
@@ -117,16 +151,16 @@ def _attend(PART: gl.constexpr, arguments, V: gl.constexpr):
     while head >= 0:
         offset, behind, keys, first, last = keys_of_unit(ring, number)
         visible = visible_to(behind + (offset + lane) // V.group, 0, keys, V)
-        unmasked = visible_to(behind, 0, keys, V) // V.tile  # tiles that every row sees whole
-        masked = gl.minimum(gl.maximum(unmasked, first + 1), last)
+        end = visible_to(behind, 0, keys, V) // V.tile  # of the tiles that every row sees whole
+        begin = first
+        if V.has.window:
+            begin = gl.cdiv(first_seen(behind + (offset + V.block_m - 1) // V.group, 0, keys, window, V), V.tile)
+        sight = (visible, first_seen(behind, 0, keys, window, V), keys, window)
         state, weights = first_tile(
-            rows, buffers, barriers, first, count, first >= unmasked, visible, keys, scale, ROW, OUTPUT, V
+            rows, buffers, barriers, first, count, (first < begin) | (first >= end), sight, scale, ROW, OUTPUT, V
         )
-        state, weights, count = attend_tiles(
-            state, weights, rows, buffers, barriers, first + 1, masked, count, visible, keys, scale, False, V
-        )
-        state, weights, count = attend_tiles(
-            state, weights, rows, buffers, barriers, masked, last, count, visible, keys, scale, True, V
+        state, weights, count = _attend_others(
+            state, weights, rows, buffers, barriers, first + 1, last, count, (begin, end), sight, scale, V
         )
         # The last product, and meanwhile the query rows of the next unit: the other way around is slower.
         largest, total, result = state
@@ -136,7 +170,7 @@ def _attend(PART: gl.constexpr, arguments, V: gl.constexpr):
         result, weights = warpgroup_mma_wait(0, deps=(result, weights))
         free_tile(values_free, count, V)
         count += 1
-        _write(tensors, (largest, total, result), ring, number, num_kv_heads, lane, PART, V)
+        _write(tensors, (centred(largest, scale, V), total, result), ring, number, num_kv_heads, lane, PART, V)
         forget(ring, number)
         number += 1
 
@@ -144,21 +178,27 @@ def _attend(PART: gl.constexpr, arguments, V: gl.constexpr):
 @gluon.constexpr_function
 def _registers(PARTS, V):
     """Registers of a thread of all parts but the first, and of the loaders: the more and smaller blocks, the more."""
-    BLOCKS = V.tile // V.copy_rows
+    SMALL = V.copy_rows <= 8
+    FOR_WINDOW = 16 if V.has.window and not SMALL else 0
     if PARTS == 1:
-        return [56, 56] if V.copy_rows > 8 else [72, 72]
+        LOADER = (72 if SMALL else 56) + FOR_WINDOW
+        return [LOADER, LOADER]
     if PARTS == 3:
         return [160, 160, 32, 32]
-    return [240, 24, 24] if BLOCKS <= 2 else [232, 40, 40] if V.copy_rows > 8 else [216, 72, 72]
+    LOADER = (72 if SMALL else 40 if V.tile // V.copy_rows > 2 else 24) + FOR_WINDOW
+    PART = (3 * 168 - LOADER) // 16 * 8  # of three times four warps with 168 registers
+    return [PART, LOADER, LOADER]
 
 
 @gluon.jit(
-    do_not_specialize=["num_tokens", "num_seqs", "num_kv_heads", "num_blocks", "max_keys", "turns", "table_stride"],
-    do_not_specialize_on_alignment=["block_table", "seq_lens", "cu_seqlens_q"],
-)
+    do_not_specialize=[
+        "num_tokens", "num_seqs", "num_kv_heads", "num_blocks", "max_keys", "turns", "table_stride", "window",
+    ],
+    do_not_specialize_on_alignment=["block_table", "seq_lens", "cu_seqlens_q", "sinks"],
+)  # fmt: skip
 def attention_hopper(
     query, key_map, value_map, block_table, seq_lens, cu_seqlens_q, pieces, output, lse, partial, handoff, scale,
-    num_tokens, num_seqs, num_kv_heads, num_blocks, max_keys, turns, query_strides, table_stride,
+    num_tokens, num_seqs, num_kv_heads, num_blocks, max_keys, turns, query_strides, table_stride, window, sinks,
     PARTS: gl.constexpr, V: gl.constexpr,
 ):  # fmt: skip
     """Grid: one persistent program per multiprocessor, each with its pieces (see `rounds`), then late units.
@@ -196,9 +236,9 @@ def attention_hopper(
     records = gl.allocate_shared_memory(gl.int32, [RING, RECORD], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     ring = (records, units_free, units_here)
     barriers = (keys_free, keys_here, values_free, values_here)
-    work = (block_table, table_stride, num_blocks, num_kv_heads)
-    tensors = (output, lse, partial, handoff)
-    attend = (query, query_strides, scale, num_kv_heads, tensors, ring, buffers, barriers)
+    work = (block_table, table_stride, num_blocks, num_kv_heads, window)
+    tensors = (output, lse, partial, handoff, sinks, num_seqs)
+    attend = (query, query_strides, scale, num_kv_heads, window, tensors, ring, buffers, barriers)
     keys_memory = (key_map, buffers[1], keys_free, keys_here)
     values_memory = (value_map, buffers[2], values_free, values_here)
     batch = (seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys)

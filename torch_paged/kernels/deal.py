@@ -120,6 +120,8 @@ def all_work(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_key
         most = tl.maximum(most, more)
         all_units += units
         keys = key_count(sequence, seq_lens, num_seqs, max_keys).to(tl.int64)
+        if V.has.window:
+            keys = tl.minimum(keys, window)  # but for the few more that not all rows of a unit see
         longest = tl.maximum(longest, tl.where(units > 0, keys * V.group + V.unit_cost, 0))
     total = tl.sum(work)
     count = tl.sum(all_units)

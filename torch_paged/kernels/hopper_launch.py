@@ -60,10 +60,11 @@ class HopperLauncher:
     def __call__(
         self, query: Tensor, caches: tuple[Tensor, Tensor], block_table: Tensor, seq_lens: Tensor,
         cu_seqlens_q: Tensor | None, _schedule: Tensor, _stamp: int, output: Tensor, lse: Tensor, workspace: Tensor,
-        scale: float,
-        num_tokens: int, num_seqs: int, num_kv_heads: int, num_blocks: int, max_keys: int, query_strides: Any, *_: Any,
+        scale: float | tuple[float, float],
+        num_tokens: int, num_seqs: int, num_kv_heads: int, num_blocks: int, max_keys: int, query_strides: Any,
+        _cache_strides: Any, table_stride: int, window: int, _slopes: None, sinks: Tensor | None, *_: Any,
     ) -> None:  # fmt: skip
-        batch = num_tokens, num_seqs, num_kv_heads, max_keys
+        batch = num_tokens, num_seqs, num_kv_heads, max_keys, window
         partial, handoff = workspace, workspace[self._partial :].view(torch.int32)
         starts = handoff.new_empty(self._starts, dtype=torch.int64)
         if self._rounds > 1:
@@ -76,7 +77,8 @@ class HopperLauncher:
         for attend in self._forms:
             attend(
                 query, *maps, block_table, seq_lens, cu_seqlens_q, pieces, output, lse, partial, handoff, scale,
-                num_tokens, num_seqs, num_kv_heads, num_blocks, max_keys, turns, query_strides, block_table.stride(0),
+                num_tokens, num_seqs, num_kv_heads, num_blocks, max_keys, turns, query_strides, table_stride, window,
+                sinks,
             )  # fmt: skip
 
     def _map(self, cache: Tensor) -> TensorDescriptor:

@@ -5,13 +5,15 @@ strides, so that neither layout nor block size matters. The instructions that mu
 
 What stands past the last key must not show, NaN least of all. Blocks without keys are read past the cache's end, where
 the copy engine finds zeros. The last block is copied as many slots too early as it lacks keys, and slots below 0 are
-zeros too: its keys stand at the end of its rows (see `gap_of`).
+zeros too: its keys stand at the end of its rows (see `gap_of`). Of a block larger than a tile there may be earlier keys
+in the place of zeros, which the last query sees: windows, which may hide such keys, have no blocks of that size here.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from torch_paged.kernels.attention_rows import first_seen
 from torch_paged.kernels.deal import SEQUENCE, UNIT, UNITS
 from torch_paged.kernels.hopper_ring import forget, hear, rows_of_unit, source_of_unit, tell
 from torch_paged.kernels.hopper_units import next_piece, next_unit, of_piece, sequence_of, span_of
@@ -29,17 +31,17 @@ def stage_of(count, V: gl.constexpr):
 
 @gluon.jit
 def gap_of(keys, V: gl.constexpr):
-    """Position of the first key of the last block, and how many rows without a key the loaders left before it."""
+    """Position of the first key of the last copy, and how many rows of no use the loaders left before it."""
     last_block = (keys - 1) // V.copy_rows * V.copy_rows
     return last_block, last_block + V.copy_rows - keys
 
 
 @gluon.jit
 def _copy_tiles(
-    memory, table, num_blocks, head, keys, first, last, count, WHOLE: gl.constexpr, DIM: gl.constexpr,
+    memory, table, num_blocks, head, low, keys, first, last, count, SEEN: gl.constexpr, DIM: gl.constexpr,
     V: gl.constexpr,
 ):  # fmt: skip
-    """Copies tiles [first, last), all of whose keys there are if they are WHOLE, as buffers become `free`."""
+    """Copies tiles [first, last), of which rows see the keys SEEN: "all", those "to" `keys`, "from" `low` to `keys`."""
     source, buffers, free, here = memory
     BLOCKS: gl.constexpr = V.tile // V.copy_rows
     PIECES: gl.constexpr = DIM // COLUMNS
@@ -50,14 +52,16 @@ def _copy_tiles(
         ids = ()
         for block in gl.static_range(BLOCKS):
             position = tile * V.tile + block * V.copy_rows
-            exists = True if WHOLE else position < keys
+            exists = True if SEEN == "all" else position < keys
+            if SEEN == "from":
+                exists = exists & (position + V.copy_rows > low)
             ids += (gl.load(table + position // V.block_size, mask=exists, other=num_blocks),)  # type: ignore[assignment]
         stage, phase = stage_of(count, V)
         mbarrier.wait(free.index(stage), phase ^ 1)
         mbarrier.expect(here.index(stage), V.tile * DIM * 2)
         for block in gl.static_range(BLOCKS):
             position = tile * V.tile + block * V.copy_rows
-            lacking = 0 if WHOLE else gl.maximum(position + V.copy_rows - keys, 0)
+            lacking = 0 if SEEN == "all" else gl.maximum(position + V.copy_rows - keys, 0)
             slot = position % V.block_size - lacking
             for piece in gl.static_range(PIECES):
                 copied = slices.index((stage * PIECES + piece) * BLOCKS + block)
@@ -67,17 +71,21 @@ def _copy_tiles(
 
 
 @gluon.jit
-def _load_tiles(memory, table, num_blocks, head, keys, first, last, count, DIM: gl.constexpr, V: gl.constexpr):
-    """One warp: copies tiles [first, last) of a unit's keys, or values."""
+def _load_tiles(memory, table, num_blocks, head, low, keys, first, last, count, DIM: gl.constexpr, V: gl.constexpr):
+    """One warp: copies tiles [first, last) of a unit's keys, or values, of which rows see those from `low` on."""
+    if V.has.window:
+        whole = gl.minimum(gl.maximum(gl.cdiv(low, V.tile), first), last)
+        count = _copy_tiles(memory, table, num_blocks, head, low, keys, first, whole, count, "from", DIM, V)
+        first = whole
     whole = gl.minimum(gl.maximum(keys // V.tile, first), last)
-    count = _copy_tiles(memory, table, num_blocks, head, keys, first, whole, count, True, DIM, V)
-    return _copy_tiles(memory, table, num_blocks, head, keys, whole, last, count, False, DIM, V)
+    count = _copy_tiles(memory, table, num_blocks, head, low, keys, first, whole, count, "all", DIM, V)
+    return _copy_tiles(memory, table, num_blocks, head, low, keys, whole, last, count, "to", DIM, V)
 
 
 @gluon.jit
 def load_keys(memory, ring, work, pieces, turns, batch, PARTS: gl.constexpr, V: gl.constexpr):
     """Walks over this program's units, tells the other warps of each, and loads its keys."""
-    block_table, table_stride, num_blocks, num_kv_heads = work
+    block_table, table_stride, num_blocks, num_kv_heads, window = work
     nothing = num_kv_heads * 0
     count = nothing
     number = nothing
@@ -96,13 +104,17 @@ def load_keys(memory, ring, work, pieces, turns, batch, PARTS: gl.constexpr, V: 
             if index < of_piece(pieces, piece, UNITS):
                 head, first_row = unit // tiles, unit % tiles * V.block_m
                 rows = gl.minimum(queries * V.group - first_row, V.block_m)
-                first, last, part = span_of(pieces, piece, index, first_row, rows, queries, keys, V)
+                first, last, part = span_of(pieces, piece, index, first_row, rows, queries, keys, window, V)
                 token, offset = first_row // V.group, first_row % V.group
+                low = first_seen(token, queries, keys, window, V)
+                if V.has.window:
+                    first += low // V.tile
+                    last += low // V.tile
                 record = (head, start + token, rows, offset, token - queries, keys, first, last, sequence, unit, part)
                 tell(ring, number, record)
                 number += 1
                 table = block_table + sequence.to(gl.int64) * table_stride
-                count = _load_tiles(memory, table, num_blocks, head, keys, first, last, count, V.head_dim, V)
+                count = _load_tiles(memory, table, num_blocks, head, low, keys, first, last, count, V.head_dim, V)
                 sequence, unit = next_unit(sequence, unit, tiles, num_kv_heads, batch, V)
             index += 1
         turn += 1
@@ -113,15 +125,16 @@ def load_keys(memory, ring, work, pieces, turns, batch, PARTS: gl.constexpr, V: 
 @gluon.jit
 def load_values(memory, ring, work, V: gl.constexpr):
     """Loads the values of every unit of which `load_keys` tells."""
-    block_table, table_stride, num_blocks, num_kv_heads = work
+    block_table, table_stride, num_blocks, num_kv_heads, window = work
     count = num_kv_heads * 0
     number = count
     hear(ring, number)
     head, _token, _rows, _offset = rows_of_unit(ring, number)
     while head >= 0:
-        keys, first, last, sequence = source_of_unit(ring, number)
+        behind, keys, first, last, sequence = source_of_unit(ring, number)
+        low = first_seen(behind, 0, keys, window, V)
         table = block_table + sequence.to(gl.int64) * table_stride
-        count = _load_tiles(memory, table, num_blocks, head, keys, first, last, count, V.value_dim, V)
+        count = _load_tiles(memory, table, num_blocks, head, low, keys, first, last, count, V.value_dim, V)
         forget(ring, number)
         number += 1
         hear(ring, number)

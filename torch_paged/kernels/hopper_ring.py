@@ -72,8 +72,8 @@ def keys_of_unit(ring, number):
 
 @gluon.jit
 def source_of_unit(ring, number):
-    """Keys of the sequence, first tile and end, sequence."""
-    return _recall(ring, number, 5, 9)
+    """The first query token counted from the last; keys of the sequence, first tile and end, sequence."""
+    return _recall(ring, number, 4, 9)
 
 
 @gluon.jit

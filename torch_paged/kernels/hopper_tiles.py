@@ -10,18 +10,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from torch_paged.kernels.hopper_loader import gap_of, stage_of
+from torch_paged.kernels.attention_logits import LOG2_E
+from torch_paged.kernels.hopper_loader import COLUMNS, gap_of, stage_of
 from torch_paged.kernels.hopper_ring import hear, rows_of_unit
+from torch_paged.kernels.hopper_units import zero
 
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name from Triton 3.7 on, and before
 
 ROWS: gl.constexpr = gl.constexpr(16)  # of a warp: 64 of a warpgroup
-
-
-@gluon.jit
-def zero():
-    """0, which the compiler does not know: what it is added to is computed where it is used, and costs no registers."""
-    return gl.inline_asm_elementwise("mov.b32 $0, 0;", "=r", [], gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -95,27 +91,89 @@ def _columns(tile):
 
 
 @gluon.jit
-def _of_rows(reduced, like):
-    """`reduced` columns as numbers of rows."""
-    return gl.convert_layout(reduced, like.type.layout, assert_trivial=True)
+def _of_rows(numbers, LAYOUT: gl.constexpr):
+    """`numbers` of rows, whose threads have them already, in the layout of a slice."""
+    return gl.convert_layout(numbers, LAYOUT, assert_trivial=True)
 
 
 @gluon.jit
-def _mask(scores, tile, visible, keys, V: gl.constexpr):
+def _logits(scores, scale, V: gl.constexpr):
+    """Numbers, and a factor: logits to base 2 are `numbers * factor`; with a softcap c, less c (see `centred`).
+
+    c tanh(x) = 2 c / (1 + e^-2x) - c, and weights are the same with and without a constant.
+    """
+    factor = scale
+    if V.has.softcap:
+        inner, cap = scale
+        # Infinite, it would make NaN of a score of 0.
+        power = gl.exp2(scores * gl.maximum(inner * (-2 * LOG2_E), -3.4e38))
+        scores = gl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [power + 1.0], gl.float32, is_pure=True, pack=1
+        )
+        factor = 2 * cap
+    return scores, factor
+
+
+@gluon.jit
+def centred(largest, scale, V: gl.constexpr):
+    """The largest logits of rows, from what `_logits` leaves c too large."""
+    if V.has.softcap:
+        largest -= scale[1]
+    return largest
+
+
+@gluon.jit
+def _placed(key, keys, V: gl.constexpr):
+    """Where keys [0, key) end among the rows of all tiles (see `gap_of`)."""
+    last_block, gap = gap_of(keys, V)
+    return key + gl.where(key > last_block, gap, 0)
+
+
+@gluon.jit
+def _mask(scores, tile, sight, V: gl.constexpr):
     """`scores` of a tile, -inf where a row does not see a key: in columns, a thread's own are known to the compiler."""
+    visible, _low, keys, window = sight
     columns = _columns(scores)
     FLAT: gl.constexpr = gl.SliceLayout(1, columns.type.layout)
+    ROW: gl.constexpr = gl.SliceLayout(1, FLAT)
     EIGHTS: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, columns.type.layout))
     step = (8 * gl.arange(0, V.tile // 8, EIGHTS))[None, :, None]
     within = tile * V.tile + gl.arange(0, 8, gl.SliceLayout(0, FLAT))[None, :]
     last_block, gap = gap_of(keys, V)
-    ends = visible + gl.where(visible > last_block, gap, 0)
-    ends = gl.convert_layout(ends, gl.SliceLayout(1, FLAT), assert_trivial=True)[:, None] - within
+    ends = _of_rows(_placed(visible, keys, V), ROW)[:, None] - within
     columns = gl.where(step < ends[:, None, :], columns, float("-inf"))
+    if V.has.window:
+        begins = _of_rows(_placed(gl.maximum(visible - window, 0), keys, V), ROW)[:, None] - within
+        columns = gl.where(step >= begins[:, None, :], columns, float("-inf"))
     if (gap > 0) & (last_block < (tile + 1) * V.tile):
-        begins = (last_block - within)[:, None, :]
-        columns = gl.where((step < begins) | (step >= begins + gap), columns, float("-inf"))
+        lacking = (last_block - within)[:, None, :]
+        columns = gl.where((step < lacking) | (step >= lacking + gap), columns, float("-inf"))
     return gl.convert_layout(gl.reshape(columns, scores.shape), scores.type.layout, assert_trivial=True)
+
+
+@gluon.jit
+def _hide_values(values, here, tile, count, sight, V: gl.constexpr):
+    """Zeros in the place of the values that stand in the first block that a row sees, before the key that it sees.
+
+    No weight is given to them, but NaN times 0 would show. All parts of the warps do it, so that none waits for others.
+    """
+    EIGHT: gl.constexpr = 8  # rows of 128 bytes, after which the swizzle repeats
+    PIECES: gl.constexpr = V.value_dim // COLUMNS
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [gl.num_warps(), 1], [1, 0])
+    _visible, low, keys, _window = sight
+    begin = gl.maximum(low // V.copy_rows * V.copy_rows - tile * V.tile, 0)
+    end = _placed(low, keys, V) - tile * V.tile
+    if end > begin:
+        await_tile(here, count, V)
+        shape: gl.constexpr = [V.num_stages * PIECES * V.tile // EIGHT, EIGHT, COLUMNS]
+        eights = values._reinterpret(values.dtype, shape, gl.NVMMASharedLayout(128, 16, 2))
+        row = gl.arange(0, EIGHT, gl.SliceLayout(1, LAYOUT))
+        for first in range(begin // EIGHT * EIGHT, end, EIGHT):
+            for piece in gl.static_range(PIECES):
+                rows = eights.index(((count % V.num_stages * PIECES + piece) * V.tile + first) // EIGHT)
+                rows.store(gl.where((first + row >= end)[:, None], rows.load(LAYOUT), 0.0).to(values.dtype))
+        fence_async_shared()
+        _barrier()
 
 
 @gluon.jit
@@ -130,22 +188,23 @@ def _narrow(weights, like):
 @gluon.jit
 def _softmax(scores, largest, total, scale, SOME_EMPTY: gl.constexpr):
     """Weights of a tile, in powers of two, with the new maximum and sum of each row and the factor of the old ones."""
-    larger = gl.maximum(largest, _of_rows(gl.max(gl.max(_columns(scores), 1), 1), largest) * scale)
+    ROW: gl.constexpr = largest.type.layout
+    larger = gl.maximum(largest, _of_rows(gl.max(gl.max(_columns(scores), 1), 1), ROW) * scale)
     # A row that has seen no key yet has no maximum to subtract: -inf - -inf would be NaN.
     shift = gl.where(larger == float("-inf"), 0.0, larger) if SOME_EMPTY else larger
     weights = gl.exp2(scores * scale - shift[:, None])
     decay = gl.exp2(largest - shift)
-    return weights, larger, total * decay + _of_rows(gl.sum(gl.sum(_columns(weights), 1), 1), largest), decay
+    return weights, larger, total * decay + _of_rows(gl.sum(gl.sum(_columns(weights), 1), 1), ROW), decay
 
 
 @gluon.jit
 def attend_tiles(
-    state, weights, query, buffers, barriers, first, last, count, visible, keys, scale, MASK: gl.constexpr,
-    V: gl.constexpr,
-):  # fmt: skip
+    state, weights, query, buffers, barriers, first, last, count, sight, scale, MASK: gl.constexpr, V: gl.constexpr
+):
     """Online softmax over key tiles [first, last): a tile's scores are under way while the one before is weighted.
 
-    `weights` are those of tile `first - 1`, whose number is `count`; returned are those of tile `last - 1`.
+    `weights` are those of tile `first - 1`, whose number is `count`; returned are those of tile `last - 1`. `sight` is
+    how many keys each row sees, the first that one of them does, the keys of the sequence, and the window.
     """
     largest, total, output = state
     _, key_buffers, value_buffers = buffers
@@ -157,9 +216,10 @@ def attend_tiles(
         output = warpgroup_mma(weights, value_buffers.index(count % V.num_stages), output, is_async=True)
         scores = warpgroup_mma_wait(1, deps=(scores,))
         free_tile(keys_free, count + 1, V)
+        scores, factor = _logits(scores, scale, V)
         if MASK:
-            scores = _mask(scores, tile, visible, keys, V)
-        later, largest, total, decay = _softmax(scores, largest, total, scale, MASK)
+            scores = _mask(scores, tile, sight, V)
+        later, largest, total, decay = _softmax(scores, largest, total, factor, MASK)
         output, weights = warpgroup_mma_wait(0, deps=(output, weights))
         free_tile(values_free, count, V)
         output = output * gl.convert_layout(decay, gl.SliceLayout(1, output.type.layout))[:, None]
@@ -170,21 +230,24 @@ def attend_tiles(
 
 @gluon.jit
 def first_tile(
-    query, buffers, barriers, first, count, masked, visible, keys, scale,
-    ROW: gl.constexpr, OUTPUT: gl.constexpr, V: gl.constexpr,
+    query, buffers, barriers, first, count, masked, sight, scale, ROW: gl.constexpr, OUTPUT: gl.constexpr,
+    V: gl.constexpr,
 ):  # fmt: skip
     """State of the rows before a unit's first tile is added to the output, and that tile's weights."""
-    _, key_buffers, _ = buffers
-    keys_free, keys_here, _, _ = barriers
+    _, key_buffers, value_buffers = buffers
+    keys_free, keys_here, _, values_here = barriers
     LANES: gl.constexpr = ROWS * gl.num_warps()
     DIM: gl.constexpr = V.value_dim
     await_tile(keys_here, count, V)
     _await_query()
     scores = warpgroup_mma_wait(0, deps=(_scores(query, key_buffers, count, V),))
     free_tile(keys_free, count, V)
+    scores, factor = _logits(scores, scale, V)
     if masked:
-        scores = _mask(scores, first, visible, keys, V)
+        scores = _mask(scores, first, sight, V)
     nothing = gl.zeros([LANES], gl.float32, ROW)
-    weights, largest, total, _ = _softmax(scores, nothing - float("inf"), nothing, scale, True)
+    weights, largest, total, _ = _softmax(scores, nothing - float("inf"), nothing, factor, True)
     weights = gl.convert_layout(weights.to(key_buffers.dtype), gl.DotOperandLayout(0, OUTPUT, 2))
+    if V.has.window:
+        _hide_values(value_buffers, values_here, first, count, sight, V)
     return (largest, total, gl.zeros([LANES, DIM], gl.float32, OUTPUT)), weights

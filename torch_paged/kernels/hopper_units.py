@@ -10,6 +10,12 @@ from torch_paged.kernels.units import key_count, late_tiles, next_sequence, quer
 
 
 @gluon.jit
+def zero():
+    """0, which the compiler does not know: what it is added to is computed where it is used, and costs no registers."""
+    return gl.inline_asm_elementwise("mov.b32 $0, 0;", "=r", [], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def of_piece(pieces, piece, FIELD: gl.constexpr):
     """What `deal_pieces` wrote of a piece. Read where it is used, it costs no registers elsewhere."""
     return gl.load(pieces + (PIECES_BEGIN + FIELD) + PIECE * piece)
@@ -29,6 +35,8 @@ def next_piece(pieces, turn, last_turn, turns):
 def sequence_of(sequence, num_kv_heads, batch, V: gl.constexpr):
     """First token, queries, keys, units per head of a sequence, and how many of these are late."""
     seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys = batch
+    if V.has.window:
+        num_tokens += zero()  # loaders spill without it
     start, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
     keys = key_count(sequence, seq_lens, num_seqs, max_keys)
     tiles = gl.maximum(query_tiles(queries, V), 1)
@@ -36,9 +44,12 @@ def sequence_of(sequence, num_kv_heads, batch, V: gl.constexpr):
 
 
 @gluon.jit
-def span_of(pieces, piece, index, first_row, rows, queries, keys, V: gl.constexpr):
-    """First tile and end of unit number `index` of a piece, and which part of the unit that is (see `left_of_unit`)."""
-    key_tiles = tiles_of_keys(first_row, rows, queries, keys, V)
+def span_of(pieces, piece, index, first_row, rows, queries, keys, window, V: gl.constexpr):
+    """First tile and end of unit number `index` of a piece, and which part of the unit that is (see `left_of_unit`).
+
+    Tiles are counted from the first that a row sees, here and in pieces.
+    """
+    key_tiles = tiles_of_keys(first_row, rows, queries, keys, V, window)
     first, last = key_tiles * 0, key_tiles
     if index == 0:
         first = of_piece(pieces, piece, FIRST)

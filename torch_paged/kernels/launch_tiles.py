@@ -12,6 +12,8 @@ MANY_ROWS = 128
 LONG = 2048  # query tokens of a sequence, on average
 LONG_LOOP = 7  # tiles of keys that a unit of 128 rows has, on average, late ones aside
 HOPPER_DIMS = {64, 128, 256}
+SHORT_WINDOW = 256  # keys, of which no unit has LONG_LOOP tiles
+FAR_CAP = 4096.0  # of float32, logits as `hopper_tiles` has them are off by 0.001 at larger softcaps
 MOST_ROUNDS = 6
 MANY_UNITS = 128  # of decode: KV heads of all sequences
 
@@ -35,13 +37,14 @@ def tiles_of(problem: Problem, device: Device, rows: int) -> Tiles:
 
 def copy_rows(problem: Problem, device: Device, rows: int) -> int:
     """Keys of one copy where `attention_hopper` serves sequences of `rows` rows: a block, or a tile of one; 0: not."""
-    dims = {problem.head_dim, problem.value_dim}
-    served = problem.plain and problem.aligned and problem.copyable and problem.itemsize == 2 and dims <= HOPPER_DIMS
-    if not device.hopper or rows <= FEW_ROWS or not served:
+    numbers = problem.plain_caches and problem.itemsize == 2 and {problem.head_dim, problem.value_dim} <= HOPPER_DIMS
+    options = not problem.features.alibi and not problem.far_cap
+    if not (device.hopper and rows > FEW_ROWS and numbers and options and problem.aligned and problem.copyable):
         return 0
     tile, block = _hopper_tiles(problem).keys, problem.block_size
-    fits = block % tile == 0 or (tile % block == 0 and block >= 8)
-    return min(tile, block) if fits else 0
+    # Of the last block, a copy of a part has earlier keys, too, of which a window may hide what is no number.
+    parts = block % tile == 0 and (block == tile or not problem.features.window)
+    return min(tile, block) if parts or (tile % block == 0 and block >= 8) else 0
 
 
 def _hopper_tiles(problem: Problem) -> Tiles:
@@ -55,13 +58,17 @@ def _hopper_tiles(problem: Problem) -> Tiles:
 def forms(problem: Problem) -> tuple[int, ...]:
     """Parts of the warps that multiply in the fastest form of `attention_hopper`, or in both if it may be either.
 
-    Short prompts run through all of the code for few tiles: half of it, as one part needs, takes less time to fetch. Of
-    ragged batches the device alone knows what they are, if they have tokens enough for a long prompt (see `rounds`).
-    Keys of 64 elements take as long to weight as to multiply: a third part has products for the tensor cores meanwhile.
+    Short prompts and windows run through all of the code for few tiles: half of it, as one part needs, takes less time
+    to fetch. What ragged batches and other windows are the device knows, if there are tokens enough for a long prompt
+    (see `rounds`). Keys of 64 elements take as long to weight as to multiply: a third part has products for the tensor
+    cores meanwhile.
     """
-    if problem.num_tokens >= LONG * max(problem.num_seqs, 1):
+    window = problem.features.window
+    if problem.num_tokens < LONG or problem.short_window:
+        return (1,)
+    if problem.num_tokens >= LONG * problem.num_seqs and not window:
         return (3,) if problem.head_dim == problem.value_dim == 64 and problem.block_size >= 16 else (2,)
-    return (1, 2) if problem.ragged and problem.num_tokens >= LONG else (1,)
+    return (1, 2) if problem.ragged or window else (1,)
 
 
 def rounds(problem: Problem, programs: int) -> int:

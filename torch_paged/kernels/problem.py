@@ -56,11 +56,8 @@ class Problem:
     shared_values: bool = False  # value_cache is key_cache[..., :value_dim]
     features: Features = PLAIN_FEATURES
     copyable: bool = True  # the copy engine of Hopper can address every row of the caches
-
-    @property
-    def plain(self) -> bool:
-        """Whether no option is given and the caches hold query's dtype."""
-        return self.features == PLAIN_FEATURES
+    short_window: bool = False  # see `launch_tiles`, which of these two has the bounds
+    far_cap: bool = False
 
     @property
     def plain_caches(self) -> bool:

@@ -55,12 +55,13 @@ def num_piece_ints(programs: int, rounds: int, room: int) -> int:
 
 
 @triton.jit(
-    do_not_specialize=["num_tokens", "num_seqs", "num_kv_heads", "max_keys", "programs", "rounds"],
+    do_not_specialize=["num_tokens", "num_seqs", "num_kv_heads", "max_keys", "programs", "rounds", "window"],
     do_not_specialize_on_alignment=["seq_lens", "cu_seqlens_q"],
 )
 def begin_rounds(
-    seq_lens, cu_seqlens_q, starts, num_tokens, num_seqs, num_kv_heads, max_keys, programs, rounds, V: tl.constexpr
-):
+    seq_lens, cu_seqlens_q, starts, num_tokens, num_seqs, num_kv_heads, max_keys, window, programs, rounds,
+    V: tl.constexpr,
+):  # fmt: skip
     """Writes where pieces of all rounds but the last begin, and where that one does: offsets in the row of all units.
 
     Grid: one program for each of the `(rounds - 1) * programs + 1` offsets, int64. If units are so long that pieces
@@ -69,14 +70,16 @@ def begin_rounds(
     if V.overlap:
         gdc_launch_dependents()
         gdc_wait()
-    total, longest, _ = all_work(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
+    total, longest, _ = all_work(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V, window)
     fits = total.to(tl.float32) / tl.maximum(longest * programs, 1).to(tl.float32)
     rounds = tl.maximum(tl.minimum(rounds, fits.to(tl.int32)), 1)
     # The last round is as long as two of the others.
     share = (total.to(tl.float32) / (rounds + 1).to(tl.float32) / programs.to(tl.float32)).to(tl.int64)
     number = tl.program_id(0)
     offset = tl.minimum(number, (rounds - 1) * programs) * share
-    _, _, inside, _, _ = locate(offset, offset, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
+    _, _, inside, _, _ = locate(
+        offset, offset, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V, window
+    )
     tl.store(starts + number, offset - inside)
 
 
@@ -158,12 +161,12 @@ def _deal_late(
 
 
 @triton.jit(
-    do_not_specialize=["num_tokens", "num_seqs", "num_kv_heads", "max_keys", "long_loop", "room"],
+    do_not_specialize=["num_tokens", "num_seqs", "num_kv_heads", "max_keys", "window", "long_loop", "room"],
     do_not_specialize_on_alignment=["seq_lens", "cu_seqlens_q"],
 )
 def deal_pieces(
-    seq_lens, cu_seqlens_q, starts, pieces, partial, handoff, num_tokens, num_seqs, num_kv_heads, max_keys, long_loop,
-    room, PROGRAMS: tl.constexpr, V: tl.constexpr,
+    seq_lens, cu_seqlens_q, starts, pieces, partial, handoff, num_tokens, num_seqs, num_kv_heads, max_keys, window,
+    long_loop, room, PROGRAMS: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """Writes the pieces, int32: first sequence, unit and tile, units, and the tile that is the end in the last of them.
 
@@ -185,7 +188,7 @@ def deal_pieces(
     piece = pieces + PIECES_BEGIN + PIECE * (program * (rounds + 1) + turn)
     if turn == 0:
         _leave_nothing(partial, handoff, V)
-    total, _, _ = all_work(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
+    total, _, _ = all_work(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V, window)
     if total == 0:
         tl.store(piece + UNITS, -1)
         return
@@ -205,10 +208,10 @@ def deal_pieces(
     else:
         begin, end = _last_piece(starts, total, programs, rounds, PROGRAMS, V)
     sequence, unit, inside, units, end_tile = locate(
-        begin, end, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V
+        begin, end, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V, window
     )
     first = tile_at(inside, V)
-    key_tiles = tiles_of_unit(sequence, unit, seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys, V)
+    key_tiles = tiles_of_unit(sequence, unit, seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys, V, window)
     if (units > 0) & (first >= tl.minimum(tl.where(units == 1, end_tile, key_tiles), key_tiles)):
         first = first * 0
         units -= 1

@@ -22,8 +22,11 @@ SHIPPED_BLOCK_SIZES = (1, 16, 64)
 SHIPPED_DTYPES = {"fp16": 2, "bf16": 2, "fp32": 4}
 
 
-# What models use: gpt-oss, Gemma 2, BLOOM; and caches of every type.
+# What models use: Mistral, gpt-oss, Gemma 2, BLOOM; and caches of every type.
 SHIPPED_OPTIONS = {
+    "window": (Features(window=True), "bf16", 128),
+    "sinks": (Features(sinks=True), "bf16", 64),
+    "softcap": (Features(softcap=True), "bf16", 256),
     "window-sinks": (Features(window=True, sinks=True), "bf16", 64),
     "window-softcap": (Features(window=True, softcap=True), "bf16", 256),
     "alibi": (Features(alibi=True), "fp16", 128),

@@ -15,7 +15,7 @@ from torch_paged.kernels.copy_blocks import copy_blocks
 from torch_paged.kernels.device import device_of
 from torch_paged.kernels.gather_blocks import gather_blocks, scatter_blocks
 from torch_paged.kernels.launch_config import AttentionLaunch, attention_launches
-from torch_paged.kernels.launch_tiles import LONG, MANY_ROWS, MANY_UNITS
+from torch_paged.kernels.launch_tiles import FAR_CAP, LONG, MANY_ROWS, MANY_UNITS, SHORT_WINDOW
 from torch_paged.kernels.merge_attention import merge_attention
 from torch_paged.kernels.rotary_append import rotary_append
 from torch_paged.kernels.schedule import schedule
@@ -57,8 +57,13 @@ def warmup(
         _write(model, keys, values)
         if rotary_dim is not None:
             _rotate_and_write(model, keys, values, rotary_dim, interleaved)
+        models = [model]
+        if given.softcap:  # a large one may have other kernels
+            models.append(model._replace(options=model.options._replace(softcap=2 * FAR_CAP)))
         for its_values in [values] if value_head_dim >= head_dim else [values, keys[..., :value_head_dim]]:
-            batches += [(model, keys, its_values, *kind) for kind in _kinds(model, keys, its_values)]
+            known: set[AttentionLaunch] = set()
+            for one in models:
+                batches += [(one, keys, its_values, *kind) for kind in _kinds(one, keys, its_values, known)]
     for done, batch in enumerate(batches, 1):
         arguments = _batch(*batch)
         schedule(*arguments, causal, batch[0].options, arguments[0].new_empty(SCHEDULE_SHAPE, dtype=torch.int32))
@@ -93,7 +98,7 @@ def _options(
     """Any values of the options that are on."""
     per_head = torch.zeros(num_heads, dtype=torch.float32, device=device)
     return AttentionOptions(
-        sliding_window=1 if sliding_window else None,
+        sliding_window=2 * SHORT_WINDOW if sliding_window else None,  # short ones need fewer kernels
         softcap=1.0 if softcap else 0.0,
         alibi_slopes=per_head if alibi_slopes else None,
         sinks=per_head if sinks else None,
@@ -118,12 +123,11 @@ def _batch(model: _Model, keys: Tensor, values: Tensor, sequences: int, tokens: 
     return query, keys, values, table, table[:, 0], starts.clamp(max=tokens) if ragged else None
 
 
-def _kinds(model: _Model, keys: Tensor, values: Tensor) -> list[tuple[int, int, bool]]:
-    """Numbers of sequences and of tokens, uniform and ragged, that between them need every launch there is."""
+def _kinds(model: _Model, keys: Tensor, values: Tensor, known: set[AttentionLaunch]) -> list[tuple[int, int, bool]]:
+    """Numbers of sequences and of tokens, uniform and ragged, that between them need every launch not yet `known`."""
     query, _, _, table, _, _ = _batch(model, keys, values, 1, 1, False)
     problem = problem_of(query, keys, values, table, None, model.causal, model.options)
     kinds: list[tuple[int, int, bool]] = []
-    known: set[AttentionLaunch] = set()
     few = range(1, MANY_ROWS * keys.shape[2] // model.num_heads + 2)
     longer = [LONG << times for times in range(8)]  # the last of them are dealt out in rounds
     batches = [(1, tokens) for tokens in (*few, *longer)] + [(MANY_UNITS, MANY_UNITS * queries) for queries in few]
