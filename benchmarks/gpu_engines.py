@@ -63,7 +63,9 @@ def _scratch(device: torch.device, *shapes: tuple[int, ...]) -> list[Tensor]:
     return [torch.empty(shape, device=device) for shape in shapes]
 
 
-def _vllm_arguments(case: Case, inputs: Arguments, sliding_window: int | None) -> dict[str, Any]:
+def _vllm_arguments(
+    case: Case, inputs: Arguments, sliding_window: int | None = None, softcap: float = 0.0
+) -> dict[str, Any]:
     """What vLLM's attentions share. Its cache is token-major and holds a token's key and value side by side."""
     _installed("vllm")
     if case.block % 16 or case.dim != case.value_dim:
@@ -83,19 +85,14 @@ def _vllm_arguments(case: Case, inputs: Arguments, sliding_window: int | None) -
         "softmax_scale": case.dim**-0.5,
         "causal": case.causal,
         "window_size": (-1, -1) if sliding_window is None else (sliding_window - 1, 0),
+        "softcap": softcap,
         "block_table": table.clamp(max=key_cache.shape[0] - 1),
     }
 
 
-def vllm_attention(
-    case: Case,
-    inputs: Arguments,
-    sliding_window: int | None = None,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-) -> Call:
+def vllm_attention(case: Case, inputs: Arguments, sinks: Tensor | None = None, **options: Any) -> Call:
     """Few sequences of few queries are cut into 16 segments each, as its TritonAttentionMetadataBuilder decides."""
-    arguments = _vllm_arguments(case, inputs, sliding_window)
+    arguments = _vllm_arguments(case, inputs, **options)
     from vllm.v1.attention.ops.triton_unified_attention import MAX_3D_QUERY_LEN, unified_attention
 
     few = 128 // case.kv_heads
@@ -106,7 +103,6 @@ def vllm_attention(
     def call() -> Tensor:
         unified_attention(
             **arguments,
-            softcap=softcap,
             sinks=sinks,
             q_descale=None,
             k_descale=None,
@@ -122,16 +118,9 @@ def vllm_attention(
     return call
 
 
-def flash_attention(
-    version: int,
-    case: Case,
-    inputs: Arguments,
-    sliding_window: int | None = None,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-) -> Call:
+def flash_attention(version: int, case: Case, inputs: Arguments, sinks: Tensor | None = None, **options: Any) -> Call:
     """FlashAttention as vLLM builds and calls it: version 3 plans on the device once a step, with at most 32 splits."""
-    arguments = _vllm_arguments(case, inputs, sliding_window)
+    arguments = _vllm_arguments(case, inputs, **options)
     if sinks is not None:
         arguments["s_aux"] = sinks.to(inputs[0].dtype)
     from vllm.vllm_flash_attn import fa_version_unsupported_reason, flash_attn_varlen_func, get_scheduler_metadata
@@ -153,10 +142,10 @@ def flash_attention(
             page_size=case.block,
             causal=case.causal,
             window_size=arguments["window_size"],
-            has_softcap=softcap > 0,
+            has_softcap=arguments["softcap"] > 0,
             num_splits=arguments["num_splits"],
         )
-    return lambda: flash_attn_varlen_func(**arguments, softcap=softcap, fa_version=version)
+    return lambda: flash_attn_varlen_func(**arguments, fa_version=version)
 
 
 def _sglang_slots(case: Case, inputs: Arguments, lens: Iterable[int]) -> Tensor:
