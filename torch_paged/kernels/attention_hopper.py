@@ -35,6 +35,20 @@ def _num_programs():
     return gl.inline_asm_elementwise("mov.b32 $0, %nctaid.x;", "=r", [], gl.int32, is_pure=False, pack=1)
 
 
+@gluon.constexpr_function
+def _in_eights(ONCE, NUM_WARPS, V):
+    """A layout of rows of 16 bits in which a thread has 8 columns side by side, or `ONCE` on the way there 4.
+
+    Warps keep their rows, and a step exchanges one bit of a column between registers and lanes: Triton 3.6 does that
+    by shuffles, both at once through shared memory, of which there is none left.
+    """
+    FOUR, SIXTEEN = ([0, 16], [0, 4]) if ONCE else ([0, 4], [0, 16])
+    REGISTERS = [[0, 1], [0, 2], FOUR, [8, 0], *([0, COLUMN] for COLUMN in (32, 64, 128) if COLUMN < V.value_dim)]
+    LANES = [[0, 8], SIXTEEN, [1, 0], [2, 0], [4, 0]]
+    WARPS = [[ROW, 0] for ROW in (16, 32, 64) if ROW < 16 * NUM_WARPS]
+    return gl.DistributedLinearLayout(REGISTERS, LANES, WARPS, [], [16 * NUM_WARPS, V.value_dim])
+
+
 @gluon.jit
 def _store(base, row, values, valid, V: gl.constexpr):
     """Writes rows of `value_dim` elements that stand close behind `base`."""
@@ -68,7 +82,12 @@ def _write_output(output_rows, lse, state, sink, first_row, row, valid, V: gl.co
     factor, row_lse = finish(largest, total, sink, V)
     gl.store(lse + first_row + row, row_lse, mask=valid)
     factor = gl.convert_layout(factor, gl.SliceLayout(1, output.type.layout))
-    _store(output_rows + first_row * V.value_dim, row, output * factor[:, None], valid, V)
+    numbers = (output * factor[:, None]).to(output_rows.dtype.element_ty)
+    numbers = gl.convert_layout(numbers, _in_eights(True, gl.num_warps(), V))
+    # Unknown to the compiler, which would make one step of both otherwise.
+    numbers = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [numbers], numbers.dtype, is_pure=False, pack=2)
+    numbers = gl.convert_layout(numbers, _in_eights(False, gl.num_warps(), V))
+    _store(output_rows + first_row * V.value_dim, row, numbers, valid, V)
 
 
 @gluon.jit

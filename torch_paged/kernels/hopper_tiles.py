@@ -240,7 +240,10 @@ def first_tile(
     DIM: gl.constexpr = V.value_dim
     await_tile(keys_here, count, V)
     _await_query()
-    scores = warpgroup_mma_wait(0, deps=(_scores(query, key_buffers, count, V),))
+    scores = _scores(query, key_buffers, count, V)
+    if V.has.window:
+        _hide_values(value_buffers, values_here, first, count, sight, V)
+    scores = warpgroup_mma_wait(0, deps=(scores,))
     free_tile(keys_free, count, V)
     scores, factor = _logits(scores, scale, V)
     if masked:
@@ -248,6 +251,4 @@ def first_tile(
     nothing = gl.zeros([LANES], gl.float32, ROW)
     weights, largest, total, _ = _softmax(scores, nothing - float("inf"), nothing, factor, True)
     weights = gl.convert_layout(weights.to(key_buffers.dtype), gl.DotOperandLayout(0, OUTPUT, 2))
-    if V.has.window:
-        _hide_values(value_buffers, values_here, first, count, sight, V)
     return (largest, total, gl.zeros([LANES, DIM], gl.float32, OUTPUT)), weights
