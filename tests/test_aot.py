@@ -28,11 +28,10 @@ MATRIX_UNIT = {"sm_80": "tensor_core", "sm_90": "wgmma", "sm_100": "tcgen05", "g
 
 def hopper_faults(variant, kernel, parts):
     """What a form of `attention_hopper` lacks."""
-    v = variant.launch.variant
     demands = {
         "products under way": kernel.pipelined_loops == 2 * parts,
-        # The assembler has the wait for a product ahead of them at dim 64, and at 128 where there is a window.
-        "exponentials meanwhile": kernel.overlapped > 0 or v.head_dim == 64 or (v.head_dim == 128 and v.has.window),
+        # The assembler has the wait for a product ahead of them at dim 64.
+        "exponentials meanwhile": kernel.overlapped > 0 or variant.launch.variant.head_dim == 64,
         "no spilled registers": kernel.instructions["spill"] == 0,
         "matrix unit": kernel.instructions["wgmma"] > 0 and kernel.instructions["tensor_core"] == 0,
         "copy engine": kernel.instructions["copy_engine"] > 0,
