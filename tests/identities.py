@@ -158,7 +158,7 @@ def serve_long(heads, kv_heads, dim, value_dim, block_size, head_major):
     slots = (9, kv_heads, block_size) if head_major else (9, block_size, kv_heads)
     caches = [torch.empty(*slots, width, dtype=DTYPE) for width in (dim, value_dim)]
     key_cache, value_cache = [cache.transpose(1, 2) for cache in caches] if head_major else caches
-    sizes = [(2048, 1), (20000, 3), (100000, 1), (2048, 64), (40000, 50)]
+    sizes = [(2048, 1), (1900, 1), (4500, 3), (20000, 3), (100000, 1), (2048, 64), (40000, 50)]
     for (queries, seqs), ragged in itertools.product(sizes, (False, True)):
         query = torch.empty(queries - queries % seqs, heads, dim, dtype=DTYPE)
         table, bounds = torch.zeros(seqs, 5, dtype=torch.int32), torch.zeros(seqs + 1, dtype=torch.int32)
@@ -195,7 +195,7 @@ def serve_with(heads, kv_heads, dim, value_dim, block_size, options, head_major)
         for bounds in [starts, None] if seqs <= rows else [starts]:
             torch_paged.attention(
                 query, *caches, torch.zeros(seqs, 5, dtype=torch.int32), torch.full((seqs,), 5, dtype=torch.int32),
-                cu_seqlens_q=bounds, sliding_window=(7, 600)[first] if "sliding_window" in options else None,
+                cu_seqlens_q=bounds, sliding_window=(7, 2000)[first] if "sliding_window" in options else None,
                 softcap=(2.0, 1e5)[first] if "softcap" in options else 0.0,
                 alibi_slopes=per_head if "alibi_slopes" in options else None,
                 sinks=per_head if "sinks" in options else None, **written,

@@ -91,10 +91,13 @@ def copying_faults(kernel, narrow_stores=0):
 
 
 # Between two units: 13 registers, where with 32 keys or two stages there are none, and it is slower; and one, since
-# output is written 16 bytes at a time.
+# output is written 16 bytes at a time. Of the form whose warps wait for each other anyway, no such wait was seen to
+# matter.
 KNOWN_FAULTS = {
     ("sm_90", "int8-token-several-bf16-dim128-block16-rows64"): ["no spilled registers"],
     ("sm_90", "sinks-prefill-bf16-dim64-block16-rows192"): ["no spilled registers"],
+    ("sm_90", "short-fp16-dim128-block64-rows128"): ["exponentials meanwhile"],
+    ("sm_90", "short-bf16-dim128-block64-rows128"): ["exponentials meanwhile"],
 }
 # Instructions that move what was spilled, where parts of float32 attention are combined eight rows at a time.
 SPILLS_OF_COMBINE = {("sm_100", f"{kind}-fp32-dim128-block16-rows32"): 8 for kind in ("prefill", "mixed")}

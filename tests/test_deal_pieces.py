@@ -15,7 +15,15 @@ from torch_paged.kernels.features import Features
 from torch_paged.kernels.launch_config import attention_launches
 from torch_paged.kernels.launch_tiles import LONG_LOOP
 from torch_paged.kernels.problem import Device, Problem, next_power_of_two
-from torch_paged.kernels.rounds import begin_rounds, deal_pieces, most_late, num_piece_ints
+from torch_paged.kernels.rounds import (
+    FORM,
+    PIECES_BEGIN,
+    SHORT_LOOPS,
+    begin_rounds,
+    deal_pieces,
+    most_late,
+    num_piece_ints,
+)
 from torch_paged.kernels.units import LATE_UNITS
 
 pytestmark = [pytest.mark.interpreter if os.environ.get("TRITON_INTERPRET") == "1" else pytest.mark.gpu]
@@ -32,44 +40,38 @@ BATCHES = {
 }
 
 
-def dealt_turns(queries, keys, spare, heads, programs, rounds, v, long_loop=0, bounds=None, window=None):
-    """What `deal_pieces` writes, `[turns, programs]` pieces and late ones, and what it leaves for `combine`."""
+def dealt_rounds(queries, keys, spare, heads, programs, rounds, v, long_loop=0, bounds=None, window=None):
+    """The form, `[rounds, programs]` pieces and late ones, and what `deal_pieces` leaves for `combine`."""
     lens = torch.tensor(keys, dtype=torch.int32, device=DEVICE)
     if bounds is None:
         bounds = [0, *itertools.accumulate(queries)]
     batch = sum(queries) + spare, len(keys), heads, 8192, window or 0
     bounds = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
-    starts = torch.full((max(rounds - 1, 0) * programs + 1,), -1, dtype=torch.int64, device=DEVICE)
+    starts = torch.full(((rounds - 1) * programs + 1,), -1, dtype=torch.int64, device=DEVICE)
     if rounds > 1:
         begin_rounds[(len(starts),)](lens, bounds, starts, *batch, programs, rounds, V=v)
     room = most_late(batch[0], heads, v.group, v.block_m)
-    turns = rounds + 1
     pieces = torch.full((num_piece_ints(programs, rounds, room) + 500,), UNWRITTEN, dtype=torch.int32, device=DEVICE)
     partial = torch.full((2 * programs * v.block_m * (v.value_dim + 2),), torch.nan, device=DEVICE)
     handoff = torch.full((3, programs), UNWRITTEN, dtype=torch.int32, device=DEVICE)
     work = lens, bounds, starts, pieces, partial, handoff, *batch, long_loop, room
-    deal_pieces[(programs, turns)](*work, PROGRAMS=next_power_of_two(programs), V=v)
-    (begin, end), pieces, dealt = pieces[:2].tolist(), pieces[2:].view(-1, 5), programs * turns
+    deal_pieces[(programs, rounds)](*work, PROGRAMS=next_power_of_two(programs), V=v)
+    (begin, end), form = pieces[:2].tolist(), pieces[FORM.value].item()
+    pieces = pieces[PIECES_BEGIN.value :].view(-1, 5)
     if not any(units_of([*queries, spare], [*keys, 0], heads, v, window)):
-        assert begin == end == UNWRITTEN  # nobody looks for late units
-        begin = end = dealt
-    assert begin == dealt and end <= begin + room
+        assert form == -1 and begin == end == UNWRITTEN and (pieces == UNWRITTEN).all()
+        return form, [], [], partial, handoff
+    assert begin == programs * rounds and end <= begin + room
     assert (pieces[end:] == UNWRITTEN).all()
-    return (
-        pieces[:begin].view(programs, turns, 5).transpose(0, 1).tolist(),
-        pieces[begin:end].tolist(),
-        partial,
-        handoff,
-    )
+    dealt = pieces[:begin].view(programs, rounds, 5).transpose(0, 1)
+    return form, dealt.tolist(), pieces[begin:end].tolist(), partial, handoff
 
 
 def dealt_pieces(*batch, **options):
-    """The pieces of the form that has the work, in the order of the row, of its rounds or of turn 0; late ones."""
-    (first, *others), late, _, _ = dealt_turns(*batch, **options)
-    idle, served = ([first], others) if others else ([], [first])
-    assert all(count < 0 for turn in idle for *_, count, _ in turn)
-    assert all(count >= 0 for turn in served for *_, count, _ in turn)
-    return list(itertools.chain(*served)), late
+    """The pieces, in the order of the row, and late ones."""
+    _, rounds, late, _, _ = dealt_rounds(*batch, **options)
+    assert all(count >= 0 for pieces in rounds for *_, count, _ in pieces)
+    return list(itertools.chain(*rounds)), late
 
 
 def variant_of(queries, keys, spare, heads, programs, causal=True, block_m=128, num_heads=8, window=None, ragged=True):
@@ -116,7 +118,7 @@ def check_covered(pieces, late, queries, keys, spare, heads, v, window=None):
 
 @pytest.mark.parametrize(
     ("programs", "rounds", "causal", "block_m"),
-    [(3, 0, True, 128), (1, 1, True, 128), (13, 1, True, 192), (3, 2, False, 128), (3, 4, True, 192)],
+    [(3, 1, True, 128), (1, 1, True, 128), (13, 1, True, 192), (3, 2, False, 128), (3, 4, True, 192)],
 )
 @pytest.mark.parametrize("name", BATCHES)
 def test_every_tile_is_dealt_once(name, programs, rounds, causal, block_m):
@@ -125,13 +127,13 @@ def test_every_tile_is_dealt_once(name, programs, rounds, causal, block_m):
     v = variant_of(queries, keys, spare, heads, programs, causal, block_m)
     pieces, late = dealt_pieces(queries, keys, spare, heads, programs, rounds, v)
     whole = check_covered(pieces, late, queries, keys, spare, heads, v)
-    assert all(whole[: max(rounds - 1, 0) * programs])
+    assert all(whole[: (rounds - 1) * programs])
 
 
 @pytest.mark.parametrize(
     ("name", "window", "programs", "rounds"),
     [
-        ("mixed", 1, 3, 0),
+        ("mixed", 1, 3, 1),
         ("mixed", 100, 7, 1),
         ("few-queries", 300, 3, 3),
         ("without-keys", 128, 3, 2),
@@ -149,10 +151,10 @@ def test_every_tile_that_a_window_shows_is_dealt_once(name, window, programs, ro
     pieces, late = dealt_pieces(queries, keys, spare, heads, programs, rounds, v, window=window)
     assert (len(late) >= LATE_UNITS.value) == (name == "late")
     whole = check_covered(pieces, late, queries, keys, spare, heads, v, window)
-    assert all(whole[: max(rounds - 1, 0) * programs])
+    assert all(whole[: (rounds - 1) * programs])
 
 
-@pytest.mark.parametrize(("programs", "rounds", "causal"), [(3, 0, True), (7, 1, True), (5, 3, True), (5, 3, False)])
+@pytest.mark.parametrize(("programs", "rounds", "causal"), [(3, 1, True), (7, 2, True), (5, 3, True), (5, 3, False)])
 @pytest.mark.parametrize(
     ("queries", "keys"),
     [
@@ -170,14 +172,14 @@ def test_units_that_see_little_of_a_long_prompt_come_last(queries, keys, program
     pieces, late = dealt_pieces(queries, keys, spare, heads, programs, rounds, v)
     assert (len(late) >= LATE_UNITS.value) == causal
     whole = check_covered(pieces, late, queries, keys, spare, heads, v)
-    assert all(whole[: max(rounds - 1, 0) * programs])
+    assert all(whole[: (rounds - 1) * programs])
 
 
 def test_no_more_late_units_than_there_is_room_for():
     """Of sequences that overlap there may be more."""
     queries, heads = [2048] * 5, 8
     v = variant_of(queries, queries, 0, heads, 3, num_heads=64)
-    _, late, _, _ = dealt_turns([2048, 100], queries, 0, heads, 3, 1, v, bounds=[0, 2048, 0, 2048, 0, 2048])
+    _, _, late, _, _ = dealt_rounds([2048, 100], queries, 0, heads, 3, 1, v, bounds=[0, 2048, 0, 2048, 0, 2048])
     assert len(late) == most_late(2148, heads, v.group, v.block_m) < 3 * LATE_UNITS.value
 
 
@@ -185,12 +187,12 @@ def test_late_units_do_not_decide_for_a_form():
     """The others have long loops, all together short ones."""
     queries, heads = [60] * 5 + [2100] + [60] * 5, 8
     v = variant_of(queries, queries, 0, heads, 3, num_heads=64)
-    turns, late, _, _ = dealt_turns(queries, queries, 0, heads, 3, 1, v, LONG_LOOP)
+    form, _, late, _, _ = dealt_rounds(queries, queries, 0, heads, 3, 1, v, LONG_LOOP)
     units = dict(units_of(queries, queries, heads, v))
     all_units, others = len(units), len(units) - len(late)
     long = sum(tiles for its, tiles in units.items() if [*its, 0, 1, LAST_TILE.value] not in late)
     assert 1.05 * all_units * LONG_LOOP > 1.1 * long > 1.2 * others * LONG_LOOP
-    assert all(count == -1 for *_, count, _ in turns[0])
+    assert form == 1
 
 
 SHAPES = {
@@ -212,22 +214,21 @@ def mean_loop(queries, keys, heads, v, window):
 @pytest.mark.parametrize(("rounds", "seed", "window"), [(1, 0, None), (3, 1, None), (3, 2, 200)])
 @pytest.mark.parametrize("name", SHAPES)
 def test_one_form_gets_everything(name, rounds, seed, window):
-    """That for long loops, in its rounds, where units have many tiles of keys on average; nobody tells the host."""
+    """That for long loops where units have many tiles of keys on average; nobody tells the host."""
     chance, heads, programs, spare = random.Random(seed), 2, 4, seed
     queries, lengths = SHAPES[name]
     queries = chance.sample(queries, len(queries))
     keys = [max(count, chance.choice(lengths)) for count in queries]
     v = variant_of(queries, keys, spare, heads, programs, window=window)
-    turns, late, _, _ = dealt_turns(queries, keys, spare, heads, programs, rounds, v, LONG_LOOP, window=window)
-    idle = [all(count == -1 for *_, count, _ in turn) for turn in turns]
-    if any(units_of([*queries, spare], [*keys, 0], heads, v)):
-        assert idle[1:] == [not idle[0]] * rounds
-    else:
-        assert all(idle)
-    check_covered(itertools.chain(*turns), late, queries, keys, spare, heads, v, window)
+    batch = queries, keys, spare, heads, programs, rounds, v
+    form, dealt, late, _, _ = dealt_rounds(*batch, LONG_LOOP, window=window)
+    check_covered(itertools.chain(*dealt), late, queries, keys, spare, heads, v, window)
     mean = mean_loop(queries, keys, heads, v, window)
     if mean and not 0.9 * LONG_LOOP < mean < 1.1 * LONG_LOOP:
-        assert idle[0] == (mean >= LONG_LOOP)
+        assert form == (mean >= LONG_LOOP)
+    for long_loop, expected in ((0, 1), (SHORT_LOOPS.value, 0)):
+        same_form, same, *_ = dealt_rounds(*batch, long_loop, window=window)
+        assert same == dealt and same_form == (-1 if form < 0 else expected)
 
 
 @pytest.mark.parametrize("batch", [BATCHES["mixed"], ([1] * 20, [90] * 20)], ids=["work", "no-work"])
@@ -236,7 +237,7 @@ def test_nothing_is_left_to_others_yet(long_loop, block_m, batch):
     """What the form with the work overwrites, and the other leaves alone: an empty first slot of each program."""
     queries, keys, programs = *batch, 3
     v = variant_of(queries, keys, 0, 2, programs, block_m=block_m)
-    _, _, partial, handoff = dealt_turns(queries, keys, 0, 2, programs, 2, v, long_loop)
+    *_, partial, handoff = dealt_rounds(queries, keys, 0, 2, programs, 2, v, long_loop)
     assert handoff.tolist() == [[0] * programs, [-1] * programs, [UNWRITTEN] * programs]
     outputs, sums = partial.split([2 * programs * v.block_m * v.value_dim, 4 * programs * v.block_m])
     sums = sums.view(programs, 2, v.block_m, 2)

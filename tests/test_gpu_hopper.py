@@ -1,5 +1,6 @@
 """The Hopper kernel for many rows: values, and all that makes it different from the general one."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -177,17 +178,40 @@ def test_softcaps_of_any_size(forms):
 @pytest.mark.parametrize("forms", [(None, None)], ids=["as-launched"], indirect=True)
 def test_short_windows_have_one_form():
     inputs = attention_inputs([2050], [3000], num_heads=4, head_dim=128, dtype=torch.bfloat16, device="cuda")
-    for window, forms in ((1, (1,)), (500, (1, 2)), (256, (1,))):
+    for window, forms in ((1, (1,)), (1500, (1, 2)), (1024, (1,))):
         assert launches_of(inputs, sliding_window=window)[0].forms == forms
         check(inputs, *attention(*inputs, 0.1, True, sliding_window=window), sliding_window=window, scale=0.1)
+
+
+@pytest.mark.parametrize("forms", [(None, None)], ids=["small-programs"], indirect=True)
+@pytest.mark.parametrize("block_size", [8, 32, 64])
+@pytest.mark.parametrize("heads", [8, 2], ids=["group-4", "no-group"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_small_programs(dtype, heads, block_size, monkeypatch):
+    """Several on a multiprocessor: prompts of narrow heads, and short windows with every option."""
+    monkeypatch.setattr(launch_tiles, "SHARED", 0)
+    sizes = dict(num_heads=heads, num_kv_heads=2, block_size=block_size, dtype=dtype)
+    inputs = attention_inputs([90] * 3, [700, 90, 40], head_dim=64, uniform=True, device="cuda", **sizes)
+    for options in ({}, dict(softcap=0.7), dict(sinks=torch.linspace(-1, 3, heads, device="cuda"))):
+        (found,) = launches_of(inputs, **options)
+        assert (found.forms, found.variant.resident, found.variant.block_m) == ((1,), 3, 64)
+        check(inputs, *attention(*inputs, 64**-0.5, True, **options), **options)
+    for head_dim, option in itertools.product((64, 128), ("window-1", "window-60", "window-400", "all")):
+        batch = MIXED | sizes | dict(head_dim=head_dim, head_major=head_dim == 64)
+        inputs, options = with_options(option, batch)
+        found = launches_of(inputs, **options)[0]
+        assert (found.forms, found.variant.resident) == ((1,), {64: 3, 128: 2}[head_dim])
+        check(inputs, *attention(*inputs, head_dim**-0.5, True, **options), **options)
+        for programs, rounds in ((1, 1), (3, 5), (7, 2), (132, 1)):
+            check(inputs, *launch(inputs, options, programs=programs, rounds=rounds), **options)
 
 
 @pytest.mark.parametrize("option", ["window-60", "window-400", "all"])
 @pytest.mark.parametrize(("programs", "rounds"), [(1, 1), (3, 5), (7, 2), (132, 1)])
 @pytest.mark.parametrize("name", ["mixed", "no-group", "uniform", "late"])
-def test_any_division_of_windows_gives_the_same(name, programs, rounds, option, forms):
+def test_any_division_of_windows_gives_the_same(name, programs, rounds, option):
     inputs, options = with_options(option, LATE if name == "late" else BATCHES[name], dtype=torch.float16)
-    check(inputs, *launch(inputs, options, programs=programs, rounds=rounds if 2 in forms else 0), **options)
+    check(inputs, *launch(inputs, options, programs=programs, rounds=rounds), **options)
 
 
 @pytest.mark.parametrize("programs", [1, 2, 7, 31, 132])
@@ -218,9 +242,9 @@ def test_three_parts(name, dtype, causal, monkeypatch):
 
 @pytest.mark.parametrize("rounds", [2, 5])
 @pytest.mark.parametrize("name", ["mixed", "no-group", "uniform"])
-def test_any_number_of_rounds_gives_the_same(name, rounds, forms):
+def test_any_number_of_rounds_gives_the_same(name, rounds):
     inputs = attention_inputs(**BATCHES[name], dtype=torch.float16, device="cuda")
-    check(inputs, *launch(inputs, rounds=rounds if 2 in forms else 0, programs=3))
+    check(inputs, *launch(inputs, rounds=rounds, programs=3))
 
 
 @pytest.mark.parametrize("forms", [(None, None)], ids=["as-launched"], indirect=True)
@@ -236,10 +260,10 @@ def test_batches_of_which_shapes_say_little(queries, keys):
 
 
 @pytest.mark.parametrize("programs", [1, 7, 132])
-def test_units_that_come_last(programs, forms):
+def test_units_that_come_last(programs):
     """Those that see little of a long prompt, which whoever is first done with all others takes."""
     inputs = attention_inputs(**LATE, dtype=torch.bfloat16, device="cuda")
-    check(inputs, *launch(inputs, rounds=3 if 2 in forms else 0, programs=programs))
+    check(inputs, *launch(inputs, rounds=3, programs=programs))
 
 
 @pytest.mark.parametrize("forms", [(None, None)], ids=["three-parts"], indirect=True)

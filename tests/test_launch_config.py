@@ -7,7 +7,6 @@ import pytest
 
 from torch_paged.kernels.features import Features, Stored
 from torch_paged.kernels.launch_config import WORKSPACE_LIMIT, attention_launches
-from torch_paged.kernels.launch_tiles import LONG_LOOP, SHORT_WINDOW
 from torch_paged.kernels.problem import Device, Problem, split_dim
 from torch_paged.kernels.shipped import shipped_variants
 
@@ -235,8 +234,8 @@ def test_hopper_copies_blocks_where_they_make_tiles(changes, copy_rows):
         (8192, 4, False, (2,)),
         (8192, 5, True, (1, 2)),
         (8190, 5, False, (1,)),
-        (2048, 61, True, (1, 2)),
-        (2047, 61, True, (1,)),
+        (1792, 61, True, (1, 2)),
+        (1791, 61, True, (1,)),
     ],
 )
 def test_the_device_chooses_the_form_of_the_hopper_kernel_where_shapes_do_not(queries, seqs, ragged, forms):
@@ -247,18 +246,37 @@ def test_the_device_chooses_the_form_of_the_hopper_kernel_where_shapes_do_not(qu
     assert attention_launches(problem, DEVICES["sm_80"])[0].forms == ()
     # Windows may be short.
     problem = replace(problem, features=Features(window=True))
-    assert attention_launches(problem, DEVICES["sm_90"])[0].forms == ((1,) if queries < 2048 else (1, 2))
+    assert attention_launches(problem, DEVICES["sm_90"])[0].forms == ((1,) if queries < 1792 else (1, 2))
     assert attention_launches(replace(problem, short_window=True), DEVICES["sm_90"])[0].forms == (1,)
+    wide = replace(problem, head_dim=256, value_dim=256)
+    for each in (wide, replace(wide, features=Features()), replace(wide, short_window=True)):
+        assert attention_launches(each, DEVICES["sm_90"])[0].forms == (2,)
 
 
-@pytest.mark.parametrize("dim", [64, 128, 256])
-def test_no_unit_of_a_short_window_has_a_long_loop(dim):
-    problem = replace(
-        PREFILL, num_heads=64, num_kv_heads=64, head_dim=dim, value_dim=dim, features=Features(window=True)
-    )
-    variant = attention_launches(problem, DEVICES["sm_90"])[0].variant
-    keys = SHORT_WINDOW + variant.block_m // variant.group - 1
-    assert keys / variant.tile + 1 <= LONG_LOOP
+@pytest.mark.parametrize(
+    ("changes", "rows", "programs", "rounds"),
+    [
+        (dict(short_window=True), 64, 2, 1),
+        (dict(short_window=True, num_tokens=16384), 64, 2, 6),  # whose keys fill the L2 cache
+        (dict(short_window=True, block_size=64, ragged=True), 64, 2, 1),
+        (dict(short_window=True, block_size=128), 128, 1, 1),
+        (dict(short_window=True, head_dim=64, value_dim=64), 64, 3, 1),
+        (dict(short_window=True, head_dim=256, value_dim=256), 128, 1, 5),
+        (dict(short_window=False, num_seqs=5), 128, 1, 5),
+        (dict(short_window=False, num_seqs=9), 128, 1, 5),
+        (dict(features=Features(), num_seqs=8), 128, 1, 5),
+        (dict(features=Features(), num_seqs=16), 128, 1, 1),
+        (dict(features=Features(), num_seqs=8, head_dim=64, value_dim=64), 64, 3, 3),
+        (dict(features=Features(), num_seqs=16, head_dim=64, value_dim=64), 128, 1, 1),
+        (dict(features=Features(), num_seqs=8, head_dim=64, value_dim=64, ragged=True), 128, 1, 5),
+    ],
+    ids=str,
+)
+def test_short_units_have_small_programs_where_the_cache_serves_them(changes, rows, programs, rounds):
+    problem = replace(PREFILL, num_tokens=8192, features=Features(window=True))
+    launch = attention_launches(replace(problem, **changes), DEVICES["sm_90"])[0]
+    assert (launch.variant.block_m, launch.programs, launch.rounds) == (rows, 132 * programs, rounds)
+    assert launch.max_registers * 32 * (launch.num_warps + 4) * programs <= 65536
 
 
 @pytest.mark.parametrize(
@@ -268,7 +286,8 @@ def test_no_unit_of_a_short_window_has_a_long_loop(dim):
         (dict(ragged=True), (3,), 192, 12),
         (dict(block_size=8), (2,), 128, 8),  # ids of 16 blocks take the registers of a third part
         (dict(value_dim=128), (2,), 128, 8),
-        (dict(num_seqs=5), (1,), 128, 8),
+        (dict(num_seqs=5), (1,), 64, 4),
+        (dict(num_seqs=9), (1,), 128, 8),
         (dict(num_seqs=5, ragged=True), (1, 2), 128, 8),
     ],
 )
@@ -281,7 +300,7 @@ def test_three_parts_serve_long_prompts_of_narrow_heads(changes, forms, rows, wa
 
 def test_forms_differ_in_nothing_that_the_other_kernels_see():
     """They share workspace and pieces, and what is compiled for one of them serves both."""
-    batches = [replace(PREFILL, num_tokens=tokens, num_seqs=5, ragged=True) for tokens in (2000, 8000, 16000)]
+    batches = [replace(PREFILL, num_tokens=tokens, num_seqs=5, ragged=True) for tokens in (1700, 8000, 16000)]
     launches = [attention_launches(batch, DEVICES["sm_90"])[0] for batch in batches]
     assert [launch.forms for launch in launches] == [(1,), (1, 2), (2,)]
     assert len({replace(launch, forms=(), rounds=0) for launch in launches}) == 1
@@ -290,7 +309,7 @@ def test_forms_differ_in_nothing_that_the_other_kernels_see():
 @pytest.mark.parametrize(
     ("queries", "seqs", "heads", "rounds"),
     [
-        (512, 1, 32, 0),
+        (512, 1, 32, 1),
         (2048, 1, 32, 1),
         (8192, 1, 32, 5),
         (8192, 1, 8, 1),

@@ -14,7 +14,6 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from torch_paged.kernels.attention_combine import finish
 from torch_paged.kernels.attention_rows import first_seen, sinks_of, visible_to
-from torch_paged.kernels.deal import UNITS
 from torch_paged.kernels.hopper_loader import load_keys, load_values
 from torch_paged.kernels.hopper_ring import RECORD, RING, forget, keys_of_unit, left_of_unit, rows_of_unit
 from torch_paged.kernels.hopper_tiles import (
@@ -26,7 +25,8 @@ from torch_paged.kernels.hopper_tiles import (
     free_tile,
     lanes_of,
 )
-from torch_paged.kernels.hopper_units import of_piece, zero
+from torch_paged.kernels.hopper_units import zero
+from torch_paged.kernels.rounds import FORM
 
 
 @gluon.jit
@@ -199,6 +199,8 @@ def _registers(PARTS, V):
     """Registers of a thread of all parts but the first, and of the loaders: the more and smaller blocks, the more."""
     SMALL = V.copy_rows <= 8
     FOR_WINDOW = 16 if V.has.window and not SMALL else 0
+    if V.resident > 1:
+        return [40, 40]
     if PARTS == 1:
         LOADER = (72 if SMALL else 56) + FOR_WINDOW
         return [LOADER, LOADER]
@@ -211,13 +213,13 @@ def _registers(PARTS, V):
 
 @gluon.jit(
     do_not_specialize=[
-        "num_tokens", "num_seqs", "num_kv_heads", "num_blocks", "max_keys", "turns", "table_stride", "window",
+        "num_tokens", "num_seqs", "num_kv_heads", "num_blocks", "max_keys", "rounds", "table_stride", "window",
     ],
     do_not_specialize_on_alignment=["block_table", "seq_lens", "cu_seqlens_q", "sinks"],
 )  # fmt: skip
 def attention_hopper(
     query, key_map, value_map, block_table, seq_lens, cu_seqlens_q, pieces, output, lse, partial, handoff, scale,
-    num_tokens, num_seqs, num_kv_heads, num_blocks, max_keys, turns, query_strides, table_stride, window, sinks,
+    num_tokens, num_seqs, num_kv_heads, num_blocks, max_keys, rounds, query_strides, table_stride, window, sinks,
     PARTS: gl.constexpr, V: gl.constexpr,
 ):  # fmt: skip
     """Grid: one persistent program per multiprocessor, each with its pieces (see `rounds`), then late units.
@@ -226,8 +228,8 @@ def attention_hopper(
     value loader  | V0 | V1 | V2 | ...
     warpgroup     |    Q K0^T | softmax | Q K1^T, P0 V0 | softmax | Q K2^T, P1 V1 | ...       for 64 rows each
     """
-    if of_piece(pieces, gl.program_id(0) * turns + (PARTS > 1), UNITS) < 0:
-        return  # the other form has all of the work
+    if gl.load(pieces + FORM) != (PARTS > 1):
+        return  # the other form has all of the work, or there is none
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     STAGES: gl.constexpr = V.num_stages
     KEY_DIM: gl.constexpr = V.head_dim
@@ -266,7 +268,7 @@ def attention_hopper(
         gl.warp_specialize(
             [
                 (_attend, (0, attend, V)),
-                (load_keys, (keys_memory, ring, work, pieces, turns, batch, PARTS, V)),
+                (load_keys, (keys_memory, ring, work, pieces, rounds, batch, V)),
                 (load_values, (values_memory, ring, work, V)),
             ],
             [1, 1],
@@ -277,7 +279,7 @@ def attention_hopper(
             [
                 (_attend, (0, attend, V)),
                 (_attend, (1, attend, V)),
-                (load_keys, (keys_memory, ring, work, pieces, turns, batch, PARTS, V)),
+                (load_keys, (keys_memory, ring, work, pieces, rounds, batch, V)),
                 (load_values, (values_memory, ring, work, V)),
             ],
             [4, 1, 1],
@@ -289,7 +291,7 @@ def attention_hopper(
                 (_attend, (0, attend, V)),
                 (_attend, (1, attend, V)),
                 (_attend, (2, attend, V)),
-                (load_keys, (keys_memory, ring, work, pieces, turns, batch, PARTS, V)),
+                (load_keys, (keys_memory, ring, work, pieces, rounds, batch, V)),
                 (load_values, (values_memory, ring, work, V)),
             ],
             [4, 4, 1, 1],

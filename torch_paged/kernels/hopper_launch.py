@@ -12,7 +12,7 @@ from torch_paged.kernels.hopper_loader import COLUMNS
 from torch_paged.kernels.launch import Launcher
 from torch_paged.kernels.launch_config import AttentionLaunch
 from torch_paged.kernels.launch_tiles import LONG_LOOP
-from torch_paged.kernels.rounds import begin_rounds, deal_pieces, most_late, num_piece_ints
+from torch_paged.kernels.rounds import SHORT_LOOPS, begin_rounds, deal_pieces, most_late, num_piece_ints
 
 _MAX_MAPS = 1024
 _SWIZZLED = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
@@ -40,12 +40,12 @@ class HopperLauncher:
         self._programs, self._rounds, self._rows = launch.programs, launch.rounds, launch.variant.copy_rows
         self._rows_of_unit = launch.variant.group, launch.variant.block_m
         self._partial = launch.partial_floats
-        self._starts = max(launch.rounds - 1, 0) * launch.programs + 1
-        self._long_loop = LONG_LOOP if len(launch.forms) > 1 else 0
+        self._starts = (launch.rounds - 1) * launch.programs + 1
+        self._long_loop = {(1,): SHORT_LOOPS.value, (1, 2): LONG_LOOP}.get(launch.forms, 0)
         constants, few_warps = dict(V=launch.variant), dict(num_warps=4, maxnreg=64, **launch.overlap_option)
         self._begin = Launcher(begin_rounds, (self._starts, 1, 1), constants, few_warps)
         padded = dict(PROGRAMS=launch.padded_programs, **constants)
-        self._deal = Launcher(deal_pieces, (launch.programs, launch.rounds + 1, 1), padded, few_warps)
+        self._deal = Launcher(deal_pieces, (launch.programs, launch.rounds, 1), padded, few_warps)
         self._forms = [
             Launcher(
                 attention_hopper,
@@ -69,7 +69,6 @@ class HopperLauncher:
         starts = handoff.new_empty(self._starts, dtype=torch.int64)
         if self._rounds > 1:
             self._begin(seq_lens, cu_seqlens_q, starts, *batch, self._programs, self._rounds)
-        turns = self._rounds + 1
         room = most_late(num_tokens, num_kv_heads, *self._rows_of_unit)
         pieces = handoff.new_empty(num_piece_ints(self._programs, self._rounds, room))
         self._deal(seq_lens, cu_seqlens_q, starts, pieces, partial, handoff, *batch, self._long_loop, room)
@@ -77,8 +76,8 @@ class HopperLauncher:
         for attend in self._forms:
             attend(
                 query, *maps, block_table, seq_lens, cu_seqlens_q, pieces, output, lse, partial, handoff, scale,
-                num_tokens, num_seqs, num_kv_heads, num_blocks, max_keys, turns, query_strides, table_stride, window,
-                sinks,
+                num_tokens, num_seqs, num_kv_heads, num_blocks, max_keys, self._rounds, query_strides, table_stride,
+                window, sinks,
             )  # fmt: skip
 
     def _map(self, cache: Tensor) -> TensorDescriptor:

@@ -83,22 +83,21 @@ def _load_tiles(memory, table, num_blocks, head, low, keys, first, last, count, 
 
 
 @gluon.jit
-def load_keys(memory, ring, work, pieces, turns, batch, PARTS: gl.constexpr, V: gl.constexpr):
+def load_keys(memory, ring, work, pieces, rounds, batch, V: gl.constexpr):
     """Walks over this program's units, tells the other warps of each, and loads its keys."""
     block_table, table_stride, num_blocks, num_kv_heads, window = work
     nothing = num_kv_heads * 0
     count = nothing
     number = nothing
-    turn = nothing + (PARTS > 1)
-    last_turn = turns if PARTS > 1 else nothing + 1
-    piece = next_piece(pieces, turn, last_turn, turns)
+    turn = nothing
+    piece = next_piece(pieces, turn, rounds)
     while piece >= 0:
         sequence, unit = of_piece(pieces, piece, SEQUENCE), of_piece(pieces, piece, UNIT)
         index = nothing
         while index < of_piece(pieces, piece, UNITS):
             start, queries, keys, tiles, late = sequence_of(sequence, num_kv_heads, batch, V)
             # Late units are pieces of their own.
-            skipped = gl.where(turn < last_turn, gl.maximum(late - unit % tiles, 0), 0)
+            skipped = gl.where(turn < rounds, gl.maximum(late - unit % tiles, 0), 0)
             index += skipped
             unit += skipped
             if index < of_piece(pieces, piece, UNITS):
@@ -118,7 +117,7 @@ def load_keys(memory, ring, work, pieces, turns, batch, PARTS: gl.constexpr, V: 
                 sequence, unit = next_unit(sequence, unit, tiles, num_kv_heads, batch, V)
             index += 1
         turn += 1
-        piece = next_piece(pieces, turn, last_turn, turns)
+        piece = next_piece(pieces, turn, rounds)
     tell(ring, number, (-1,))
 
 

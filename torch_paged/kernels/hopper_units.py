@@ -22,10 +22,10 @@ def of_piece(pieces, piece, FIELD: gl.constexpr):
 
 
 @gluon.jit
-def next_piece(pieces, turn, last_turn, turns):
-    """Number of this program's piece for a turn; from `last_turn` on, of a late unit that nobody has, or -1."""
-    piece = gl.program_id(0) * turns + turn
-    if turn >= last_turn:
+def next_piece(pieces, turn, rounds):
+    """Number of this program's piece for a turn; after all rounds, of a late unit that nobody has, or -1."""
+    piece = gl.program_id(0) * rounds + turn
+    if turn >= rounds:
         piece = gl.atomic_add(pieces, 1, sem="relaxed")
         piece = gl.where(piece < gl.load(pieces + 1), piece, -1)
     return piece

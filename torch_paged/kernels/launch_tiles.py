@@ -9,10 +9,12 @@ from torch_paged.kernels.problem import Device, Problem, split_dim
 
 FEW_ROWS = 64
 MANY_ROWS = 128
-LONG = 2048  # query tokens of a sequence, on average
+LONG, LONG_IN_THREE_PARTS = 1792, 2048  # query tokens of a sequence, on average
+SHARED = 1024  # the same, of which many programs read the same keys at a time
 LONG_LOOP = 7  # tiles of keys that a unit of 128 rows has, on average, late ones aside
 HOPPER_DIMS = {64, 128, 256}
-SHORT_WINDOW = 256  # keys, of which no unit has LONG_LOOP tiles
+SHORT_WINDOW = 1024  # keys
+KEPT_CLOSE = 40 * 10**6  # bytes of keys and values that Hopper's L2 cache, of 50 MB, keeps beside all that passes
 FAR_CAP = 4096.0  # of float32, logits as `hopper_tiles` has them are off by 0.001 at larger softcaps
 MOST_ROUNDS = 6
 MANY_UNITS = 128  # of decode: KV heads of all sequences
@@ -50,9 +52,23 @@ def copy_rows(problem: Problem, device: Device, rows: int) -> int:
 def _hopper_tiles(problem: Problem) -> Tiles:
     """Tiles of `attention_hopper`: warpgroups of 64 rows, several buffers each for keys and for values."""
     width = max(problem.head_dim, problem.value_dim)
+    if _short_units(problem):
+        return Tiles(64, 64, 4, 3, 3 if width == 64 else 2)
     warpgroups = max(forms(problem)[-1], 2)
     stages = 3 if warpgroups > 2 else {64: 4, 128: 3, 256: 2}[width]
     return Tiles(64 * warpgroups, 64 if width > 128 else 128, 4 * warpgroups, stages, 1)
+
+
+def _short_units(problem: Problem) -> bool:
+    """Whether `attention_hopper` has several small programs on a multiprocessor: one computes while others wait.
+
+    They read keys for half as many rows. The L2 cache serves that of short windows, and of narrow heads where many
+    programs read the same keys at a time.
+    """
+    width = max(problem.head_dim, problem.value_dim)
+    if forms(problem) != (1,) or width > 128 or problem.block_size > 64:
+        return False
+    return problem.short_window or (width == 64 and problem.num_tokens >= SHARED * problem.num_seqs)
 
 
 def forms(problem: Problem) -> tuple[int, ...]:
@@ -61,25 +77,32 @@ def forms(problem: Problem) -> tuple[int, ...]:
     Short prompts and windows run through all of the code for few tiles: half of it, as one part needs, takes less time
     to fetch. What ragged batches and other windows are the device knows, if there are tokens enough for a long prompt
     (see `rounds`). Keys of 64 elements take as long to weight as to multiply: a third part has products for the tensor
-    cores meanwhile.
+    cores meanwhile. Of 256, products take so long that two parts are always faster.
     """
     window = problem.features.window
+    three = problem.head_dim == problem.value_dim == 64 and problem.block_size >= 16
+    if max(problem.head_dim, problem.value_dim) > 128:
+        return (2,)
     if problem.num_tokens < LONG or problem.short_window:
         return (1,)
-    if problem.num_tokens >= LONG * problem.num_seqs and not window:
-        return (3,) if problem.head_dim == problem.value_dim == 64 and problem.block_size >= 16 else (2,)
+    if problem.num_tokens >= (LONG_IN_THREE_PARTS if three else LONG) * problem.num_seqs and not window:
+        return (3,) if three else (2,)
     return (1, 2) if problem.ragged or window else (1,)
 
 
 def rounds(problem: Problem, programs: int) -> int:
     """How many times each of the programs of `attention_hopper` gets a piece, so that all stand in few heads at a time.
 
-    About three units are left to a piece, as pieces end between units in all rounds but one. Of its form for short
-    prompts, programs get all at once: 0 rounds.
+    About three units are left to a piece, as pieces end between units in all rounds but one. There is one round where
+    few programs would read the same keys, or the L2 cache holds these anyway.
     """
-    group = problem.num_heads // problem.num_kv_heads
-    units = problem.num_tokens * group // _hopper_tiles(problem).rows * problem.num_kv_heads
-    return max(1, min(units // programs // 3, MOST_ROUNDS)) if forms(problem)[-1] > 1 else 0
+    heads, columns = problem.num_kv_heads, problem.head_dim + problem.value_dim
+    if problem.short_window:
+        once = problem.num_tokens * heads * columns * problem.itemsize <= KEPT_CLOSE
+    else:
+        once = forms(problem) == (1,) and problem.num_tokens < SHARED * problem.num_seqs
+    units = problem.num_tokens * (problem.num_heads // heads) // _hopper_tiles(problem).rows * heads
+    return 1 if once else max(1, min(units // programs // 3, MOST_ROUNDS))
 
 
 def unit_cost(tiles: Tiles, rows: int, copied: int) -> int:
@@ -101,7 +124,7 @@ def unmasked_first(problem: Problem, device: Device, tiles: Tiles, rows: int) ->
 
 def hopper_registers(tiles: Tiles) -> int:
     """Registers of a thread of `attention_hopper`, before its warps, with four for the loaders, trade theirs."""
-    return 65536 // (32 * (tiles.num_warps + 4)) // 8 * 8
+    return 65536 // (32 * (tiles.num_warps + 4) * tiles.resident) // 8 * 8
 
 
 def max_registers(problem: Problem, device: Device, tiles: Tiles) -> int | None:

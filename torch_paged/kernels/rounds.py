@@ -8,12 +8,9 @@ of the last round, which are cut inside units and make up for that.
     row       |------ round 0 ------|------ round 1 ------|--------------- last round --------------|
     programs  |  0  |  1  |  2  | 3 |  0  | 1 |  2  |  3  |     0     |      1      |   2   |   3   |
 
-Rounds are for the form of the Hopper kernel that is faster where units have many tiles of keys. The other form, for
-short prompts, gets all of its work at once. Shapes alone do not tell many prompts from one long chunk beside many
-decodes: the host launches both forms then, and `deal_pieces`, which sees the lengths, gives everything to one of them.
-The other sees that first, ends, and has written nothing.
-
-    turn      |  0: all of it, for the form for short prompts   |  1: round 0  |  2: round 1  |  3: last round  |
+The Hopper kernel has a form that is faster where units have many tiles of keys, and one for short prompts. Shapes alone
+do not tell many prompts from one long chunk beside many decodes: the host launches both forms then, and `deal_pieces`,
+which sees the lengths, gives everything to one of them. The other sees that first, ends, and has written nothing.
 
 Programs with equal work end up to 4% apart, in each run others. So the units of a long prompt that see no more
 than a quarter of it are late: not dealt out, but in a list, the longest of a sequence first, from which who has done
@@ -28,7 +25,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from torch_paged.kernels.attention_state import write_sums
-from torch_paged.kernels.deal import LAST_TILE, PIECE, UNITS, all_work, equal_share, locate, tile_at, write_piece
+from torch_paged.kernels.deal import LAST_TILE, PIECE, all_work, equal_share, locate, tile_at, write_piece
 from torch_paged.kernels.units import (
     SEQUENCES,
     following,
@@ -39,7 +36,9 @@ from torch_paged.kernels.units import (
     tiles_of_unit,
 )
 
-PIECES_BEGIN: tl.constexpr = tl.constexpr(2)  # where `deal_pieces` writes the first
+SHORT_LOOPS: tl.constexpr = tl.constexpr(-1)  # in the place of a number of tiles: no loop is long
+FORM: tl.constexpr = tl.constexpr(2)  # where `deal_pieces` writes which form has the work: 1, that for long loops, or 0
+PIECES_BEGIN: tl.constexpr = tl.constexpr(3)  # and where the first piece
 
 
 def most_late(num_tokens: int, num_kv_heads: int, group: int, block_m: int) -> int:
@@ -51,7 +50,7 @@ def num_piece_ints(programs: int, rounds: int, room: int) -> int:
     """int32 numbers that `deal_pieces` writes for so many rounds, with room for so many late units."""
     begin: int = PIECES_BEGIN.value
     piece: int = PIECE.value
-    return begin + piece * (programs * (rounds + 1) + room)
+    return begin + piece * (programs * rounds + room)
 
 
 @triton.jit(
@@ -115,13 +114,14 @@ def _late_units(sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_h
 def _has_long_loops(
     total, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, long_loop, V: tl.constexpr
 ):
-    """Whether the units that are not late have `long_loop` tiles of keys or more, on average."""
+    """Whether the units that are not late have `long_loop` tiles of keys or more, on average; not if SHORT_LOOPS."""
     lane = tl.arange(0, SEQUENCES)
     units = tl.zeros([SEQUENCES], tl.int64)
     for first in range(0, num_seqs + 1, SEQUENCES):
         tiles, late = _late_units(first + lane, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
         units += tiles * num_kv_heads - late
-    return total >= tl.sum(units) * (long_loop * V.tile * V.group + V.unit_cost)
+    long = total >= tl.sum(units) * (long_loop * V.tile * V.group + V.unit_cost)
+    return long & (long_loop != SHORT_LOOPS)
 
 
 @triton.jit
@@ -170,41 +170,41 @@ def deal_pieces(
 ):  # fmt: skip
     """Writes the pieces, int32: first sequence, unit and tile, units, and the tile that is the end in the last of them.
 
-    next, end | program 0, turn 0 | turn 1 | ... | program 1, turn 0 | ... | a late unit | a late unit | ...
-    0           2                   7                                        2 + 5 * programs * turns
+    next, end, form | program 0, round 0 | round 1 | ... | program 1, round 0 | ... | a late unit | a late unit | ...
+    0                 3                    8                                          3 + 5 * programs * rounds
 
-    By `long_loop`, turn 0 or all others are the work; in those that are not, pieces have -1 units. Without any work,
-    only these are written here: no form reads anything else then. A piece begins with a tile that is its program's.
-    Late units among its units are not: each is a piece of its own, number [next, end). There is room for `room` of them
-    (see `most_late`); sequences that overlap may have more, which are left out.
+    The form is the one that `long_loop` tells (see `_has_long_loops`), or without any work -1, and nothing else is
+    written here. A piece begins with a tile that is its program's. Late units among its units are not: each is a piece
+    of its own, number [next, end). There is room for `room` of them (see `most_late`); sequences that overlap may have
+    more, which are left out.
 
-    Grid: (programs of attention, turns: 1 and the rounds). A single round needs no `starts` (see `begin_rounds`).
-    PROGRAMS is a power of two that is no less than programs.
+    Grid: (programs of attention, rounds). A single round needs no `starts` (see `begin_rounds`). PROGRAMS is a power of
+    two that is no less than programs.
     """
     if V.overlap:
         gdc_wait()
-    program, turn = tl.program_id(0), tl.program_id(1)
-    programs, rounds = tl.num_programs(0), tl.num_programs(1) - 1
-    piece = pieces + PIECES_BEGIN + PIECE * (program * (rounds + 1) + turn)
-    if turn == 0:
+    program, number = tl.program_id(0), tl.program_id(1)
+    programs, rounds = tl.num_programs(0), tl.num_programs(1)
+    if number == 0:
         _leave_nothing(partial, handoff, V)
     total, _, _ = all_work(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V, window)
     if total == 0:
-        tl.store(piece + UNITS, -1)
+        tl.store(pieces + FORM, -1)
         return
-    if turn == 0:
-        dealt = programs * (rounds + 1)
-        _deal_late(pieces, dealt, room, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
-    in_rounds = (rounds > 0) & _has_long_loops(
-        total, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, long_loop, V
-    )
-    served = in_rounds == (turn > 0)
-    total = tl.where(served, total, 0)
-    if (total == 0) | (turn == 0) | (rounds == 1):
+    if number == 0:
+        _deal_late(
+            pieces, programs * rounds, room, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V
+        )
+        if program == 0:
+            long = _has_long_loops(
+                total, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, long_loop, V
+            )
+            tl.store(pieces + FORM, long.to(tl.int32))
+    if rounds == 1:
         begin, end, _near = equal_share(total, V)
-    elif turn < rounds:
-        begin = tl.load(starts + (turn - 1) * programs + program)
-        end = tl.load(starts + (turn - 1) * programs + program + 1)
+    elif number < rounds - 1:
+        begin = tl.load(starts + number * programs + program)
+        end = tl.load(starts + number * programs + program + 1)
     else:
         begin, end = _last_piece(starts, total, programs, rounds, PROGRAMS, V)
     sequence, unit, inside, units, end_tile = locate(
@@ -218,5 +218,4 @@ def deal_pieces(
         _, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
         tiles = query_tiles(queries, V)
         sequence, unit = following(sequence, unit + 1, tiles, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, V)
-    units = tl.where(served, units, -1)
-    write_piece(piece, sequence, unit, first, units, end_tile)
+    write_piece(pieces + PIECES_BEGIN + PIECE * (program * rounds + number), sequence, unit, first, units, end_tile)

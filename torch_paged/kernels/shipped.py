@@ -37,7 +37,7 @@ SHIPPED_OPTIONS = {
 # Name, sequences, query tokens, whether ragged.
 _KINDS = (("decode", 8, 8, False), ("prefill", 8, 16384, False), ("mixed", 8, 4096, True))
 _SEVERAL = ("several", 16, 256, False)  # queries a sequence, as in speculative decoding
-_SHORT = ("short", 8, 4096, False)  # prompts, for which Hopper's kernel has another form; ragged batches have both
+_SHORT = ("short", 4, 4096, False)  # prompts, for which Hopper's kernel has another form; ragged batches have both
 _MANY = ("decode-of-many", 16, 16, False)  # served otherwise than a few are where caches hold 8-bit numbers
 
 
@@ -53,12 +53,13 @@ def shipped_variants(device: Device) -> list[ShippedVariant]:
 
 
 def shipped_option_variants(device: Device) -> list[ShippedVariant]:
-    """The same for `SHIPPED_OPTIONS`."""
+    """The same for `SHIPPED_OPTIONS`, and for short windows, which prefill on Hopper serves otherwise."""
     found = [
         variant
         for name, (features, dtype, dim) in SHIPPED_OPTIONS.items()
+        for short in (False, True)[: 1 + features.window]
         for kind in (*_KINDS[:2], _SEVERAL, _MANY)
-        for variant in _variants(device, f"{name}-", features, dtype, dim, 16, *kind)
+        for variant in _variants(device, "short-" * short + f"{name}-", features, dtype, dim, 16, *kind, short)
     ]
     return list({(variant.dtype, variant.launch): variant for variant in reversed(found)}.values())[::-1]
 
@@ -74,6 +75,7 @@ def _variants(
     num_seqs: int,
     num_tokens: int,
     ragged: bool,
+    short_window: bool = False,
 ) -> list[ShippedVariant]:
     problem = Problem(
         num_tokens=num_tokens,
@@ -87,6 +89,7 @@ def _variants(
         causal=True,
         ragged=ragged,
         features=features,
+        short_window=short_window,
     )
     return [
         ShippedVariant(f"{prefix}{kind}-{dtype}-dim{dim}-block{block_size}-rows{launch.variant.block_m}", dtype, launch)

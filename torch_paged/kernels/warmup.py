@@ -60,6 +60,8 @@ def warmup(
         models = [model]
         if given.softcap:  # a large one may have other kernels
             models.append(model._replace(options=model.options._replace(softcap=2 * FAR_CAP)))
+        if given.sliding_window:  # a short one, too
+            models.append(model._replace(options=model.options._replace(sliding_window=1)))
         for its_values in [values] if value_head_dim >= head_dim else [values, keys[..., :value_head_dim]]:
             known: set[AttentionLaunch] = set()
             for one in models:
@@ -98,7 +100,7 @@ def _options(
     """Any values of the options that are on."""
     per_head = torch.zeros(num_heads, dtype=torch.float32, device=device)
     return AttentionOptions(
-        sliding_window=2 * SHORT_WINDOW if sliding_window else None,  # short ones need fewer kernels
+        sliding_window=2 * SHORT_WINDOW if sliding_window else None,
         softcap=1.0 if softcap else 0.0,
         alibi_slopes=per_head if alibi_slopes else None,
         sinks=per_head if sinks else None,
