@@ -101,6 +101,8 @@ CASES = {
     "prefill 32k": Case((32768,), (32768,)),
     "prefill 16 x 512, cu_seqlens_q": Case((512,) * 16, (512,) * 16, ragged=True),
     "prefill 4 x 4k, cu_seqlens_q": Case((4096,) * 4, (4096,) * 4, ragged=True),
+    "prefill 512 on 8k": Case((8192,), (512,)),
+    "prefill 1k on 16k": Case((16384,), (1024,)),
     "prefill 128 on 128k": Case((131072,), (128,)),
     "mixed": Case((8192,) * 60 + (10240,), (1,) * 60 + (2048,), ragged=True),
     "mixed, decodes alone": Case((8192,) * 60, (1,) * 60, ragged=True),

@@ -53,6 +53,9 @@ WITH_PEERS = (
     "prefill 8k, dim 64",
     "prefill 8k, dim 256",
     "prefill 32k",
+    "prefill 512 on 8k",
+    "prefill 1k on 16k",
+    "prefill 128 on 128k",
     "mixed",
 )
 
@@ -198,8 +201,7 @@ def measure_all(case: Case, sets: list[Arguments], peers: bool) -> dict[str, Any
     """A case with a schedule, without one, by the general kernel where another serves it, and by its peers."""
     launches, without = shipped(case, sets[0]), general(case, sets[0])
     entry: dict[str, Any] = measure(case, sets, launches, scheduled=True)
-    if not launches[-1].forms:
-        entry["without a schedule"] = measure(case, sets, launches, repeats=10)
+    entry["without a schedule"] = measure(case, sets, launches, repeats=10)
     if without != launches:
         entry["general"] = measure(case, sets, without, repeats=10)
     if peers:

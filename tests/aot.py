@@ -44,7 +44,7 @@ _SASS = {
     "store128": r"\bSTG\.E[.\w]*\.128",
     "store_narrow": r"\bSTG\.E(?![.\w]*\.128)",
     "async128": r"\bLDGSTS[.\w]*\.128",
-    "async_narrow": r"\bLDGSTS(?![.\w]*\.128)",
+    "async_narrow": r"\bLDGSTS\b(?![.\w]*\.128)",
     "copy_engine": r"\bUTMALDG\b",
     "tensor_core": r"\b(?:HMMA|IMMA|DMMA)\b",
     "wgmma": r"\b[HQI]GMMA\b",

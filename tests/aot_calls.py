@@ -13,6 +13,7 @@ from torch_paged.kernels.attention import launch_attention
 from torch_paged.kernels.attention_schedule import schedule_launcher
 from torch_paged.kernels.copy_blocks import copy_blocks_kernel
 from torch_paged.kernels.features import Features
+from torch_paged.kernels.hopper_launch import HopperLauncher
 from torch_paged.kernels.problem import Device
 from torch_paged.kernels.shipped import ShippedVariant, shipped_option_variants, shipped_variants
 from torch_paged.options import PLAIN, SCHEDULE_SHAPE, AttentionOptions
@@ -76,7 +77,8 @@ def schedule_launch(variant: ShippedVariant) -> None:
     """What writes the schedule of one shipped variant."""
     v, ints = variant.launch.variant, functools.partial(torch.zeros, dtype=torch.int32)
     bounds = ints(5) if v.ragged else None
-    schedule_launcher(variant.launch)(ints(4), bounds, ints(SCHEDULE_SHAPE[1]), 8, 4, 2, 80, 0)
+    write = HopperLauncher(variant.launch).schedule if variant.launch.forms else schedule_launcher(variant.launch)
+    write(ints(4), bounds, ints(SCHEDULE_SHAPE[1]), 8, 4, 2, 80, 0)
 
 
 def attention(num_seqs: int, num_tokens: int, width: int, num_blocks: int, ragged: bool) -> None:

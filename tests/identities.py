@@ -36,6 +36,8 @@ MODELS = {
     "latent": (16, 1, 576, 512, 64),
     "dim 64, 14/2 heads": (14, 2, 64, 64, 16),  # long prompts have a form with other tiles
     "dim 64, 32/2 heads": (32, 2, 64, 64, 16),
+    "dim 64, 32/8 heads, block size 8": (32, 8, 64, 64, 8),
+    "dim 64, 32/8 heads, block size 128": (32, 8, 64, 64, 128),
 }
 
 OPTIONS = {
@@ -158,7 +160,8 @@ def serve_long(heads, kv_heads, dim, value_dim, block_size, head_major):
     slots = (9, kv_heads, block_size) if head_major else (9, block_size, kv_heads)
     caches = [torch.empty(*slots, width, dtype=DTYPE) for width in (dim, value_dim)]
     key_cache, value_cache = [cache.transpose(1, 2) for cache in caches] if head_major else caches
-    sizes = [(2048, 1), (1900, 1), (4500, 3), (20000, 3), (100000, 1), (2048, 64), (40000, 50)]
+    sizes = [(2048, 1), (1900, 1), (1500, 1), (4500, 3), (20000, 3), (100000, 1), (2048, 64), (40000, 50)]
+    sizes += [(16384, 16), (3000, 2)]
     for (queries, seqs), ragged in itertools.product(sizes, (False, True)):
         query = torch.empty(queries - queries % seqs, heads, dim, dtype=DTYPE)
         table, bounds = torch.zeros(seqs, 5, dtype=torch.int32), torch.zeros(seqs + 1, dtype=torch.int32)

@@ -22,6 +22,7 @@ import triton
 pytestmark = pytest.mark.aot
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 REGISTER_FILE = 65536  # registers of one NVIDIA multiprocessor
+SHARED_MEMORY = 228 * 1024  # bytes of one of Hopper's
 ALL_VARIANTS = os.environ.get("TORCH_PAGED_TEST_ALL_VARIANTS") == "1"
 MATRIX_UNIT = {"sm_80": "tensor_core", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "tensor_core"}
 
@@ -30,14 +31,16 @@ def hopper_faults(variant, kernel, parts):
     """What a form of `attention_hopper` lacks."""
     demands = {
         "products under way": kernel.pipelined_loops == 2 * parts,
-        # The assembler has the wait for a product ahead of them at dim 64.
-        "exponentials meanwhile": kernel.overlapped > 0 or variant.launch.variant.head_dim == 64,
+        # The assembler has the wait for a product ahead of them at dim 64. In the form of one part it has them all, or
+        # none, and was seen to be faster without: there the others' waits hide them.
+        "exponentials meanwhile": kernel.overlapped > 0 or parts == 1 or variant.launch.variant.head_dim == 64,
         "no spilled registers": kernel.instructions["spill"] == 0,
         "matrix unit": kernel.instructions["wgmma"] > 0 and kernel.instructions["tensor_core"] == 0,
         "copy engine": kernel.instructions["copy_engine"] > 0,
         "16-byte copies of queries": kernel.instructions["async128"] > 0 and kernel.instructions["async_narrow"] == 0,
         "registers for all warps": kernel.registers == variant.launch.max_registers,
-        "shared memory": kernel.shared_memory <= calls.DEVICES["sm_90"].shared_memory,
+        "shared memory for all programs": shared_memory_share(kernel) * variant.launch.variant.resident
+        <= SHARED_MEMORY,
     }
     return [what for what, met in demands.items() if not met]
 
@@ -77,6 +80,11 @@ def register_share(kernel, num_warps):
     return -(-kernel.registers // 8) * 8 * 32 * num_warps
 
 
+def shared_memory_share(kernel):
+    """Bytes of a multiprocessor's shared memory that a thread block occupies: 1024 are the driver's."""
+    return -(-kernel.shared_memory // 128) * 128 + 1024
+
+
 def copying_faults(kernel, narrow_stores=0):
     """What a kernel lacks that does little but move bytes."""
     count = kernel.instructions
@@ -90,14 +98,13 @@ def copying_faults(kernel, narrow_stores=0):
     return [what for what, met in demands.items() if not met]
 
 
-# Between two units: 13 registers, where with 32 keys or two stages there are none, and it is slower; and one, since
-# output is written 16 bytes at a time. Of the form whose warps wait for each other anyway, no such wait was seen to
-# matter.
+# Between two units: 13 registers, where with 32 keys or two stages there are none, and it is slower; and those of three
+# parts, since output is written 16 bytes at a time.
 KNOWN_FAULTS = {
     ("sm_90", "int8-token-several-bf16-dim128-block16-rows64"): ["no spilled registers"],
     ("sm_90", "sinks-prefill-bf16-dim64-block16-rows192"): ["no spilled registers"],
-    ("sm_90", "short-fp16-dim128-block64-rows128"): ["exponentials meanwhile"],
-    ("sm_90", "short-bf16-dim128-block64-rows128"): ["exponentials meanwhile"],
+    ("sm_90", "chunks-bf16-dim64-block16-rows192"): ["no spilled registers"],
+    ("sm_90", "chunks-bf16-dim64-block64-rows192"): ["no spilled registers"],
 }
 # Instructions that move what was spilled, where parts of float32 attention are combined eight rows at a time.
 SPILLS_OF_COMBINE = {("sm_100", f"{kind}-fp32-dim128-block16-rows32"): 8 for kind in ("prefill", "mixed")}
@@ -140,6 +147,7 @@ SCHEDULING = [
     for name in (
         "decode-bf16-dim128-block16-rows16",
         "mixed-bf16-dim128-block16-rows16",
+        "mixed-bf16-dim128-block16-rows128",
         "window-sinks-decode-bf16-dim64-block16-rows16",
     )
     if name in calls.shipped(target)
@@ -233,8 +241,9 @@ def test_quantising_kernels(job, workers):
 
 @pytest.mark.parametrize("job", SCHEDULING)
 def test_scheduling_kernels(job, workers):
-    (kernel,) = workers.submit(*job).result()
-    assert kernel.instructions["spill"] == 0, kernel
+    kernels = workers.submit(*job).result()
+    assert kernels
+    assert all(kernel.instructions["spill"] == 0 for kernel in kernels), kernels
 
 
 # Registers and instructions without any option, of Triton 3.6, to which options that are off may not add. A schedule,
@@ -279,7 +288,7 @@ def planted(kind, target="sm_90", block=16, misaligned=0, **changes):
     [
         pytest.param(planted("prefill", block=1, num_warps=4), "no spilled registers", id="half-the-warps"),
         pytest.param(planted("prefill", max_registers=144), "products under way", id="hopper-few-registers"),
-        pytest.param(planted("prefill", num_stages=4), "shared memory", id="hopper-four-stages"),
+        pytest.param(planted("prefill", num_stages=4), "shared memory for all programs", id="hopper-four-stages"),
         pytest.param(planted("decode", aligned=False, misaligned=1), "16-byte asynchronous copies", id="scalar-loads"),
         pytest.param(planted("decode", num_stages=1), "16-byte asynchronous copies", id="no-pipeline"),
         pytest.param(planted("decode", num_stages=2), "more than one tile of keys in flight", id="two-stages"),

@@ -10,13 +10,13 @@ import torch
 from dealt_units import units_of
 
 pytest.importorskip("triton")
+from torch_paged.kernels.attention_schedule import DEALT
 from torch_paged.kernels.deal import LAST_TILE
 from torch_paged.kernels.features import Features
 from torch_paged.kernels.launch_config import attention_launches
 from torch_paged.kernels.launch_tiles import LONG_LOOP
 from torch_paged.kernels.problem import Device, Problem, next_power_of_two
 from torch_paged.kernels.rounds import (
-    FORM,
     PIECES_BEGIN,
     SHORT_LOOPS,
     begin_rounds,
@@ -29,7 +29,8 @@ from torch_paged.kernels.units import LATE_UNITS
 pytestmark = [pytest.mark.interpreter if os.environ.get("TRITON_INTERPRET") == "1" else pytest.mark.gpu]
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
-UNWRITTEN = 77
+UNWRITTEN = -77
+NO_SCHEDULE = ()
 BATCHES = {
     "one-sequence": ([300], [300]),
     "few-queries": ([40], [5000]),
@@ -40,36 +41,47 @@ BATCHES = {
 }
 
 
-def dealt_rounds(queries, keys, spare, heads, programs, rounds, v, long_loop=0, bounds=None, window=None):
-    """The form, `[rounds, programs]` pieces and late ones, and what `deal_pieces` leaves for `combine`."""
+def deal(queries, keys, spare, heads, programs, rounds, v, long_loop=0, bounds=None, window=None, schedule=NO_SCHEDULE):
+    """What `deal_pieces` writes: pieces, and what is left to `combine`. `schedule`: it and a stamp; None: write one."""
     lens = torch.tensor(keys, dtype=torch.int32, device=DEVICE)
     if bounds is None:
         bounds = [0, *itertools.accumulate(queries)]
     batch = sum(queries) + spare, len(keys), heads, 8192, window or 0
     bounds = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
     starts = torch.full(((rounds - 1) * programs + 1,), -1, dtype=torch.int64, device=DEVICE)
-    if rounds > 1:
+    if rounds > 1 and schedule in (None, NO_SCHEDULE):
         begin_rounds[(len(starts),)](lens, bounds, starts, *batch, programs, rounds, V=v)
     room = most_late(batch[0], heads, v.group, v.block_m)
     pieces = torch.full((num_piece_ints(programs, rounds, room) + 500,), UNWRITTEN, dtype=torch.int32, device=DEVICE)
     partial = torch.full((2 * programs * v.block_m * (v.value_dim + 2),), torch.nan, device=DEVICE)
     handoff = torch.full((3, programs), UNWRITTEN, dtype=torch.int32, device=DEVICE)
-    work = lens, bounds, starts, pieces, partial, handoff, *batch, long_loop, room
-    deal_pieces[(programs, rounds)](*work, PROGRAMS=next_power_of_two(programs), V=v)
-    (begin, end), form = pieces[:2].tolist(), pieces[FORM.value].item()
+    if schedule is None:
+        begun = None, 0, pieces, None, None
+    else:
+        begun = (lens, 0) if schedule == NO_SCHEDULE else schedule
+        begun += pieces, partial, handoff
+    deal_pieces[(programs, rounds)](
+        lens, bounds, starts, *begun, *batch, long_loop, room, PROGRAMS=next_power_of_two(programs), V=v
+    )
+    return pieces, partial, handoff
+
+
+def dealt_rounds(queries, keys, spare, heads, programs, rounds, v, *args, window=None, **options):
+    """The form, `[rounds, programs]` pieces, and late ones."""
+    pieces, _, _ = deal(queries, keys, spare, heads, programs, rounds, v, *args, window=window, **options)
+    begin, end, form = pieces[: PIECES_BEGIN.value].tolist()
     pieces = pieces[PIECES_BEGIN.value :].view(-1, 5)
     if not any(units_of([*queries, spare], [*keys, 0], heads, v, window)):
         assert form == -1 and begin == end == UNWRITTEN and (pieces == UNWRITTEN).all()
-        return form, [], [], partial, handoff
-    assert begin == programs * rounds and end <= begin + room
+        return form, [], []
+    assert begin == programs * rounds and end <= begin + most_late(sum(queries) + spare, heads, v.group, v.block_m)
     assert (pieces[end:] == UNWRITTEN).all()
-    dealt = pieces[:begin].view(programs, rounds, 5).transpose(0, 1)
-    return form, dealt.tolist(), pieces[begin:end].tolist(), partial, handoff
+    return form, pieces[:begin].view(programs, rounds, 5).transpose(0, 1).tolist(), pieces[begin:end].tolist()
 
 
 def dealt_pieces(*batch, **options):
     """The pieces, in the order of the row, and late ones."""
-    _, rounds, late, _, _ = dealt_rounds(*batch, **options)
+    _, rounds, late = dealt_rounds(*batch, **options)
     assert all(count >= 0 for pieces in rounds for *_, count, _ in pieces)
     return list(itertools.chain(*rounds)), late
 
@@ -175,11 +187,52 @@ def test_units_that_see_little_of_a_long_prompt_come_last(queries, keys, program
     assert all(whole[: (rounds - 1) * programs])
 
 
+@pytest.mark.parametrize(
+    ("queries", "keys", "programs", "parts", "most"),
+    [
+        ([90], [4000], 13, 1, 1),  # 3 tiles of rows of 4 heads
+        ([90, 0, 96], [4000, 50, 3900], 13, 1, 2),
+        ([96] * 20, [4000] * 20, 7, 1, 35),
+        ([32], [4000], 13, 3, 1),
+        ([1, 20, 1], [400, 4000, 9], 33, 8, 1),
+    ],
+    ids=["one-each", "two-each", "many-each", "thirds", "decodes-beside"],
+)
+def test_alike_units_are_cut_alike(queries, keys, programs, parts, most):
+    heads = 4
+    v = variant_of(queries, keys, 0, heads, programs, num_heads=16)
+    v = replace(v, rows_above=16)
+    pieces, late = dealt_pieces(queries, keys, 0, heads, programs, 1, v)
+    whole = check_covered(pieces, late, queries, keys, 0, heads, v)
+    assert not late and max(count for *_, count, _ in pieces) == most
+    tiles = dict(units_of([*queries, 0], [*keys, 0], heads, v))
+    if parts == 1:
+        assert all(whole)
+    for sequence, unit, first, count, end in pieces:
+        if parts > 1 and count:
+            of_unit = tiles[sequence, unit]
+            assert count == 1 and min(end, of_unit) - first <= -(-of_unit // parts)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "programs"),
+    [([90, 20], [4000, 400], 15), ([33], [4000], 13)],
+    ids=["lengths", "too-few-for-all"],
+)
+def test_other_units_are_cut_where_pieces_end(queries, keys, programs):
+    """12 units of 4000 keys and 4 of 400, or 8 units."""
+    heads = 4
+    v = variant_of(queries, keys, 0, heads, programs, num_heads=16)
+    pieces, late = dealt_pieces(queries, keys, 0, heads, programs, 1, v)
+    assert not all(check_covered(pieces, late, queries, keys, 0, heads, v))
+    assert all(count for *_, count, _ in pieces)
+
+
 def test_no_more_late_units_than_there_is_room_for():
     """Of sequences that overlap there may be more."""
     queries, heads = [2048] * 5, 8
     v = variant_of(queries, queries, 0, heads, 3, num_heads=64)
-    _, _, late, _, _ = dealt_rounds([2048, 100], queries, 0, heads, 3, 1, v, bounds=[0, 2048, 0, 2048, 0, 2048])
+    _, _, late = dealt_rounds([2048, 100], queries, 0, heads, 3, 1, v, bounds=[0, 2048, 0, 2048, 0, 2048])
     assert len(late) == most_late(2148, heads, v.group, v.block_m) < 3 * LATE_UNITS.value
 
 
@@ -187,7 +240,7 @@ def test_late_units_do_not_decide_for_a_form():
     """The others have long loops, all together short ones."""
     queries, heads = [60] * 5 + [2100] + [60] * 5, 8
     v = variant_of(queries, queries, 0, heads, 3, num_heads=64)
-    form, _, late, _, _ = dealt_rounds(queries, queries, 0, heads, 3, 1, v, LONG_LOOP)
+    form, _, late = dealt_rounds(queries, queries, 0, heads, 3, 1, v, LONG_LOOP)
     units = dict(units_of(queries, queries, heads, v))
     all_units, others = len(units), len(units) - len(late)
     long = sum(tiles for its, tiles in units.items() if [*its, 0, 1, LAST_TILE.value] not in late)
@@ -221,13 +274,13 @@ def test_one_form_gets_everything(name, rounds, seed, window):
     keys = [max(count, chance.choice(lengths)) for count in queries]
     v = variant_of(queries, keys, spare, heads, programs, window=window)
     batch = queries, keys, spare, heads, programs, rounds, v
-    form, dealt, late, _, _ = dealt_rounds(*batch, LONG_LOOP, window=window)
+    form, dealt, late = dealt_rounds(*batch, LONG_LOOP, window=window)
     check_covered(itertools.chain(*dealt), late, queries, keys, spare, heads, v, window)
     mean = mean_loop(queries, keys, heads, v, window)
     if mean and not 0.9 * LONG_LOOP < mean < 1.1 * LONG_LOOP:
         assert form == (mean >= LONG_LOOP)
     for long_loop, expected in ((0, 1), (SHORT_LOOPS.value, 0)):
-        same_form, same, *_ = dealt_rounds(*batch, long_loop, window=window)
+        same_form, same, _ = dealt_rounds(*batch, long_loop, window=window)
         assert same == dealt and same_form == (-1 if form < 0 else expected)
 
 
@@ -237,7 +290,11 @@ def test_nothing_is_left_to_others_yet(long_loop, block_m, batch):
     """What the form with the work overwrites, and the other leaves alone: an empty first slot of each program."""
     queries, keys, programs = *batch, 3
     v = variant_of(queries, keys, 0, 2, programs, block_m=block_m)
-    *_, partial, handoff = dealt_rounds(queries, keys, 0, 2, programs, 2, v, long_loop)
+    _, partial, handoff = deal(queries, keys, 0, 2, programs, 2, v, long_loop)
+    check_nothing_is_left(partial, handoff, programs, v)
+
+
+def check_nothing_is_left(partial, handoff, programs, v):
     assert handoff.tolist() == [[0] * programs, [-1] * programs, [UNWRITTEN] * programs]
     outputs, sums = partial.split([2 * programs * v.block_m * v.value_dim, 4 * programs * v.block_m])
     sums = sums.view(programs, 2, v.block_m, 2)
@@ -262,3 +319,70 @@ def test_rounds_end_together(rounds):
         work[program] += end - begin
     assert max(work) <= 1.02 * before["end"] / programs
     assert any(count for *_, count, _ in pieces[:programs])
+
+
+SCHEDULED_BATCHES = {
+    "mixed": (BATCHES["mixed"], 3),
+    "late": (([3000, 1], [3000, 500]), 4),
+    "one-round": (BATCHES["few-queries"], 1),
+    "no-work": (([1] * 20, [90] * 20), 2),
+}
+
+
+@pytest.mark.parametrize("long_loop", [0, LONG_LOOP])
+@pytest.mark.parametrize("name", SCHEDULED_BATCHES)
+def test_a_schedule_has_what_a_call_deals_out(name, long_loop):
+    """And a call that finds it has the same, and leaves nothing to others yet."""
+    (queries, keys), rounds = SCHEDULED_BATCHES[name]
+    heads, programs, stamp = 8, 3, 1234567
+    v = variant_of(queries, keys, 0, heads, programs, num_heads=64)
+    batch = queries, keys, 0, heads, programs, rounds, v, long_loop
+    expected, _, _ = deal(*batch)
+    written, _, _ = deal(*batch, schedule=None)
+    assert torch.equal(written, expected)
+
+    # As a schedule is zeros before.
+    copied, partial, handoff = deal(*batch, schedule=(stamped(written, stamp), stamp))
+    if name == "no-work":
+        expected[:2] = torch.tensor([programs * rounds, 0])
+    assert torch.equal(copied, expected)
+    check_nothing_is_left(partial, handoff, programs, v)
+
+
+def stamped(written, stamp):
+    """A schedule of what `deal_pieces` wrote, zeros elsewhere."""
+    row = torch.cat([torch.full((DEALT.value,), stamp, dtype=torch.int32, device=DEVICE), written])
+    row[row == UNWRITTEN] = 0
+    return row
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys"),
+    [([40, 9, 300], [40, 9, 300]), ([0, 0, 1], [0, 5, 1]), ([349, 0, 0], [7, 0, 0]), ([100, 149, 100], [9000] * 3)],
+)
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_pieces_for_other_lengths_begin_in_a_unit_and_have_a_tile(queries, keys, rounds):
+    """Whoever uses a schedule for lengths that it was not made for loses results, but nothing is read out of place."""
+    made_for, heads, programs, stamp = ([300, 9, 40], [8000, 1000, 800]), 2, 3, 9
+    v = variant_of(*made_for, 0, heads, programs)
+    written, _, _ = deal(*made_for, 349 - sum(made_for[0]), heads, programs, rounds, v, schedule=None)
+    schedule = stamped(written, stamp), stamp
+    _, dealt, late = dealt_rounds(queries, keys, 349 - sum(queries), heads, programs, rounds, v, schedule=schedule)
+    tiles = dict(units_of([*queries, 349 - sum(queries)], [*keys, 0], heads, v))
+    of_head = [-(-count * v.group // v.block_m) for count in (*queries, 349 - sum(queries))]
+    for sequence, unit, first, count, end in [*itertools.chain(*dealt), *late]:
+        if count:
+            assert 0 <= unit < max(of_head[sequence], 1) * heads
+            assert 0 <= first < tiles.get((sequence, unit), 1) and (count > 1 or end > first)
+
+
+@pytest.mark.parametrize("name", SCHEDULED_BATCHES)
+def test_who_does_not_find_its_schedule_deals_out_in_one_round(name):
+    (queries, keys), rounds = SCHEDULED_BATCHES[name]
+    heads, programs = 8, 3
+    v = variant_of(queries, keys, 0, heads, programs, num_heads=64)
+    other = torch.full((100,), 5, dtype=torch.int32, device=DEVICE)
+    form, dealt, late = dealt_rounds(queries, keys, 0, heads, programs, rounds, v, schedule=(other, 6))
+    assert form == (-1 if name == "no-work" else 1)
+    assert all(count == 0 for pieces in dealt[1:] for *_, count, _ in pieces)
+    check_covered(itertools.chain(*dealt), late, queries, keys, 0, heads, v)

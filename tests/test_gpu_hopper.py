@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import torch_paged
 from torch_paged import reference
 from torch_paged.options import PLAIN, AttentionOptions
 from torch_paged.testing import assert_within_budget, attention_inputs, low_precision_attention
@@ -68,6 +69,7 @@ def forms(request, monkeypatch):
     if its_forms is not None:
         for module in (launch_config, launch_tiles):
             monkeypatch.setattr(module, "forms", lambda _: its_forms)
+        monkeypatch.setattr(launch_tiles, "_short_units", lambda _: False)
         monkeypatch.setattr(hopper_launch, "LONG_LOOP", long_loop)
     attention_launches.cache_clear()
     attention_plan._plans.clear()
@@ -228,6 +230,7 @@ def test_any_number_of_programs_gives_the_same(name, programs):
 def test_three_parts(name, dtype, causal, monkeypatch):
     """The form for long prompts of narrow heads, whatever their number of queries, programs and rounds."""
     monkeypatch.setattr(launch_tiles, "LONG", 0)
+    monkeypatch.setattr(launch_tiles, "LONG_IN_THREE_PARTS", 0)
     inputs = attention_inputs(**BATCHES[name] | dict(head_dim=64), dtype=dtype, device="cuda")
     assert launches_of(inputs, causal)[0].forms == (3,)
     check(inputs, *attention(*inputs, inputs.query.shape[2] ** -0.5, causal), causal)
@@ -269,6 +272,7 @@ def test_units_that_come_last(programs):
 @pytest.mark.parametrize("forms", [(None, None)], ids=["three-parts"], indirect=True)
 def test_units_that_come_last_in_three_parts(monkeypatch):
     monkeypatch.setattr(launch_tiles, "LONG", 0)
+    monkeypatch.setattr(launch_tiles, "LONG_IN_THREE_PARTS", 0)
     batch = dict(LATE, query_lens=[410, 385], seq_lens=[410, 385])
     inputs = attention_inputs(**batch, dtype=torch.bfloat16, device="cuda")
     assert launches_of(inputs)[0].forms == (3,)
@@ -284,6 +288,38 @@ def test_repeated_calls_agree_to_the_bit(batch, options):
         output, lse = launch(inputs, options)
         assert torch.equal(output, expected[0])
         assert torch.equal(lse, expected[1])
+
+
+@pytest.mark.parametrize("options", [{}, dict(sliding_window=61)], ids=["", "window"])
+@pytest.mark.parametrize(
+    "batch",
+    [BATCHES["mixed"], BATCHES["uniform"], dict(LATE, num_heads=256, num_kv_heads=16)],
+    ids=["mixed", "uniform", "late"],
+)
+def test_a_schedule_changes_no_bit(batch, options):
+    """Nor do the pieces of other lengths, which it may hold, bring down anything but results."""
+    inputs = attention_inputs(**batch, **options, dtype=torch.bfloat16, device="cuda")
+    query, key_cache, value_cache, block_table, seq_lens, bounds = inputs
+    tensors = query, key_cache, value_cache, block_table
+    expected = torch_paged.attention(*tensors, seq_lens, cu_seqlens_q=bounds, **options)
+    schedule = torch_paged.schedule(*tensors, seq_lens, cu_seqlens_q=bounds, **options)
+    assert schedule.any(1).sum() == len(launches_of(inputs, **options))
+    for _ in range(3):
+        output = torch_paged.attention(*tensors, seq_lens, cu_seqlens_q=bounds, schedule=schedule, **options)
+        assert torch.equal(output, expected)
+    shorter = torch_paged.attention(*tensors, seq_lens // 3, cu_seqlens_q=bounds, schedule=schedule, **options)
+    assert shorter.shape == expected.shape and not torch.equal(shorter, expected)
+    others = torch_paged.schedule(*tensors, seq_lens // 3, cu_seqlens_q=bounds, **options)
+    torch_paged.attention(*tensors, seq_lens, cu_seqlens_q=bounds, schedule=others, **options)
+    torch.cuda.synchronize()
+
+
+def test_who_does_not_find_its_schedule_is_served_all_the_same():
+    batch = attention_inputs(**BATCHES["mixed"], dtype=torch.bfloat16, device="cuda")
+    other = attention_inputs(**BATCHES["block-128"], dtype=torch.float16, device="cuda")
+    schedule = torch_paged.schedule(*other[:5], cu_seqlens_q=other[5])
+    output = torch_paged.attention(*batch[:5], cu_seqlens_q=batch[5], schedule=schedule)
+    check(batch, output, attention(*batch, 128**-0.5, True)[1])
 
 
 def test_many_keys_are_divided_among_all_programs():

@@ -165,7 +165,8 @@ def schedule(
     """Which part of the work each program on the GPU does, for all calls of `attention` with these lengths.
 
     Layers share it: with `schedule=`, their calls need not find it out each by itself, and begin to fetch keys while
-    the kernel before them ends. Where a call has nothing to share (on CPU, prefill on Hopper) it is zeros.
+    the kernel before them ends. Where a call has nothing to share (on CPU, prefill of very many tokens on Hopper) it
+    is zeros.
 
     A call that would be dealt out otherwise, for its shapes, dtypes or options, takes no notice of a schedule. Lengths
     are not compared: `block_table`, `seq_lens` and `cu_seqlens_q` must not change, not in the same stream either,

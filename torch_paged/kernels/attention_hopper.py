@@ -1,7 +1,8 @@
-"""Paged attention for many query rows on Hopper: warps that copy blocks, two or three warpgroups that multiply.
+"""Paged attention for many query rows on Hopper: warps that copy blocks, one to three warpgroups that multiply.
 
-Either two are one part and share their code, which suits units of few tiles, where the code itself must be fetched
-again and again; or each is a part with its own code, and while one computes weights another has the tensor cores.
+Either one or two are one part and share their code, which suits units of few tiles, where the code itself must be
+fetched again and again; or each is a part with its own code, and while one computes weights another has the tensor
+cores.
 
 Computes what `attention` computes without ALiBi from caches of query's dtype, dealt out as `rounds` says, and leaves
 its partial results to the same `combine`. Written in Gluon, as plain Triton cannot let the copy engine fill slices of
@@ -17,6 +18,7 @@ from torch_paged.kernels.attention_rows import first_seen, sinks_of, visible_to
 from torch_paged.kernels.hopper_loader import load_keys, load_values
 from torch_paged.kernels.hopper_ring import RECORD, RING, forget, keys_of_unit, left_of_unit, rows_of_unit
 from torch_paged.kernels.hopper_tiles import (
+    arrivals,
     attend_tiles,
     await_tile,
     centred,
@@ -222,7 +224,7 @@ def attention_hopper(
     num_tokens, num_seqs, num_kv_heads, num_blocks, max_keys, rounds, query_strides, table_stride, window, sinks,
     PARTS: gl.constexpr, V: gl.constexpr,
 ):  # fmt: skip
-    """Grid: one persistent program per multiprocessor, each with its pieces (see `rounds`), then late units.
+    """Grid: persistent programs, as many as fit on the device, each with its pieces (see `rounds`), then late units.
 
     key loader    | K0 | K1 | K2 | ...                                                as buffers become free
     value loader  | V0 | V1 | V2 | ...
@@ -245,8 +247,8 @@ def attention_hopper(
     values_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     values_here = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
-        mbarrier.init(keys_free.index(stage), count=PARTS)
-        mbarrier.init(values_free.index(stage), count=PARTS)
+        mbarrier.init(keys_free.index(stage), count=arrivals(PARTS, gl.num_warps()))
+        mbarrier.init(values_free.index(stage), count=arrivals(PARTS, gl.num_warps()))
         mbarrier.init(keys_here.index(stage), count=1)
         mbarrier.init(values_here.index(stage), count=1)
     units_free = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())

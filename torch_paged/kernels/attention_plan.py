@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ class Step(NamedTuple):
     attend: Launcher | HopperLauncher
     combine: Launcher
     rows_combined: int  # of a unit, by one of its programs
-    schedule: Launcher | None  # writes what the two find in a schedule, where they look for one
+    schedule: Callable[..., None] | None  # writes what the two find in a schedule, where they look for one
     stamp: int  # of such a schedule; 0: they do not
     workspace: int  # its float32 or int32 numbers
     sizes: tuple[int, int, int]  # num_tokens, num_seqs, num_kv_heads
@@ -133,13 +134,18 @@ def step_of(
     max_keys = min(block_table.shape[1] * block_size, 2**31 - 1024)
     sizes = query.shape[0], block_table.shape[0], num_kv_heads
     units = block_table.shape[0] * num_kv_heads if variant.single_tile else launch.programs  # that can be cut
-    scheduled = not variant.copy_rows and launch.programs <= MOST_PROGRAMS
+    attend = _launcher(kernel, launch)
+    write: Callable[..., None] | None = None
+    if not isinstance(attend, Launcher):
+        write = attend.schedule if attend.fits(query.shape[0], num_kv_heads) else None
+    elif launch.programs <= MOST_PROGRAMS:
+        write = schedule_launcher(launch)
     return Step(
-        attend=_launcher(kernel, launch),
+        attend=attend,
         combine=combine_launcher(launch, units),
         rows_combined=launch.rows_combined(units),
-        schedule=schedule_launcher(launch) if scheduled else None,
-        stamp=_stamp(launch, (*sizes, max_keys)) if scheduled else 0,
+        schedule=write,
+        stamp=_stamp(launch, (*sizes, max_keys)) if write else 0,
         workspace=launch.partial_floats + launch.handoff_ints,
         sizes=sizes,
         layout=(
@@ -155,7 +161,7 @@ def _stamp(launch: AttentionLaunch, sizes: tuple[int, ...]) -> int:
     v = launch.variant
     rows = v.group, v.block_m, v.single_tile, v.rows_above, v.rows_upto
     costs = v.tile, v.unit_cost, v.least_work, v.resident
-    dealt = launch.programs, sizes, rows, costs, v.causal, v.ragged, v.has.window
+    dealt = launch.programs, sizes, rows, costs, v.causal, v.ragged, v.has.window, launch.forms, launch.rounds
     return zlib.crc32(repr(dealt).encode()) >> 1 | 1
 
 

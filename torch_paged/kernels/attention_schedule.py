@@ -1,6 +1,6 @@
 """What a step's layers share: which piece of the work each program of attention has, written down once.
 
-For programs 0, 1, ... of P, in int32:
+For programs 0, 1, ... of P, in int32 (for the Hopper kernel what `deal_pieces` writes, from number 8 on):
 
     stamp | 7 of no use | sequence, unit, first, units, end of program 0 | of 1 | ... | before | sequence | unit
     0                     8                                                             8 + 5 P, P each
@@ -17,14 +17,15 @@ before it ends, and the first of combine: whoever waits for these has waited for
 import triton
 import triton.language as tl
 
-from torch_paged.kernels.deal import END, FIRST, PIECE, SEQUENCE, UNIT, UNITS, piece_of, share_of, write_piece
+from torch_paged.kernels.deal import PIECE, piece_of, read_piece, share_of, write_piece
 from torch_paged.kernels.launch import Launcher
 from torch_paged.kernels.launch_config import AttentionLaunch
 from torch_paged.kernels.units import tiles_of_unit
 from torch_paged.options import SCHEDULE_SHAPE
 
-MOST_PROGRAMS = SCHEDULE_SHAPE[1] // 8 - 1
-_PIECES: tl.constexpr = tl.constexpr(8)  # where they begin
+DEALT: tl.constexpr = tl.constexpr(8)  # where the pieces begin
+ROOM = SCHEDULE_SHAPE[1] - 8  # numbers that there may be of them
+MOST_PROGRAMS = ROOM // 8
 
 
 @triton.jit
@@ -36,19 +37,13 @@ def is_scheduled(schedule, stamp):
 @triton.jit
 def scheduled_piece(schedule, stamp):
     """This program's piece, as `deal` would return it, if there is a schedule for this launch."""
-    piece = schedule + _PIECES + PIECE * tl.program_id(0)
-    given = stamp != 0
-    sequence = tl.load(piece + SEQUENCE, mask=given, other=0)
-    unit = tl.load(piece + UNIT, mask=given, other=0)
-    first = tl.load(piece + FIRST, mask=given, other=0)
-    units = tl.load(piece + UNITS, mask=given, other=0)
-    return sequence, unit, first, units, tl.load(piece + END, mask=given, other=0)
+    return read_piece(schedule + DEALT + PIECE * tl.program_id(0), stamp != 0)
 
 
 @triton.jit
 def scheduled_handoff(schedule, programs):
     """What the programs leave, as they would write it behind their partial results."""
-    return schedule + _PIECES + PIECE * programs
+    return schedule + DEALT + PIECE * programs
 
 
 @triton.jit(
@@ -62,7 +57,7 @@ def _schedule(seq_lens, cu_seqlens_q, schedule, num_tokens, num_seqs, num_kv_hea
     sequence, unit, first, units, end_tile = piece_of(
         begin, end, near, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V, window
     )
-    write_piece(schedule + _PIECES + PIECE * program, sequence, unit, first, units, end_tile)
+    write_piece(schedule + DEALT + PIECE * program, sequence, unit, first, units, end_tile)
 
     key_tiles = tiles_of_unit(sequence, unit, seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys, V, window)
     last = tl.minimum(tl.where(units == 1, end_tile, key_tiles), key_tiles)

@@ -257,6 +257,16 @@ def piece_of(
 
 
 @triton.jit
+def read_piece(piece, valid=True):
+    """What `write_piece` wrote."""
+    sequence = tl.load(piece + SEQUENCE, mask=valid, other=0)
+    unit = tl.load(piece + UNIT, mask=valid, other=0)
+    first = tl.load(piece + FIRST, mask=valid, other=0)
+    units = tl.load(piece + UNITS, mask=valid, other=0)
+    return sequence, unit, first, units, tl.load(piece + END, mask=valid, other=0)
+
+
+@triton.jit
 def write_piece(piece, sequence, unit, first, units, end_tile, valid=True):
     """Writes a piece, or several."""
     tl.store(piece + SEQUENCE, sequence, mask=valid)

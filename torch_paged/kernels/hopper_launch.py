@@ -8,6 +8,7 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from torch_paged.kernels.attention_hopper import attention_hopper
+from torch_paged.kernels.attention_schedule import DEALT, ROOM
 from torch_paged.kernels.hopper_loader import COLUMNS
 from torch_paged.kernels.launch import Launcher
 from torch_paged.kernels.launch_config import AttentionLaunch
@@ -31,7 +32,8 @@ class _Address(NamedTuple):
 class HopperLauncher:
     """Takes the arguments of the general kernel, of calls that one `Launcher` could serve.
 
-    Every form of the kernel that the device may choose is launched, one after the other (see `rounds`).
+    Every form of the kernel that the device may choose is launched, one after the other (see `rounds`). `schedule`
+    writes for all layers what each call would otherwise find out for itself.
     """
 
     ready = False  # it takes tensors alone
@@ -45,7 +47,9 @@ class HopperLauncher:
         constants, few_warps = dict(V=launch.variant), dict(num_warps=4, maxnreg=64, **launch.overlap_option)
         self._begin = Launcher(begin_rounds, (self._starts, 1, 1), constants, few_warps)
         padded = dict(PROGRAMS=launch.padded_programs, **constants)
-        self._deal = Launcher(deal_pieces, (launch.programs, launch.rounds, 1), padded, few_warps)
+        self._deal, self._deal_once = (
+            Launcher(deal_pieces, (launch.programs, launch.rounds, 1), padded, few_warps) for _ in range(2)
+        )
         self._forms = [
             Launcher(
                 attention_hopper,
@@ -59,19 +63,18 @@ class HopperLauncher:
 
     def __call__(
         self, query: Tensor, caches: tuple[Tensor, Tensor], block_table: Tensor, seq_lens: Tensor,
-        cu_seqlens_q: Tensor | None, _schedule: Tensor, _stamp: int, output: Tensor, lse: Tensor, workspace: Tensor,
+        cu_seqlens_q: Tensor | None, schedule: Tensor, stamp: int, output: Tensor, lse: Tensor, workspace: Tensor,
         scale: float | tuple[float, float],
         num_tokens: int, num_seqs: int, num_kv_heads: int, num_blocks: int, max_keys: int, query_strides: Any,
         _cache_strides: Any, table_stride: int, window: int, _slopes: None, sinks: Tensor | None, *_: Any,
     ) -> None:  # fmt: skip
         batch = num_tokens, num_seqs, num_kv_heads, max_keys, window
         partial, handoff = workspace, workspace[self._partial :].view(torch.int32)
-        starts = handoff.new_empty(self._starts, dtype=torch.int64)
-        if self._rounds > 1:
-            self._begin(seq_lens, cu_seqlens_q, starts, *batch, self._programs, self._rounds)
-        room = most_late(num_tokens, num_kv_heads, *self._rows_of_unit)
+        starts = self._begin_rounds(seq_lens, cu_seqlens_q, batch, self._rounds if stamp == 0 else 1)
+        room = self._room(num_tokens, num_kv_heads)
         pieces = handoff.new_empty(num_piece_ints(self._programs, self._rounds, room))
-        self._deal(seq_lens, cu_seqlens_q, starts, pieces, partial, handoff, *batch, self._long_loop, room)
+        begun = schedule, stamp, pieces, partial, handoff
+        self._deal(seq_lens, cu_seqlens_q, starts, *begun, *batch, self._long_loop, room)
         maps = self._map(caches[0]), self._map(caches[1])
         for attend in self._forms:
             attend(
@@ -79,6 +82,33 @@ class HopperLauncher:
                 num_tokens, num_seqs, num_kv_heads, num_blocks, max_keys, self._rounds, query_strides, table_stride,
                 window, sinks,
             )  # fmt: skip
+
+    def fits(self, num_tokens: int, num_kv_heads: int) -> bool:
+        """Whether a schedule has room for so many tokens."""
+        return num_piece_ints(self._programs, self._rounds, self._room(num_tokens, num_kv_heads)) <= ROOM
+
+    def schedule(
+        self, seq_lens: Tensor, cu_seqlens_q: Tensor | None, row: Tensor, num_tokens: int, num_seqs: int,
+        num_kv_heads: int, max_keys: int, window: int,
+    ) -> None:  # fmt: skip
+        """Writes to the row of a schedule all but its stamp."""
+        batch = num_tokens, num_seqs, num_kv_heads, max_keys, window
+        starts = self._begin_rounds(seq_lens, cu_seqlens_q, batch, self._rounds)
+        nothing = None, 0, row[DEALT.value :], None, None
+        room = self._room(num_tokens, num_kv_heads)
+        self._deal_once(seq_lens, cu_seqlens_q, starts, *nothing, *batch, self._long_loop, room)
+
+    def _room(self, num_tokens: int, num_kv_heads: int) -> int:
+        return most_late(num_tokens, num_kv_heads, *self._rows_of_unit)
+
+    def _begin_rounds(
+        self, seq_lens: Tensor, cu_seqlens_q: Tensor | None, batch: tuple[int, ...], rounds: int
+    ) -> Tensor:
+        """Where the pieces of so many rounds begin."""
+        starts = seq_lens.new_empty(self._starts, dtype=torch.int64)
+        if rounds > 1:
+            self._begin(seq_lens, cu_seqlens_q, starts, *batch, self._programs, rounds)
+        return starts
 
     def _map(self, cache: Tensor) -> TensorDescriptor:
         """How the copy engine finds rows of `cache`; from call to call only addresses change."""

@@ -68,10 +68,20 @@ def await_tile(here, count, V: gl.constexpr):
     mbarrier.wait(here.index(stage), phase)
 
 
+@gluon.constexpr_function
+def arrivals(PARTS, NUM_WARPS):
+    """How often `free_tile` tells of a buffer: two warpgroups of a part would wait for each other to do it together."""
+    return PARTS if NUM_WARPS == 4 else 32 * NUM_WARPS
+
+
 @gluon.jit
 def free_tile(free, count, V: gl.constexpr):
-    """Tells the loader that all warps of this part have read the buffer of tile number `count`: it is a barrier."""
-    mbarrier.arrive(free.index(count % V.num_stages), count=1)
+    """Tells the loader that these warps have read the buffer of tile number `count`."""
+    barrier = free.index(count % V.num_stages)
+    if gl.num_warps() > 4:
+        async_copy.mbarrier_arrive(barrier, increment_count=False)  # each thread by itself
+    else:
+        mbarrier.arrive(barrier, count=1)  # one, when all of them have come here
 
 
 @gluon.jit

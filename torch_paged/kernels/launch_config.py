@@ -75,7 +75,7 @@ class AttentionLaunch:
     max_registers: int | None  # of a thread; None leaves it to the compiler
     programs: int
     forms: tuple[int, ...]  # of `attention_hopper`, for the device to choose from
-    rounds: int  # in which the work of its form for long prompts is dealt out, at most
+    rounds: int  # in which its work is dealt out, at most
     unit_rows: int  # most rows that a unit holds
     combine_rows: int  # rows of a unit that one program combines, if not one
     combine_parts: int  # partial results that it reads at a time

@@ -66,28 +66,36 @@ def _short_units(problem: Problem) -> bool:
     programs read the same keys at a time.
     """
     width = max(problem.head_dim, problem.value_dim)
-    if forms(problem) != (1,) or width > 128 or problem.block_size > 64:
-        return False
-    return problem.short_window or (width == 64 and problem.num_tokens >= SHARED * problem.num_seqs)
+    many = problem.num_tokens >= SHARED * problem.num_seqs and not (problem.ragged or problem.features.window)
+    prompts = width == 64 and many and not _long_prompts(problem)
+    return width <= 128 and problem.block_size <= 64 and (problem.short_window or prompts)
+
+
+def _in_three_parts(problem: Problem) -> bool:
+    """Whether keys take as long to weight as to multiply: a third part has products for the tensor cores meanwhile."""
+    return problem.head_dim == problem.value_dim == 64 and problem.block_size >= 16
+
+
+def _long_prompts(problem: Problem) -> bool:
+    """Whether shapes tell that units have many tiles of keys."""
+    least = LONG_IN_THREE_PARTS if _in_three_parts(problem) else LONG
+    return problem.num_tokens >= least * problem.num_seqs and not problem.features.window
 
 
 def forms(problem: Problem) -> tuple[int, ...]:
     """Parts of the warps that multiply in the fastest form of `attention_hopper`, or in both if it may be either.
 
     Short prompts and windows run through all of the code for few tiles: half of it, as one part needs, takes less time
-    to fetch. What ragged batches and other windows are the device knows, if there are tokens enough for a long prompt
-    (see `rounds`). Keys of 64 elements take as long to weight as to multiply: a third part has products for the tensor
-    cores meanwhile. Of 256, products take so long that two parts are always faster.
+    to fetch. What has many the device knows (see `rounds`), if shapes do not. At head dim 256, products take so long
+    that two parts are always faster.
     """
-    window = problem.features.window
-    three = problem.head_dim == problem.value_dim == 64 and problem.block_size >= 16
     if max(problem.head_dim, problem.value_dim) > 128:
         return (2,)
-    if problem.num_tokens < LONG or problem.short_window:
+    if problem.short_window or _short_units(problem):
         return (1,)
-    if problem.num_tokens >= (LONG_IN_THREE_PARTS if three else LONG) * problem.num_seqs and not window:
-        return (3,) if three else (2,)
-    return (1, 2) if problem.ragged or window else (1,)
+    if _long_prompts(problem):
+        return (3,) if _in_three_parts(problem) else (2,)
+    return (1, 2)
 
 
 def rounds(problem: Problem, programs: int) -> int:
@@ -100,7 +108,7 @@ def rounds(problem: Problem, programs: int) -> int:
     if problem.short_window:
         once = problem.num_tokens * heads * columns * problem.itemsize <= KEPT_CLOSE
     else:
-        once = forms(problem) == (1,) and problem.num_tokens < SHARED * problem.num_seqs
+        once = forms(problem) == (1, 2) and problem.num_tokens < SHARED * problem.num_seqs and not problem.ragged
     units = problem.num_tokens * (problem.num_heads // heads) // _hopper_tiles(problem).rows * heads
     return 1 if once else max(1, min(units // programs // 3, MOST_ROUNDS))
 

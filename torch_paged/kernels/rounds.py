@@ -8,6 +8,10 @@ of the last round, which are cut inside units and make up for that.
     row       |------ round 0 ------|------ round 1 ------|--------------- last round --------------|
     programs  |  0  |  1  |  2  | 3 |  0  | 1 |  2  |  3  |     0     |      1      |   2   |   3   |
 
+A chunk of few queries on many keys is dealt out in one round, and its units are alike. If the programs can have as many
+whole ones each, or nearly, or a unit as many equal parts, they do: all begin at the same time then, and those that read
+the keys of a head are at the same of them, which pass through the L2 cache once. Cut anywhere, each would be elsewhere.
+
 The Hopper kernel has a form that is faster where units have many tiles of keys, and one for short prompts. Shapes alone
 do not tell many prompts from one long chunk beside many decodes: the host launches both forms then, and `deal_pieces`,
 which sees the lengths, gives everything to one of them. The other sees that first, ends, and has written nothing.
@@ -24,8 +28,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from torch_paged.kernels.attention_schedule import DEALT, is_scheduled
 from torch_paged.kernels.attention_state import write_sums
-from torch_paged.kernels.deal import LAST_TILE, PIECE, all_work, equal_share, locate, tile_at, write_piece
+from torch_paged.kernels.deal import LAST_TILE, PIECE, all_work, equal_share, locate, read_piece, tile_at, write_piece
 from torch_paged.kernels.units import (
     SEQUENCES,
     following,
@@ -38,7 +43,8 @@ from torch_paged.kernels.units import (
 
 SHORT_LOOPS: tl.constexpr = tl.constexpr(-1)  # in the place of a number of tiles: no loop is long
 FORM: tl.constexpr = tl.constexpr(2)  # where `deal_pieces` writes which form has the work: 1, that for long loops, or 0
-PIECES_BEGIN: tl.constexpr = tl.constexpr(3)  # and where the first piece
+ALIKE: tl.constexpr = tl.constexpr(1.16)  # units of which the longest, times those of a program, are no more of a share
+PIECES_BEGIN: tl.constexpr = tl.constexpr(3)  # where it writes the first piece
 
 
 def most_late(num_tokens: int, num_kv_heads: int, group: int, block_m: int) -> int:
@@ -111,17 +117,54 @@ def _late_units(sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_h
 
 
 @triton.jit
-def _has_long_loops(
-    total, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, long_loop, V: tl.constexpr
-):
-    """Whether the units that are not late have `long_loop` tiles of keys or more, on average; not if SHORT_LOOPS."""
+def _count_units(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V: tl.constexpr):
+    """How many units there are, and how many of them are late, int64."""
     lane = tl.arange(0, SEQUENCES)
     units = tl.zeros([SEQUENCES], tl.int64)
+    late = tl.zeros([SEQUENCES], tl.int64)
     for first in range(0, num_seqs + 1, SEQUENCES):
-        tiles, late = _late_units(first + lane, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
-        units += tiles * num_kv_heads - late
-    long = total >= tl.sum(units) * (long_loop * V.tile * V.group + V.unit_cost)
-    return long & (long_loop != SHORT_LOOPS)
+        tiles, more = _late_units(first + lane, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
+        units += tiles * num_kv_heads
+        late += more
+    return tl.sum(units), tl.sum(late)
+
+
+@triton.jit
+def _parts_of_units(total, longest, units, V: tl.constexpr):
+    """Into how many equal parts each of so many units is cut, 1 leaves them whole; 0 if they are not alike enough."""
+    programs = tl.num_programs(0)
+    if V.has.window:
+        longest += V.block_m  # keys that not all rows of a unit see
+    parts = tl.maximum(tl.minimum(programs // tl.maximum(units, 1), longest // V.least_work), 1)
+    most = (units * parts + programs - 1) // programs * longest
+    alike = most.to(tl.float32) * programs <= ALIKE * total.to(tl.float32) * parts
+    return tl.where(alike, parts, 0).to(tl.int32)
+
+
+@triton.jit
+def _alike_pieces(
+    units, parts, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, window, V: tl.constexpr
+):
+    """The piece of this program, if all get as many whole units, or parts of one, in the order of the row."""
+    program, programs, lane = tl.program_id(0), tl.num_programs(0), tl.arange(0, SEQUENCES)
+    begin = (program * units * parts // programs).to(tl.int32)
+    end = ((program + 1) * units * parts // programs).to(tl.int32)
+    part, count = begin % parts, end - begin
+    begin //= parts
+    sequence = num_seqs * 0
+    before = sequence
+    its_begin = sequence
+    for first in range(0, num_seqs + 1, SEQUENCES):
+        _, queries = query_range(first + lane, cu_seqlens_q, num_tokens, num_seqs, V)
+        its_units = query_tiles(queries, V) * num_kv_heads
+        after = before + tl.cumsum(its_units)
+        sequence += tl.sum((after <= begin).to(tl.int32))
+        its_begin = tl.maximum(its_begin, tl.max(tl.where(after <= begin, after, 0)))
+        before += tl.sum(its_units)
+    unit = begin - its_begin
+    tiles = tiles_of_unit(sequence, unit, seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys, V, window)
+    end_tile = tl.where(part + 1 < parts, tiles * (part + 1) // parts, LAST_TILE)
+    return sequence, unit, tiles * part // parts, count, end_tile
 
 
 @triton.jit
@@ -160,23 +203,54 @@ def _deal_late(
         tl.store(pieces + 1, dealt + before)
 
 
+@triton.jit
+def _copy_pieces(
+    schedule, pieces, room, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, window,
+    V: tl.constexpr,
+):  # fmt: skip
+    """Copies the pieces of a schedule, as calls count late units, each its own.
+
+    Whatever lengths it was made for, they begin in a unit that there is, and have a tile of it.
+    """
+    program = tl.program_id(0) + tl.program_id(1) * tl.num_programs(0)
+    programs = tl.num_programs(0) * tl.num_programs(1)
+    dealt = schedule + DEALT
+    count = tl.minimum(tl.load(dealt + 1), programs + room)
+    if program == 0:
+        tl.store(pieces, programs)
+        tl.store(pieces + 1, count)
+        tl.store(pieces + FORM, tl.load(dealt + FORM))
+    for first_number in range(program * SEQUENCES, count, programs * SEQUENCES):
+        number = first_number + tl.arange(0, SEQUENCES)
+        place = PIECES_BEGIN + PIECE * number
+        sequence, unit, first, units, end_tile = read_piece(dealt + place, number < count)
+        _, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
+        unit = tl.minimum(unit, tl.maximum(query_tiles(queries, V), 1) * num_kv_heads - 1)
+        key_tiles = tiles_of_unit(sequence, unit, seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys, V, window)
+        first = tl.minimum(first, key_tiles - 1)
+        write_piece(pieces + place, sequence, unit, first, units, end_tile, number < count)
+
+
 @triton.jit(
-    do_not_specialize=["num_tokens", "num_seqs", "num_kv_heads", "max_keys", "window", "long_loop", "room"],
-    do_not_specialize_on_alignment=["seq_lens", "cu_seqlens_q"],
+    do_not_specialize=["stamp", "num_tokens", "num_seqs", "num_kv_heads", "max_keys", "window", "long_loop", "room"],
+    do_not_specialize_on_alignment=["seq_lens", "cu_seqlens_q", "schedule"],
 )
 def deal_pieces(
-    seq_lens, cu_seqlens_q, starts, pieces, partial, handoff, num_tokens, num_seqs, num_kv_heads, max_keys, window,
-    long_loop, room, PROGRAMS: tl.constexpr, V: tl.constexpr,
+    seq_lens, cu_seqlens_q, starts, schedule, stamp, pieces, partial, handoff, num_tokens, num_seqs, num_kv_heads,
+    max_keys, window, long_loop, room, PROGRAMS: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """Writes the pieces, int32: first sequence, unit and tile, units, and the tile that is the end in the last of them.
 
     next, end, form | program 0, round 0 | round 1 | ... | program 1, round 0 | ... | a late unit | a late unit | ...
     0                 3                    8                                          3 + 5 * programs * rounds
 
-    The form is the one that `long_loop` tells (see `_has_long_loops`), or without any work -1, and nothing else is
-    written here. A piece begins with a tile that is its program's. Late units among its units are not: each is a piece
-    of its own, number [next, end). There is room for `room` of them (see `most_late`); sequences that overlap may have
-    more, which are left out.
+    The form is 1 if units that are not late have `long_loop` tiles of keys or more, on average, unless that is
+    SHORT_LOOPS, else 0; or without any work -1, and nothing else is written here. A piece begins with a tile that is
+    its program's. Late units among its units are not: each is a piece of its own, number [next, end). There is room for
+    `room` of them (see `most_late`); sequences that overlap may have more, which are left out.
+
+    Writes those of a schedule where `schedule` is None; else begins a call, and copies what is found there. A stamp
+    that is not found has everything dealt out in one round.
 
     Grid: (programs of attention, rounds). A single round needs no `starts` (see `begin_rounds`). PROGRAMS is a power of
     two that is no less than programs.
@@ -185,23 +259,30 @@ def deal_pieces(
         gdc_wait()
     program, number = tl.program_id(0), tl.program_id(1)
     programs, rounds = tl.num_programs(0), tl.num_programs(1)
-    if number == 0:
-        _leave_nothing(partial, handoff, V)
-    total, _, _ = all_work(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V, window)
+    once = rounds == 1
+    if schedule is not None:
+        if number == 0:
+            _leave_nothing(partial, handoff, V)
+        if is_scheduled(schedule, stamp):
+            _copy_pieces(
+                schedule, pieces, room, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, window, V
+            )
+            return
+        once = once | (stamp != 0)
+    total, longest, _ = all_work(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V, window)
     if total == 0:
         tl.store(pieces + FORM, -1)
         return
+    all_units, late_ones = _count_units(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
     if number == 0:
         _deal_late(
             pieces, programs * rounds, room, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V
         )
         if program == 0:
-            long = _has_long_loops(
-                total, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, long_loop, V
-            )
-            tl.store(pieces + FORM, long.to(tl.int32))
-    if rounds == 1:
-        begin, end, _near = equal_share(total, V)
+            long = total >= (all_units - late_ones) * (long_loop * V.tile * V.group + V.unit_cost)
+            tl.store(pieces + FORM, (long & (long_loop != SHORT_LOOPS)).to(tl.int32))
+    if once:
+        begin, end, _near = equal_share(tl.where(number == 0, total, 0), V)
     elif number < rounds - 1:
         begin = tl.load(starts + number * programs + program)
         end = tl.load(starts + number * programs + program + 1)
@@ -211,6 +292,12 @@ def deal_pieces(
         begin, end, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V, window
     )
     first = tile_at(inside, V)
+    if once & (number == 0) & (late_ones == 0):
+        parts = _parts_of_units(total, longest, all_units, V)
+        if parts > 0:
+            sequence, unit, first, units, end_tile = _alike_pieces(
+                all_units, parts, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, window, V
+            )
     key_tiles = tiles_of_unit(sequence, unit, seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys, V, window)
     if (units > 0) & (first >= tl.minimum(tl.where(units == 1, end_tile, key_tiles), key_tiles)):
         first = first * 0

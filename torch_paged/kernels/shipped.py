@@ -37,7 +37,8 @@ SHIPPED_OPTIONS = {
 # Name, sequences, query tokens, whether ragged.
 _KINDS = (("decode", 8, 8, False), ("prefill", 8, 16384, False), ("mixed", 8, 4096, True))
 _SEVERAL = ("several", 16, 256, False)  # queries a sequence, as in speculative decoding
-_SHORT = ("short", 4, 4096, False)  # prompts, for which Hopper's kernel has another form; ragged batches have both
+_SHORT = ("short", 4, 4096, False)  # prompts, for which Hopper's kernel may have another form
+_CHUNKS = ("chunks", 2, 16384, True)  # of which shapes tell that they are long
 _MANY = ("decode-of-many", 16, 16, False)  # served otherwise than a few are where caches hold 8-bit numbers
 
 
@@ -46,9 +47,11 @@ def shipped_variants(device: Device) -> list[ShippedVariant]:
     return [
         variant
         for dtype, dim, block_size in itertools.product(SHIPPED_DTYPES, SHIPPED_HEAD_DIMS, SHIPPED_BLOCK_SIZES)
-        for kind in (*_KINDS, _SEVERAL, _SHORT)
+        for kind in (*_KINDS, _SEVERAL, _SHORT, _CHUNKS)
         for variant in _variants(device, "", PLAIN_FEATURES, dtype, dim, block_size, *kind)
-        if kind in _KINDS or (kind == _SEVERAL and dtype == "bf16") or variant.launch.forms
+        if kind in _KINDS
+        or (variant.launch.forms and kind == _SHORT)
+        or (dtype == "bf16" and (kind == _SEVERAL or (variant.launch.forms and kind == _CHUNKS)))
     ]
 
 
@@ -58,7 +61,7 @@ def shipped_option_variants(device: Device) -> list[ShippedVariant]:
         variant
         for name, (features, dtype, dim) in SHIPPED_OPTIONS.items()
         for short in (False, True)[: 1 + features.window]
-        for kind in (*_KINDS[:2], _SEVERAL, _MANY)
+        for kind in (*_KINDS[: 2 + short], _SEVERAL, _MANY)
         for variant in _variants(device, "short-" * short + f"{name}-", features, dtype, dim, 16, *kind, short)
     ]
     return list({(variant.dtype, variant.launch): variant for variant in reversed(found)}.values())[::-1]

@@ -15,7 +15,7 @@ from torch_paged.kernels.copy_blocks import copy_blocks
 from torch_paged.kernels.device import device_of
 from torch_paged.kernels.gather_blocks import gather_blocks, scatter_blocks
 from torch_paged.kernels.launch_config import AttentionLaunch, attention_launches
-from torch_paged.kernels.launch_tiles import FAR_CAP, LONG, MANY_ROWS, MANY_UNITS, SHORT_WINDOW
+from torch_paged.kernels.launch_tiles import FAR_CAP, LONG, MANY_ROWS, MANY_UNITS, SHARED, SHORT_WINDOW
 from torch_paged.kernels.merge_attention import merge_attention
 from torch_paged.kernels.rotary_append import rotary_append
 from torch_paged.kernels.schedule import schedule
@@ -131,9 +131,10 @@ def _kinds(model: _Model, keys: Tensor, values: Tensor, known: set[AttentionLaun
     problem = problem_of(query, keys, values, table, None, model.causal, model.options)
     kinds: list[tuple[int, int, bool]] = []
     few = range(1, MANY_ROWS * keys.shape[2] // model.num_heads + 2)
-    longer = [LONG << times for times in range(8)]  # the last of them are dealt out in rounds
-    batches = [(1, tokens) for tokens in (*few, *longer)] + [(MANY_UNITS, MANY_UNITS * queries) for queries in few]
-    batches += [(2 << times, LONG << times) for times in range(8)]  # only the device knows whether some are long
+    batches = [(1, tokens) for tokens in few] + [(MANY_UNITS, MANY_UNITS * queries) for queries in few]
+    for times in range(9):  # the last of them are dealt out in rounds
+        # Of the last kind only the device knows whether some are long.
+        batches += [(1, LONG << times), (1 << times, SHARED << times), (2 << times, LONG << times)]
     padded = [(MANY_UNITS, tokens) for tokens in few]  # by sequences without queries
     for ragged, (sequences, tokens) in [*itertools.product((False, True), batches), *((True, each) for each in padded)]:
         asked = replace(problem, num_seqs=sequences, num_tokens=tokens, ragged=ragged)
