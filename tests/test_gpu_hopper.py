@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import torch_paged
-from torch_paged import reference
+from torch_paged import ops, reference
 from torch_paged.options import PLAIN, AttentionOptions
 from torch_paged.testing import assert_within_budget, attention_inputs, low_precision_attention
 
@@ -62,6 +62,13 @@ FORMS = {
 }
 
 
+def forget_plans():
+    """What was settled for calls of the same shapes, under other forms."""
+    attention_launches.cache_clear()
+    attention_plan._plans.clear()
+    ops._calls.clear()
+
+
 @pytest.fixture(autouse=True, params=FORMS.values(), ids=FORMS)
 def forms(request, monkeypatch):
     """Both forms of the kernel, whatever the number of queries."""
@@ -71,11 +78,9 @@ def forms(request, monkeypatch):
             monkeypatch.setattr(module, "forms", lambda _: its_forms)
         monkeypatch.setattr(launch_tiles, "_short_units", lambda _: False)
         monkeypatch.setattr(hopper_launch, "LONG_LOOP", long_loop)
-    attention_launches.cache_clear()
-    attention_plan._plans.clear()
+    forget_plans()
     yield its_forms
-    attention_launches.cache_clear()
-    attention_plan._plans.clear()
+    forget_plans()
 
 
 def attention(*arguments, **options):
