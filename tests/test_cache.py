@@ -183,7 +183,9 @@ def test_layers_want_the_rows_of_the_batch(rows):
     batch = cache.prepare([cache.add(), cache.add()], 2)
     sizes = zip(rows, ((HEADS, DIM), (KV_HEADS, DIM), (KV_HEADS, VALUE_DIM)), strict=True)
     query, key, value = (torch.randn(count, *size) for count, size in sizes)
-    with pytest.raises(ValueError, match=f"query must have a row for each of the batch's 4 tokens, got {rows[0]}"):
+    with pytest.raises(
+        ValueError, match=f"query must have 4 rows, one for each token of the batch, padding included, got {rows[0]}"
+    ):
         cache.layers[0](query, key, value, batch)
     compiled = torch.compile(cache.layers[0], fullgraph=True, backend="aot_eager")
     with pytest.raises((ValueError, RuntimeError, AssertionError)):

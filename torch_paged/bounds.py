@@ -49,7 +49,7 @@ def attention(
 
 
 def schedule(*tensors: Tensor, **options: Any) -> None:
-    """Every value is legal: those that no attention could serve are found by it."""
+    """Every value is legal here; wrong ones are found when `attention` runs."""
 
 
 def merge_attention(*tensors: Tensor) -> None:

@@ -27,7 +27,7 @@ class _Launch(NamedTuple):
 class AttentionCall:
     """Serves every call of one metadata, alignment and set of options, with the arguments of `paged::attention`.
 
-    It keeps no tensor. A call allocates its results and one workspace, and launches.
+    It keeps no tensor. A call allocates its results and one workspace, and launches; `HopperLauncher` allocates pieces.
     """
 
     def __init__(

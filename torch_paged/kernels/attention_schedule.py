@@ -2,16 +2,16 @@
 
 For programs 0, 1, ... of P, in int32 (for the Hopper kernel what `deal_pieces` writes, from number 8 on):
 
-    stamp | 7 of no use | sequence, unit, first, units, end of program 0 | of 1 | ... | before | sequence | unit
-    0                     8                                                             8 + 5 P, P each
+    stamp | 7 unused | sequence, unit, first, units, end of program 0 | of 1 | ... | before | sequence | unit
+    0                  8                                                             8 + 5 P, P each
 
 `stamp` names the launch that it was made for. Behind the pieces (see `deal`) stands what each program leaves unfinished
 (see `attention_combine`).
 
 Attention and combine read it, and the lengths and blocks that it was made from, while the kernel before them ends; all
 else they read after that. They may, as the stamp is written last, by a kernel of its own that waits for all before it:
-who sees the stamp sees the rest, and who does not deals by itself, to the same effect. Every program of attention waits
-before it ends, and the first of combine: whoever waits for these has waited for what was before them.
+a program that sees the stamp sees the rest, and one that does not deals by itself, with the same result. Every program
+of attention waits before it ends, and the first of combine: whoever waits for these has waited for all before them.
 """
 
 import triton

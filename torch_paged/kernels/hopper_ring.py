@@ -66,13 +66,16 @@ def rows_of_unit(ring, number):
 
 @gluon.jit
 def keys_of_unit(ring, number):
-    """Offset, and the first query token counted from the last; keys of the sequence, first tile and end."""
+    """Offset, `behind`, keys of the sequence, first tile and end.
+
+    `behind` is the first query token less the number of queries: with 0 queries, it sees what the token does.
+    """
     return _recall(ring, number, 3, 8)
 
 
 @gluon.jit
 def source_of_unit(ring, number):
-    """The first query token counted from the last; keys of the sequence, first tile and end, sequence."""
+    """`behind` (see `keys_of_unit`), keys of the sequence, first tile and end, sequence."""
     return _recall(ring, number, 4, 9)
 
 

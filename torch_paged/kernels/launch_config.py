@@ -32,7 +32,7 @@ WORKSPACE_LIMIT = 64 * 2**20  # bytes
 
 @dataclass(frozen=True)
 class Variant:
-    """What the kernels are compiled for. Neither lengths nor batch nor table width are among it.
+    """What the kernels are compiled for. Lengths of sequences, batch size and table width are no part of it.
 
     Everything that a kernel reads is a field, as the compiler's cache on disk goes by the printed fields.
     """

@@ -56,7 +56,7 @@ class Problem:
     shared_values: bool = False  # value_cache is key_cache[..., :value_dim]
     features: Features = PLAIN_FEATURES
     copyable: bool = True  # the copy engine of Hopper can address every row of the caches
-    short_window: bool = False  # see `launch_tiles`, which of these two has the bounds
+    short_window: bool = False  # `launch_tiles` has the bounds of this one and the next
     far_cap: bool = False
 
     @property

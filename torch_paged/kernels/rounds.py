@@ -43,7 +43,9 @@ from torch_paged.kernels.units import (
 
 SHORT_LOOPS: tl.constexpr = tl.constexpr(-1)  # in the place of a number of tiles: no loop is long
 FORM: tl.constexpr = tl.constexpr(2)  # where `deal_pieces` writes which form has the work: 1, that for long loops, or 0
-ALIKE: tl.constexpr = tl.constexpr(1.16)  # units of which the longest, times those of a program, are no more of a share
+ALIKE: tl.constexpr = tl.constexpr(
+    1.16
+)  # units are dealt out whole if nobody gets more of them than so many times a share
 PIECES_BEGIN: tl.constexpr = tl.constexpr(3)  # where it writes the first piece
 
 
@@ -208,7 +210,7 @@ def _copy_pieces(
     schedule, pieces, room, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, window,
     V: tl.constexpr,
 ):  # fmt: skip
-    """Copies the pieces of a schedule, as calls count late units, each its own.
+    """Copies the pieces of a schedule, as each call counts late units off in its own (see `next_piece`).
 
     Whatever lengths it was made for, they begin in a unit that there is, and have a tile of it.
     """
@@ -249,8 +251,8 @@ def deal_pieces(
     its program's. Late units among its units are not: each is a piece of its own, number [next, end). There is room for
     `room` of them (see `most_late`); sequences that overlap may have more, which are left out.
 
-    Writes those of a schedule where `schedule` is None; else begins a call, and copies what is found there. A stamp
-    that is not found has everything dealt out in one round.
+    Without a `schedule`, writes the pieces of one. Else begins a call: copies the schedule's pieces if its stamp is
+    found there, and deals everything out in one round if not.
 
     Grid: (programs of attention, rounds). A single round needs no `starts` (see `begin_rounds`). PROGRAMS is a power of
     two that is no less than programs.

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch_paged.kernels.attention_rows import tiles_of_keys
 
 SEQUENCES: tl.constexpr = tl.constexpr(128)  # read at a time by every program
-LATE_UNITS: tl.constexpr = tl.constexpr(256)  # a sequence has so many, or none
+LATE_UNITS: tl.constexpr = tl.constexpr(256)  # a sequence has at least so many in all heads, or none
 
 
 @triton.jit

@@ -39,7 +39,8 @@ def warmup(
     progress: Callable[[int, int], None] | None,
     **options: bool,
 ) -> int:
-    """Launches each kernel on zeros, for decode, several tokens, prefill and ragged batches; returns how many.
+    """Launches each kernel on zeros, for decode, several tokens, prefill and ragged batches; returns how many
+    batches these were.
 
     Caches are head-major, as PagedKVCache makes them, and token-major; values are a cache of their own and, where keys
     have more columns, also a view of the keys. Triton compiles only what differs.

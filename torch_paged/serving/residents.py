@@ -102,7 +102,7 @@ class Residents:
         return blocks
 
     def shortage(self, tokens: int) -> str | None:
-        """Why so many tokens fit into an empty cache never, if so."""
+        """Why so many tokens do not fit even into an empty cache; None if they do."""
         needed = self.blocks(tokens)
         for group in np.flatnonzero(needed > self._sizes):
             where = f" in groups[{group}]" if group else ""
