@@ -1,4 +1,6 @@
-"""Continuous batching over a paged KV cache: reading prompts in chunks, writing, and forking, in one ragged batch.
+"""Continuous batching by hand, as `torch_paged.serving.Engine` does it for you, over a paged KV cache.
+
+Reading prompts in chunks, writing, and forking go into one ragged batch.
 
 A step gives every request the tokens that the cache has not seen: one for a request that writes, a chunk for one
 whose prompt is still being read. So there is one kind of step, whatever the requests are at.

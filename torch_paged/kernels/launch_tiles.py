@@ -10,7 +10,7 @@ from torch_paged.kernels.problem import Device, Problem, split_dim
 FEW_ROWS = 64
 MANY_ROWS = 128
 LONG, LONG_IN_THREE_PARTS = 1792, 2048  # query tokens of a sequence, on average
-SHARED = 1024  # the same, of which many programs read the same keys at a time
+SHARED = 1024  # the same, from which on many programs read the same keys at a time
 LONG_LOOP = 7  # tiles of keys that a unit of 128 rows has, on average, late ones aside
 HOPPER_DIMS = {64, 128, 256}
 SHORT_WINDOW = 1024  # keys
@@ -83,7 +83,7 @@ def _long_prompts(problem: Problem) -> bool:
 
 
 def forms(problem: Problem) -> tuple[int, ...]:
-    """Parts of the warps that multiply in the fastest form of `attention_hopper`, or in both if it may be either.
+    """How many parts the warps that multiply have in the fastest form of `attention_hopper`; two numbers launch both.
 
     Short prompts and windows run through all of the code for few tiles: half of it, as one part needs, takes less time
     to fetch. What has many the device knows (see `rounds`), if shapes do not. At head dim 256, products take so long

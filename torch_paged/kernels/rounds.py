@@ -43,9 +43,7 @@ from torch_paged.kernels.units import (
 
 SHORT_LOOPS: tl.constexpr = tl.constexpr(-1)  # in the place of a number of tiles: no loop is long
 FORM: tl.constexpr = tl.constexpr(2)  # where `deal_pieces` writes which form has the work: 1, that for long loops, or 0
-ALIKE: tl.constexpr = tl.constexpr(
-    1.16
-)  # units are dealt out whole if nobody gets more of them than so many times a share
+ALIKE: tl.constexpr = tl.constexpr(1.16)  # units stay whole if nobody gets more of them than so many times a share
 PIECES_BEGIN: tl.constexpr = tl.constexpr(3)  # where it writes the first piece
 
 
