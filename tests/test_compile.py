@@ -149,3 +149,27 @@ def test_version_rises_with_a_write():
     ops.append(torch.zeros(1, 2, 16), None, cache, None, torch.tensor([0]))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("operator", ["append", "copy_blocks"])
+def test_views_whose_offset_is_dynamic_are_refused(operator):
+    """Inductor would write to the beginning of their storage: PyTorch's issue 198068."""
+    rows, slots, pairs = torch.ones(2, 2, 32), torch.tensor([16, 17]), torch.tensor([[0, 2]])
+
+    @torch.compile(fullgraph=True, dynamic=True)
+    def write(key_cache, value_cache):
+        if operator == "append":
+            torch.ops.paged.append(rows, rows, key_cache, value_cache, slots)
+        else:
+            torch.ops.paged.copy_blocks([key_cache, value_cache], pairs)
+
+    caches = torch.randn(2, 5, 16, 2, 32)
+    before = caches.clone()
+    with pytest.raises(RuntimeError, match="must not be a view whose offset in its storage depends on dynamic sizes"):
+        write(*caches)
+    assert torch.equal(caches, before)
+    apart = [cache.clone() for cache in caches]
+    write(*apart)
+    block = 1 if operator == "append" else 2
+    for cache, old in zip(apart, before, strict=True):
+        assert cache[block].ne(old[block]).any() and cache[0].equal(old[0])

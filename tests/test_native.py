@@ -205,3 +205,17 @@ def test_results_depend_on_neither_threads_nor_the_other_sequences(dtype):
             inputs.query[start:end], inputs.key_cache, inputs.value_cache, inputs.block_table[row], inputs.seq_lens[row]
         )
         assert torch.equal(alone, expected[start:end])
+
+
+@pytest.mark.parametrize("window", [16, 64, 100, 513])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.usefixtures("native")
+def test_what_a_call_leaves_in_scratch_memory_does_not_show(dtype, window):
+    """Rows whose window has not begun take no part in the products of their neighbours."""
+    batch = dict(num_heads=4, num_kv_heads=4, dtype=dtype)
+    rubbish = attention_inputs([600], [600], head_dim=128, **batch)
+    inputs = attention_inputs([300], [1500], head_dim=64, sliding_window=window, **batch)
+    exact = reference.attention(inputs.query.double(), *inputs[1:5], sliding_window=window)
+    torch.ops.paged.attention(rubbish.query * math.nan, *rubbish[1:5])
+    output = torch.ops.paged.attention(*inputs[:5], sliding_window=window)
+    torch.testing.assert_close(output.double(), exact, rtol=0.02, atol=0.02)

@@ -257,9 +257,11 @@ def append(
         key_scale, value_scale: float32, 0-dim or [Hk], of a quantised cache; None with float8: 1.
         key_scale_cache, value_scale_cache: float32 [N, B, Hk] instead, MUTATED.
 
+    Caches should not be views of one tensor under torch.compile, which copies both then in every call.
+
     Raises:
         TypeError, ValueError: a dtype, shape, stride or device that does not fit, or scales that do not go with the
-            cache's dtype.
+            cache's dtype; while it is compiled, a cache that is a view whose offset depends on dynamic sizes.
         IndexError: a slot past the cache (on CPU, and on a GPU in debug mode).
     """
     _ops.append(

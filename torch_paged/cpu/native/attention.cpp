@@ -166,6 +166,10 @@ struct Attend {
       for_values.pack_values(values.rows, now.count, value_dim, s.packed);
       product<Dot>(weights, weight_lanes, end - begin, s.packed, (now.count + Dot::PER_LANE - 1) / Dot::PER_LANE,
                    s.value_lanes, s.factors + begin, out, s.value_lanes);
+      // It took whole blocks of rows; those from `end` on have seen no key yet, and nobody has written their weights.
+      if (end < s.rows)
+        std::memset(s.out + int64_t(end) * s.value_lanes, 0,
+                    (round_up(end - begin, ROW_BLOCK) - (end - begin)) * s.value_lanes * 4);
     } else {
       for_values.accumulate(weights, weight_lanes, end - begin, values.rows, now.count, value_dim, s.factors + begin,
                             out, s.value_lanes, ahead ? ahead->values.rows : nullptr, value_bytes);
