@@ -5,6 +5,7 @@ of keys and values (16 to 512, or 576 and 512), S sequences, N blocks, B block s
 All functions raise TypeError, ValueError or NotImplementedError for wrong dtypes, shapes, strides, devices and options
 before anything is written, and NotImplementedError for an argument that requires grad while grad mode is on, or has a
 tangent of forward mode. Ids and lengths out of range are an IndexError on CPU, and on a GPU with `TORCH_PAGED_DEBUG=1`.
+While it is compiled, none writes a view whose offset in its storage depends on dynamic sizes: a ValueError.
 """
 
 from collections.abc import Sequence
@@ -261,7 +262,7 @@ def append(
 
     Raises:
         TypeError, ValueError: a dtype, shape, stride or device that does not fit, or scales that do not go with the
-            cache's dtype; while it is compiled, a cache that is a view whose offset depends on dynamic sizes.
+            cache's dtype.
         IndexError: a slot past the cache (on CPU, and on a GPU in debug mode).
     """
     _ops.append(

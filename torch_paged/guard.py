@@ -1,4 +1,4 @@
-"""What stands between Autograd and an operator that has no derivative."""
+"""What stands between Autograd, or a compiler, and an operator that has no derivative and writes its arguments."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,9 +13,7 @@ def guarded(op: Any, device: str = "", kernel: Callable[..., Any] | None = None)
 
     Where nothing stands between Autograd and the device's `kernel`, it calls that without a second dispatch.
     """
-    arguments = op._schema.arguments
-    names = [argument.name for argument in arguments]
-    mutated = [i for i, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write]
+    names, mutated = _arguments(op)
     redispatch, below = op.redispatch, torch._C._after_autograd_keyset
     plain = torch._C.DispatchKeySet.from_raw_repr(0)
     if kernel:
@@ -39,6 +37,35 @@ def guarded(op: Any, device: str = "", kernel: Callable[..., Any] | None = None)
         return result
 
     return guard
+
+
+def refusing_lost_offsets(op: Any, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """`fake`, which refuses to write views whose offset in their storage is symbolic.
+
+    Inductor loses such an offset, and everything would be written to the beginning of the storage (PyTorch's issue
+    198068).
+    """
+    names, mutated = _arguments(op)
+    written = {names[position] for position in mutated}
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        for name, tensor in _named_tensors(names, args, kwargs):
+            if name.partition("[")[0] in written and not isinstance(tensor.storage_offset(), int):
+                raise ValueError(
+                    f"{name} must not be a view whose offset in its storage depends on dynamic sizes, got offset "
+                    f"{tensor.storage_offset()}: compiled, it would be written elsewhere (PyTorch's issue 198068); "
+                    "pass a tensor of its own, or keep its sizes static (torch._dynamo.mark_static)"
+                )
+        return fake(*args, **kwargs)
+
+    return checked
+
+
+def _arguments(op: Any) -> tuple[list[str], list[int]]:
+    """Names of an operator's arguments, and the positions of those that it writes."""
+    arguments = op._schema.arguments
+    mutated = [i for i, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write]
+    return [argument.name for argument in arguments], mutated
 
 
 def _refuse_grad(op: Any, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from torch_paged import bounds, checks
-from torch_paged.guard import guarded
+from torch_paged.guard import guarded, refusing_lost_offsets
 from torch_paged.options import PLAIN, SCALES, SCHEDULE_SHAPE, AttentionOptions
 
 _OPTIONS = """Tensor? cu_seqlens_q=None, float? scale=None, bool causal=True, int? sliding_window=None,
@@ -182,34 +182,11 @@ def _define(
 
     _library.define(schema)
     op = getattr(torch.ops.paged, name).default
-    torch.library.register_fake(f"paged::{name}", _writing_where_told(op, fake or check), lib=_library)
+    torch.library.register_fake(f"paged::{name}", refusing_lost_offsets(op, fake or check), lib=_library)
     _library.impl(name, guarded(op), "Autograd", with_keyset=True)
     for device, kernel in (("CPU", on_cpu), ("CUDA", on_cuda)):
         _library.impl(name, kernel, device)
         _library.impl(name, guarded(op, device, kernel), f"Autograd{device}", with_keyset=True)
-
-
-def _writing_where_told(op: torch._ops.OpOverload, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """`fake`, which refuses to write views whose offset a compiler does not know.
-
-    Inductor drops it, and everything would be written to the beginning of the storage (PyTorch's issue 198068).
-    """
-    arguments = enumerate(op._schema.arguments)
-    written = [(place, each.name) for place, each in arguments if each.alias_info and each.alias_info.is_write]
-
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        for place, name in written:
-            given = args[place] if place < len(args) else kwargs.get(name)
-            for tensor in given if isinstance(given, list | tuple) else [given]:
-                if tensor is not None and not isinstance(tensor.storage_offset(), int):
-                    raise ValueError(
-                        f"{name} must not be a view whose offset in its storage depends on dynamic sizes, got offset "
-                        f"{tensor.storage_offset()}: compiled, it would be written elsewhere (PyTorch's issue 198068); "
-                        "pass a tensor of its own, or keep its sizes static (torch._dynamo.mark_static)"
-                    )
-        return fake(*args, **kwargs)
-
-    return checked
 
 
 def _device_of(args: tuple[Any, ...]) -> AbstractContextManager[Any]:
