@@ -53,9 +53,13 @@ WITH_PEERS = (
     "prefill 8k, dim 64",
     "prefill 8k, dim 256",
     "prefill 32k",
+    "prefill 1k",
+    "prefill 16 x 1k",
     "prefill 512 on 8k",
     "prefill 1k on 16k",
     "prefill 128 on 128k",
+    "prefill 2k on 8k, 32 KV heads",
+    "prefill 4 x 1k on 4k, 32 KV heads",
     "mixed",
 )
 

@@ -10,7 +10,7 @@ import torch
 from dealt_units import units_of
 
 pytest.importorskip("triton")
-from torch_paged.kernels.attention_schedule import DEALT
+from torch_paged.kernels.attention_schedule import DEALT, ROOM
 from torch_paged.kernels.deal import LAST_TILE
 from torch_paged.kernels.features import Features
 from torch_paged.kernels.launch_config import attention_launches
@@ -21,6 +21,7 @@ from torch_paged.kernels.rounds import (
     SHORT_LOOPS,
     begin_rounds,
     deal_pieces,
+    list_room,
     most_late,
     num_piece_ints,
 )
@@ -51,7 +52,7 @@ def deal(queries, keys, spare, heads, programs, rounds, v, long_loop=0, bounds=N
     starts = torch.full(((rounds - 1) * programs + 1,), -1, dtype=torch.int64, device=DEVICE)
     if rounds > 1 and schedule in (None, NO_SCHEDULE):
         begin_rounds[(len(starts),)](lens, bounds, starts, *batch, programs, rounds, V=v)
-    room = most_late(batch[0], heads, v.group, v.block_m)
+    room = list_room(programs, rounds, *batch[:3], v.group, v.block_m)
     pieces = torch.full((num_piece_ints(programs, rounds, room) + 500,), UNWRITTEN, dtype=torch.int32, device=DEVICE)
     partial = torch.full((2 * programs * v.block_m * (v.value_dim + 2),), torch.nan, device=DEVICE)
     handoff = torch.full((3, programs), UNWRITTEN, dtype=torch.int32, device=DEVICE)
@@ -67,16 +68,19 @@ def deal(queries, keys, spare, heads, programs, rounds, v, long_loop=0, bounds=N
 
 
 def dealt_rounds(queries, keys, spare, heads, programs, rounds, v, *args, window=None, **options):
-    """The form, `[rounds, programs]` pieces, and late ones."""
+    """The form, `[rounds, programs]` pieces, and late ones, or as a last round those of a list of alike units."""
     pieces, _, _ = deal(queries, keys, spare, heads, programs, rounds, v, *args, window=window, **options)
     begin, end, form = pieces[: PIECES_BEGIN.value].tolist()
     pieces = pieces[PIECES_BEGIN.value :].view(-1, 5)
     if not any(units_of([*queries, spare], [*keys, 0], heads, v, window)):
         assert form == -1 and begin == end == UNWRITTEN and (pieces == UNWRITTEN).all()
         return form, [], []
-    assert begin == programs * rounds and end <= begin + most_late(sum(queries) + spare, heads, v.group, v.block_m)
+    room = list_room(programs, rounds, sum(queries) + spare, len(keys), heads, v.group, v.block_m)
+    assert begin == programs * rounds and end <= begin + room
     assert (pieces[end:] == UNWRITTEN).all()
-    return form, pieces[:begin].view(programs, rounds, 5).transpose(0, 1).tolist(), pieces[begin:end].tolist()
+    dealt, listed = pieces[:begin].view(programs, rounds, 5).transpose(0, 1).tolist(), pieces[begin:end].tolist()
+    alike = listed and not any(late_of(queries, keys, heads, v))
+    return (form, [*dealt, listed], []) if alike else (form, dealt, listed)
 
 
 def dealt_pieces(*batch, **options):
@@ -188,30 +192,38 @@ def test_units_that_see_little_of_a_long_prompt_come_last(queries, keys, program
 
 
 @pytest.mark.parametrize(
-    ("queries", "keys", "programs", "parts", "most"),
+    ("queries", "keys", "programs", "rounds", "parts"),
     [
         ([90], [4000], 13, 1, 1),  # 3 tiles of rows of 4 heads
-        ([90, 0, 96], [4000, 50, 3900], 13, 1, 2),
-        ([96] * 20, [4000] * 20, 7, 1, 35),
-        ([32], [4000], 13, 3, 1),
-        ([1, 20, 1], [400, 4000, 9], 33, 8, 1),
+        ([90, 0, 96], [4000, 50, 3900], 13, 1, 1),
+        ([90, 0, 96], [4000, 50, 3900], 13, 3, 1),
+        ([96] * 20, [4000] * 20, 32, 1, 1),
+        ([20] * 150, [4000] * 150, 80, 3, 1),
+        ([32], [4000], 13, 1, 3),
+        ([32], [4000], 13, 2, 3),
+        ([1, 20, 1], [400, 4000, 9], 33, 1, 8),
+        ([60] * 40, [200] * 40, 21, 1, 1),
     ],
-    ids=["one-each", "two-each", "many-each", "thirds", "decodes-beside"],
+    ids=["one", "two", "empty-round", "many", "sequences", "thirds", "empty-thirds", "decodes-beside", "short"],
 )
-def test_alike_units_are_cut_alike(queries, keys, programs, parts, most):
+def test_alike_units_are_cut_alike(queries, keys, programs, rounds, parts):
+    """Long ones go one after the other to all programs, and what the rounds do not hold is in the list."""
     heads = 4
     v = variant_of(queries, keys, 0, heads, programs, num_heads=16)
     v = replace(v, rows_above=16)
-    pieces, late = dealt_pieces(queries, keys, 0, heads, programs, 1, v)
+    _, dealt, late = dealt_rounds(queries, keys, 0, heads, programs, rounds, v)
+    pieces = [*itertools.chain(*dealt)]
     whole = check_covered(pieces, late, queries, keys, 0, heads, v)
-    assert not late and max(count for *_, count, _ in pieces) == most
     tiles = dict(units_of([*queries, 0], [*keys, 0], heads, v))
+    assert not late
+    if keys[0] > 200:
+        assert all(count <= 1 for *_, count, _ in pieces)
+        assert len(pieces) == max(len(tiles) * parts, programs * rounds)
     if parts == 1:
         assert all(whole)
     for sequence, unit, first, count, end in pieces:
-        if parts > 1 and count:
-            of_unit = tiles[sequence, unit]
-            assert count == 1 and min(end, of_unit) - first <= -(-of_unit // parts)
+        of_unit = tiles.get((sequence, unit), 0)
+        assert count == 0 or min(end, of_unit) - first <= -(-of_unit // parts)
 
 
 @pytest.mark.parametrize(
@@ -376,6 +388,18 @@ def test_pieces_for_other_lengths_begin_in_a_unit_and_have_a_tile(queries, keys,
             assert 0 <= first < tiles.get((sequence, unit), 1) and (count > 1 or end > first)
 
 
+@pytest.mark.parametrize("heads", [(32, 8), (32, 32), (64, 8), (28, 4)])
+@pytest.mark.parametrize(("num_seqs", "ragged"), [(1, False), (16, False), (16, True)])
+@pytest.mark.parametrize(("dim", "short_window"), [(64, False), (64, True), (128, False), (128, True), (256, False)])
+def test_a_schedule_has_room_for_prompts_of_16k_tokens(heads, num_seqs, ragged, dim, short_window):
+    sizes, windows = (16384, num_seqs, *heads), dict(features=Features(window=short_window), short_window=short_window)
+    problem = Problem(*sizes, dim, dim, 16, 2, True, ragged, **windows)
+    launch = attention_launches(problem, Device(132, 227 * 1024, 90))[0]
+    v, launched = launch.variant, (launch.programs, launch.rounds)
+    room = list_room(*launched, 16384, num_seqs, heads[1], v.group, v.block_m)
+    assert num_piece_ints(*launched, room) <= ROOM
+
+
 @pytest.mark.parametrize("name", SCHEDULED_BATCHES)
 def test_who_does_not_find_its_schedule_deals_out_in_one_round(name):
     (queries, keys), rounds = SCHEDULED_BATCHES[name]
@@ -384,5 +408,6 @@ def test_who_does_not_find_its_schedule_deals_out_in_one_round(name):
     other = torch.full((100,), 5, dtype=torch.int32, device=DEVICE)
     form, dealt, late = dealt_rounds(queries, keys, 0, heads, programs, rounds, v, schedule=(other, 6))
     assert form == (-1 if name == "no-work" else 1)
-    assert all(count == 0 for pieces in dealt[1:] for *_, count, _ in pieces)
+    if name != "one-round":  # of alike units
+        assert all(count == 0 for pieces in dealt[1:] for *_, count, _ in pieces)
     check_covered(itertools.chain(*dealt), late, queries, keys, 0, heads, v)

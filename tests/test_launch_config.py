@@ -261,7 +261,7 @@ def test_the_device_chooses_the_form_of_the_hopper_kernel_where_shapes_do_not(qu
         (dict(short_window=True, block_size=64, ragged=True), 64, 2, 1),
         (dict(short_window=True, block_size=128), 128, 1, 1),
         (dict(short_window=True, head_dim=64, value_dim=64), 64, 3, 1),
-        (dict(short_window=True, head_dim=256, value_dim=256), 128, 1, 5),
+        (dict(short_window=True, head_dim=256, value_dim=256), 128, 1, 6),
         (dict(short_window=False, num_seqs=5), 128, 1, 5),
         (dict(short_window=False, num_seqs=9), 128, 1, 1),
         (dict(features=Features(), num_seqs=8), 128, 1, 5),

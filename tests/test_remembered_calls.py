@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from torch_paged import ops, reference
+from torch_paged.options import SCHEDULE_SHAPE
 from torch_paged.testing import assert_within_budget, attention_inputs, low_precision_attention
 
 attention = torch.ops.paged.attention
@@ -51,7 +52,7 @@ CHANGES = {
     "softcap": dict(softcap=3.0),
     "slopes": dict(alibi_slopes=torch.zeros(8)),
     "sinks": dict(sinks=torch.zeros(8)),
-    "schedule": dict(schedule=torch.zeros(2, 8192, dtype=torch.int32)),
+    "schedule": dict(schedule=torch.zeros(SCHEDULE_SHAPE, dtype=torch.int32)),
 }  # fmt: skip
 
 

@@ -139,12 +139,12 @@ def test_other_lengths_are_wrong_but_harmless(name, only_its_own_memory):  # noq
         (
             torch.zeros(2, 9, dtype=torch.int32),
             ValueError,
-            r"schedule must be int32 \[2, 8192\], as paged::schedule makes it, got int32 \[2, 9\]",
+            r"schedule must be int32 \[2, 32768\], as paged::schedule makes it, got int32 \[2, 9\]",
         ),
         (
             torch.zeros(2, 2 * SCHEDULE_SHAPE[1], dtype=torch.int32)[:, ::2],
             ValueError,
-            r"schedule must be contiguous, as paged::schedule makes it, got strides \[16384, 2\]",
+            r"schedule must be contiguous, as paged::schedule makes it, got strides \[65536, 2\]",
         ),
         (torch.zeros(SCHEDULE_SHAPE, dtype=torch.int32, device="meta"), ValueError, "schedule must be on cpu like"),
     ],

@@ -35,7 +35,7 @@ class AttentionOptions(NamedTuple):
 
 
 PLAIN = AttentionOptions()
-SCHEDULE_SHAPE = (2, 8192)  # of every schedule: a call has up to two launches
+SCHEDULE_SHAPE = (2, 32768)  # of every schedule: a call has up to two launches
 
 
 def largest(dtype: torch.dtype) -> float:

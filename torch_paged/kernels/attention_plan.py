@@ -137,7 +137,7 @@ def step_of(
     attend = _launcher(kernel, launch)
     write: Callable[..., None] | None = None
     if not isinstance(attend, Launcher):
-        write = attend.schedule if attend.fits(query.shape[0], num_kv_heads) else None
+        write = attend.schedule if attend.fits(*sizes) else None
     elif launch.programs <= MOST_PROGRAMS:
         write = schedule_launcher(launch)
     return Step(

@@ -13,7 +13,7 @@ from torch_paged.kernels.hopper_loader import COLUMNS
 from torch_paged.kernels.launch import Launcher
 from torch_paged.kernels.launch_config import AttentionLaunch
 from torch_paged.kernels.launch_tiles import LONG_LOOP
-from torch_paged.kernels.rounds import SHORT_LOOPS, begin_rounds, deal_pieces, most_late, num_piece_ints
+from torch_paged.kernels.rounds import SHORT_LOOPS, begin_rounds, deal_pieces, list_room, num_piece_ints
 
 _MAX_MAPS = 1024
 _SWIZZLED = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
@@ -71,7 +71,7 @@ class HopperLauncher:
         batch = num_tokens, num_seqs, num_kv_heads, max_keys, window
         partial, handoff = workspace, workspace[self._partial :].view(torch.int32)
         starts = self._begin_rounds(seq_lens, cu_seqlens_q, batch, self._rounds if stamp == 0 else 1)
-        room = self._room(num_tokens, num_kv_heads)
+        room = self._room(num_tokens, num_seqs, num_kv_heads)
         pieces = handoff.new_empty(num_piece_ints(self._programs, self._rounds, room))
         begun = schedule, stamp, pieces, partial, handoff
         self._deal(seq_lens, cu_seqlens_q, starts, *begun, *batch, self._long_loop, room)
@@ -83,9 +83,9 @@ class HopperLauncher:
                 window, sinks,
             )  # fmt: skip
 
-    def fits(self, num_tokens: int, num_kv_heads: int) -> bool:
+    def fits(self, num_tokens: int, num_seqs: int, num_kv_heads: int) -> bool:
         """Whether a schedule has room for so many tokens."""
-        return num_piece_ints(self._programs, self._rounds, self._room(num_tokens, num_kv_heads)) <= ROOM
+        return num_piece_ints(self._programs, self._rounds, self._room(num_tokens, num_seqs, num_kv_heads)) <= ROOM
 
     def schedule(
         self, seq_lens: Tensor, cu_seqlens_q: Tensor | None, row: Tensor, num_tokens: int, num_seqs: int,
@@ -95,11 +95,11 @@ class HopperLauncher:
         batch = num_tokens, num_seqs, num_kv_heads, max_keys, window
         starts = self._begin_rounds(seq_lens, cu_seqlens_q, batch, self._rounds)
         nothing = None, 0, row[DEALT.value :], None, None
-        room = self._room(num_tokens, num_kv_heads)
+        room = self._room(num_tokens, num_seqs, num_kv_heads)
         self._deal_once(seq_lens, cu_seqlens_q, starts, *nothing, *batch, self._long_loop, room)
 
-    def _room(self, num_tokens: int, num_kv_heads: int) -> int:
-        return most_late(num_tokens, num_kv_heads, *self._rows_of_unit)
+    def _room(self, num_tokens: int, num_seqs: int, num_kv_heads: int) -> int:
+        return list_room(self._programs, self._rounds, num_tokens, num_seqs, num_kv_heads, *self._rows_of_unit)
 
     def _begin_rounds(
         self, seq_lens: Tensor, cu_seqlens_q: Tensor | None, batch: tuple[int, ...], rounds: int

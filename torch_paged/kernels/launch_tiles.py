@@ -101,16 +101,18 @@ def forms(problem: Problem) -> tuple[int, ...]:
 def rounds(problem: Problem, programs: int) -> int:
     """How many times each of the programs of `attention_hopper` gets a piece, so that all stand in few heads at a time.
 
-    About three units are left to a piece, as pieces end between units in all rounds but one. There is one round where
-    few programs would read the same keys, or the L2 cache holds these anyway.
+    Pieces end between units in all rounds but one: three units are left to a piece, or one where the L2 cache cannot
+    hold even the keys of the new tokens. There is one round where few programs would read the same keys, or that cache
+    holds these anyway.
     """
     heads, columns = problem.num_kv_heads, problem.head_dim + problem.value_dim
+    close = problem.num_tokens * heads * columns * problem.itemsize <= KEPT_CLOSE
     if problem.short_window:
-        once = problem.num_tokens * heads * columns * problem.itemsize <= KEPT_CLOSE
+        once = close
     else:
         once = forms(problem) == (1, 2) and problem.num_tokens < SHARED * problem.num_seqs and not problem.ragged
     units = problem.num_tokens * (problem.num_heads // heads) // _hopper_tiles(problem).rows * heads
-    return 1 if once else max(1, min(units // programs // 3, MOST_ROUNDS))
+    return 1 if once else max(1, min(units // programs // (3 if close else 1), MOST_ROUNDS))
 
 
 def unit_cost(tiles: Tiles, rows: int, copied: int) -> int:

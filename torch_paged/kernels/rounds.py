@@ -8,9 +8,9 @@ of the last round, which are cut inside units and make up for that.
     row       |------ round 0 ------|------ round 1 ------|--------------- last round --------------|
     programs  |  0  |  1  |  2  | 3 |  0  | 1 |  2  |  3  |     0     |      1      |   2   |   3   |
 
-A chunk of few queries on many keys is dealt out in one round, and its units are alike. If the programs can have as many
-whole ones each, or nearly, or a unit as many equal parts, they do: all begin at the same time then, and those that read
-the keys of a head are at the same of them, which pass through the L2 cache once. Cut anywhere, each would be elsewhere.
+The units of a chunk of a prompt on many keys are alike. If the programs can have as many whole ones each, or nearly, or
+a unit as many equal parts, they do, all at once in the order of the row: those that read the keys of a head are at the
+same of them then, which pass through the L2 cache once. Cut anywhere, each program would be elsewhere.
 
 The Hopper kernel has a form that is faster where units have many tiles of keys, and one for short prompts. Shapes alone
 do not tell many prompts from one long chunk beside many decodes: the host launches both forms then, and `deal_pieces`,
@@ -18,7 +18,7 @@ which sees the lengths, gives everything to one of them. The other sees that fir
 
 Programs with equal work end up to 4% apart, in each run others. So the units of a long prompt that see no more
 than a quarter of it are late: not dealt out, but in a list, the longest of a sequence first, from which who has done
-with its pieces takes the next one.
+with its pieces takes the next one. So are alike units for which there are not enough rounds.
 
 Both kernels here begin while the one before them ends, and touch no memory until all of it has: by then whoever had
 their workspace has done with it. The Hopper kernel begins when they have ended, as it is slower otherwise.
@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from torch_paged.kernels.attention_schedule import DEALT, is_scheduled
+from torch_paged.kernels.attention_schedule import DEALT, ROOM, is_scheduled
 from torch_paged.kernels.attention_state import write_sums
 from torch_paged.kernels.deal import LAST_TILE, PIECE, all_work, equal_share, locate, read_piece, tile_at, write_piece
 from torch_paged.kernels.units import (
@@ -43,8 +43,11 @@ from torch_paged.kernels.units import (
 
 SHORT_LOOPS: tl.constexpr = tl.constexpr(-1)  # in the place of a number of tiles: no loop is long
 FORM: tl.constexpr = tl.constexpr(2)  # where `deal_pieces` writes which form has the work: 1, that for long loops, or 0
-ALIKE: tl.constexpr = tl.constexpr(1.16)  # units stay whole if nobody gets more of them than so many times a share
 PIECES_BEGIN: tl.constexpr = tl.constexpr(3)  # where it writes the first piece
+LONGER: tl.constexpr = tl.constexpr(1.16)  # times its share is what a program gets of alike units, or less
+LONG_UNIT: tl.constexpr = tl.constexpr(8)  # tiles of keys: worth to be fetched by itself,
+ALIKE: tl.constexpr = tl.constexpr(1.25)  # if the longest has no more of them than so many times the average,
+MOST_APART: tl.constexpr = tl.constexpr(8)  # and a program no more of such units than this power of two
 
 
 def most_late(num_tokens: int, num_kv_heads: int, group: int, block_m: int) -> int:
@@ -52,8 +55,20 @@ def most_late(num_tokens: int, num_kv_heads: int, group: int, block_m: int) -> i
     return num_tokens * group // (4 * block_m) * num_kv_heads
 
 
+def list_room(
+    programs: int, rounds: int, num_tokens: int, num_seqs: int, num_kv_heads: int, group: int, block_m: int
+) -> int:
+    """Units that the list may have: late ones, or alike ones for which there are not enough rounds."""
+    most_apart: int = MOST_APART.value
+    piece: int = PIECE.value
+    units = (num_tokens * group // block_m + num_seqs + 1) * num_kv_heads
+    scheduled = (ROOM - num_piece_ints(programs, rounds, 0)) // piece
+    alike = min(units - rounds * programs, (most_apart - rounds) * programs, scheduled)
+    return max(most_late(num_tokens, num_kv_heads, group, block_m), alike)
+
+
 def num_piece_ints(programs: int, rounds: int, room: int) -> int:
-    """int32 numbers that `deal_pieces` writes for so many rounds, with room for so many late units."""
+    """int32 numbers that `deal_pieces` writes for so many rounds, with room for so many units in the list."""
     begin: int = PIECES_BEGIN.value
     piece: int = PIECE.value
     return begin + piece * (programs * rounds + room)
@@ -130,41 +145,66 @@ def _count_units(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max
 
 
 @triton.jit
-def _parts_of_units(total, longest, units, V: tl.constexpr):
-    """Into how many equal parts each of so many units is cut, 1 leaves them whole; 0 if they are not alike enough."""
-    programs = tl.num_programs(0)
+def _parts_of_units(total, longest, units, once, room, V: tl.constexpr):
+    """Into how many equal parts each of so many units is cut, 1 leaves them whole; 0 if they are not alike enough.
+
+    And whether a program has these apart, so that it takes one more when it has done with one.
+    """
+    programs, rounds = tl.num_programs(0), tl.num_programs(1)
     if V.has.window:
         longest += V.block_m  # keys that not all rows of a unit see
     parts = tl.maximum(tl.minimum(programs // tl.maximum(units, 1), longest // V.least_work), 1)
-    most = (units * parts + programs - 1) // programs * longest
-    alike = most.to(tl.float32) * programs <= ALIKE * total.to(tl.float32) * parts
-    return tl.where(alike, parts, 0).to(tl.int32)
+    each = tl.cdiv(units * parts, programs)
+    fits = (each <= MOST_APART) & (units * parts - rounds * programs <= room)
+    average = total.to(tl.float32) / tl.maximum(units, 1).to(tl.float32)
+    longest = longest.to(tl.float32)
+    apart = fits & (average >= LONG_UNIT * V.tile * V.group) & (longest <= ALIKE * average)
+    most = (each - 1).to(tl.float32) * tl.where(apart, average, longest) + longest
+    alike = most * programs <= LONGER * total.to(tl.float32) * parts
+    return tl.where(alike & (apart | once), parts, 0).to(tl.int32), apart
 
 
 @triton.jit
-def _alike_pieces(
-    units, parts, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, window, V: tl.constexpr
-):
-    """The piece of this program, if all get as many whole units, or parts of one, in the order of the row."""
-    program, programs, lane = tl.program_id(0), tl.num_programs(0), tl.arange(0, SEQUENCES)
-    begin = (program * units * parts // programs).to(tl.int32)
-    end = ((program + 1) * units * parts // programs).to(tl.int32)
-    part, count = begin % parts, end - begin
-    begin //= parts
-    sequence = num_seqs * 0
-    before = sequence
-    its_begin = sequence
+def _deal_alike(
+    pieces, units, parts, apart, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, window,
+    V: tl.constexpr,
+):  # fmt: skip
+    """Writes pieces of units that are alike, in the order of the row: whole ones, or parts of one.
+
+    Apart, there is one for each program in a round, and what the rounds do not hold is listed with late units. Else a
+    program has all of its own in the first round.
+    """
+    program, programs, rounds = tl.program_id(0), tl.num_programs(0), tl.num_programs(1)
+    turn, lane = tl.arange(0, MOST_APART), tl.arange(0, SEQUENCES)
+    slots = (units * parts).to(tl.int32)
+    place = tl.minimum(turn * programs + program, slots)
+    end = tl.minimum(place + 1, slots)
+    if not (apart & (slots > programs)):
+        place = tl.where(turn == 0, program * slots // programs, slots)
+        end = tl.where(turn == 0, (program + 1) * slots // programs, slots)
+    begin, part = place // parts, place % parts
+    before = num_seqs * 0
+    sequence = turn * 0
+    its_begin = turn * 0
     for first in range(0, num_seqs + 1, SEQUENCES):
         _, queries = query_range(first + lane, cu_seqlens_q, num_tokens, num_seqs, V)
         its_units = query_tiles(queries, V) * num_kv_heads
-        after = before + tl.cumsum(its_units)
-        sequence += tl.sum((after <= begin).to(tl.int32))
-        its_begin = tl.maximum(its_begin, tl.max(tl.where(after <= begin, after, 0)))
+        after = (before + tl.cumsum(its_units))[None, :]
+        ended = after <= begin[:, None]
+        sequence += tl.sum(ended.to(tl.int32), 1)
+        its_begin = tl.maximum(its_begin, tl.max(tl.where(ended, after, 0), 1))
         before += tl.sum(its_units)
     unit = begin - its_begin
     tiles = tiles_of_unit(sequence, unit, seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys, V, window)
-    end_tile = tl.where(part + 1 < parts, tiles * (part + 1) // parts, LAST_TILE)
-    return sequence, unit, tiles * part // parts, count, end_tile
+    begin_tile, end_tile = tiles * part // parts, tiles * (part + 1) // parts
+    count = tl.where(begin_tile < end_tile, end - place, 0)
+    end_tile = tl.where(part + 1 < parts, end_tile, LAST_TILE)
+    number = tl.where(turn < rounds, program * rounds + turn, place)
+    dealt = (turn < rounds) | (place < end)
+    write_piece(pieces + PIECES_BEGIN + PIECE * number, sequence, unit, begin_tile, count, end_tile, dealt)
+    if program == 0:
+        tl.store(pieces, programs * rounds)
+        tl.store(pieces + 1, tl.where(apart, tl.maximum(slots, programs * rounds), programs * rounds))
 
 
 @triton.jit
@@ -247,10 +287,10 @@ def deal_pieces(
     The form is 1 if units that are not late have `long_loop` tiles of keys or more, on average, unless that is
     SHORT_LOOPS, else 0; or without any work -1, and nothing else is written here. A piece begins with a tile that is
     its program's. Late units among its units are not: each is a piece of its own, number [next, end). There is room for
-    `room` of them (see `most_late`); sequences that overlap may have more, which are left out.
+    `room` of them (see `list_room`); sequences that overlap may have more, which are left out.
 
     Without a `schedule`, writes the pieces of one. Else begins a call: copies the schedule's pieces if its stamp is
-    found there, and deals everything out in one round if not.
+    found there, and deals out by itself if not, in one round but for alike units.
 
     Grid: (programs of attention, rounds). A single round needs no `starts` (see `begin_rounds`). PROGRAMS is a power of
     two that is no less than programs.
@@ -274,13 +314,23 @@ def deal_pieces(
         tl.store(pieces + FORM, -1)
         return
     all_units, late_ones = _count_units(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
+    parts, apart = _parts_of_units(total, longest, all_units, once, room, V)
+    parts = tl.where(late_ones == 0, parts, 0)
     if number == 0:
-        _deal_late(
-            pieces, programs * rounds, room, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V
-        )
         if program == 0:
             long = total >= (all_units - late_ones) * (long_loop * V.tile * V.group + V.unit_cost)
             tl.store(pieces + FORM, (long & (long_loop != SHORT_LOOPS)).to(tl.int32))
+        if parts > 0:
+            _deal_alike(
+                pieces, all_units, parts, apart, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys,
+                window, V,
+            )  # fmt: skip
+        else:
+            _deal_late(
+                pieces, programs * rounds, room, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V
+            )
+    if parts > 0:
+        return
     if once:
         begin, end, _near = equal_share(tl.where(number == 0, total, 0), V)
     elif number < rounds - 1:
@@ -292,12 +342,6 @@ def deal_pieces(
         begin, end, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V, window
     )
     first = tile_at(inside, V)
-    if once & (number == 0) & (late_ones == 0):
-        parts = _parts_of_units(total, longest, all_units, V)
-        if parts > 0:
-            sequence, unit, first, units, end_tile = _alike_pieces(
-                all_units, parts, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, window, V
-            )
     key_tiles = tiles_of_unit(sequence, unit, seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys, V, window)
     if (units > 0) & (first >= tl.minimum(tl.where(units == 1, end_tile, key_tiles), key_tiles)):
         first = first * 0
