@@ -17,6 +17,7 @@ from torch_paged.kernels.launch_config import attention_launches
 from torch_paged.kernels.launch_tiles import LONG_LOOP
 from torch_paged.kernels.problem import Device, Problem, next_power_of_two
 from torch_paged.kernels.rounds import (
+    FURTHER_ON,
     PIECES_BEGIN,
     SHORT_LOOPS,
     begin_rounds,
@@ -68,7 +69,7 @@ def deal(queries, keys, spare, heads, programs, rounds, v, long_loop=0, bounds=N
 
 
 def dealt_rounds(queries, keys, spare, heads, programs, rounds, v, *args, window=None, **options):
-    """The form, `[rounds, programs]` pieces, and late ones, or as a last round those of a list of alike units."""
+    """The form, `[rounds, pieces]` in the order of the row, and late ones; a list of alike units is a last round."""
     pieces, _, _ = deal(queries, keys, spare, heads, programs, rounds, v, *args, window=window, **options)
     begin, end, form = pieces[: PIECES_BEGIN.value].tolist()
     pieces = pieces[PIECES_BEGIN.value :].view(-1, 5)
@@ -78,7 +79,11 @@ def dealt_rounds(queries, keys, spare, heads, programs, rounds, v, *args, window
     room = list_room(programs, rounds, sum(queries) + spare, len(keys), heads, v.group, v.block_m)
     assert begin == programs * rounds and end <= begin + room
     assert (pieces[end:] == UNWRITTEN).all()
-    dealt, listed = pieces[:begin].view(programs, rounds, 5).transpose(0, 1).tolist(), pieces[begin:end].tolist()
+    dealt, listed = pieces[:begin].view(programs, rounds, 5).transpose(0, 1), pieces[begin:end].tolist()
+    _, _, first, count, last = dealt[-1].unbind(1)
+    in_turn = ((count == 0) | ((first == 0) & (count == 1) & (last == LAST_TILE.value))).all()
+    turned = range(rounds if in_turn else rounds - 1)
+    dealt = [its.roll(FURTHER_ON.value * (number in turned) * number, 0).tolist() for number, its in enumerate(dealt)]
     alike = listed and not any(late_of(queries, keys, heads, v))
     return (form, [*dealt, listed], []) if alike else (form, dealt, listed)
 
@@ -196,11 +201,11 @@ def test_units_that_see_little_of_a_long_prompt_come_last(queries, keys, program
     [
         ([90], [4000], 13, 1, 1),  # 3 tiles of rows of 4 heads
         ([90, 0, 96], [4000, 50, 3900], 13, 1, 1),
-        ([90, 0, 96], [4000, 50, 3900], 13, 3, 1),
+        ([90, 0, 96], [4000, 50, 3900], 12, 3, 1),
         ([96] * 20, [4000] * 20, 32, 1, 1),
-        ([20] * 150, [4000] * 150, 80, 3, 1),
+        ([20] * 132, [4000] * 132, 66, 2, 1),
         ([32], [4000], 13, 1, 3),
-        ([32], [4000], 13, 2, 3),
+        ([32], [4000], 12, 2, 3),
         ([1, 20, 1], [400, 4000, 9], 33, 1, 8),
         ([60] * 40, [200] * 40, 21, 1, 1),
     ],
@@ -227,17 +232,52 @@ def test_alike_units_are_cut_alike(queries, keys, programs, rounds, parts):
 
 
 @pytest.mark.parametrize(
-    ("queries", "keys", "programs"),
-    [([90, 20], [4000, 400], 15), ([33], [4000], 13)],
-    ids=["lengths", "too-few-for-all"],
+    ("queries", "keys", "programs", "rounds"),
+    [
+        ([90, 20], [4000, 400], 15, 1),
+        ([96] * 8, [3600] * 6 + [5200] * 2, 12, 1),
+        ([33], [4000], 13, 1),
+        ([96] * 5, [4000] * 5, 11, 3),
+        ([96] * 2, [1500] * 2, 12, 2),
+    ],
+    ids=["lengths", "longest", "too-few-for-all", "rounds-do-it-better", "short"],
 )
-def test_other_units_are_cut_where_pieces_end(queries, keys, programs):
-    """12 units of 4000 keys and 4 of 400, or 8 units."""
+def test_other_units_are_cut_where_pieces_end(queries, keys, programs, rounds):
+    """12 units of 4000 keys and 4 of 400; 24 and 8; 8; 60, which are 5.5 turns; 24 that do not have many keys."""
     heads = 4
-    v = variant_of(queries, keys, 0, heads, programs, num_heads=16)
-    pieces, late = dealt_pieces(queries, keys, 0, heads, programs, 1, v)
+    v = replace(variant_of(queries, keys, 0, heads, programs, num_heads=16), rows_above=16)
+    pieces, late = dealt_pieces(queries, keys, 0, heads, programs, rounds, v)
     assert not all(check_covered(pieces, late, queries, keys, 0, heads, v))
-    assert all(count for *_, count, _ in pieces)
+    assert all(count for *_, count, _ in pieces[-programs:])
+
+
+@pytest.mark.parametrize(("window", "ragged"), [(1700, True), (None, False)])
+def test_alike_units_of_a_window_or_a_uniform_batch_go_in_turn(window, ragged):
+    queries, keys, heads, programs, rounds = [96] * 6, [4000] * 6, 4, 12, 2
+    v = variant_of(queries, keys, 0, heads, programs, num_heads=16, window=window, ragged=ragged)
+    _, dealt, late = dealt_rounds(queries, keys, 0, heads, programs, rounds, v, window=window)
+    assert all(check_covered(itertools.chain(*dealt), late, queries, keys, 0, heads, v, window))
+    assert [[count for *_, count, _ in turn] for turn in dealt] == [[1] * 12, [1] * 12, [1] * 48]
+
+
+def test_a_program_does_not_get_the_longest_unit_of_every_turn():
+    """11 programs, and heads of 11 units, which have 2000 to 3400 keys."""
+    queries, keys, heads, programs, rounds = [1408], [3400], 6, 11, 6
+    v = variant_of(queries, keys, 0, heads, programs, num_heads=heads)
+    pieces, _, _ = deal(queries, keys, 0, heads, programs, rounds, v)
+    tiles = dict(units_of([*queries, 0], [*keys, 0], heads, v))
+    pieces = pieces[PIECES_BEGIN.value :][: 5 * programs * rounds].view(programs, rounds, 5).tolist()
+    assert sorted(unit for turns in pieces for _, unit, *_ in turns) == [*range(66)]
+    work = [sum(tiles[0, unit] for _, unit, *_ in turns) for turns in pieces]
+    assert max(work) * programs <= 1.06 * sum(work)
+
+
+def test_no_more_alike_units_are_listed_than_there_is_room_for():
+    """Of sequences that overlap there may be more."""
+    queries, keys, heads, programs = [90] * 5, [4000] * 5, 4, 5
+    v = replace(variant_of(queries, keys, 0, heads, programs, num_heads=16), rows_above=16)
+    _, dealt, late = dealt_rounds([90], keys, 0, heads, programs, 1, v, bounds=[0, 90, 0, 90, 0, 90])
+    assert len(dealt) == 1 and not late
 
 
 def test_no_more_late_units_than_there_is_room_for():
@@ -314,22 +354,30 @@ def check_nothing_is_left(partial, handoff, programs, v):
     assert (sums[:, 0, :, 0] == -torch.inf).all() and (sums[:, 0, :, 1] == 0).all()
 
 
-@pytest.mark.parametrize("rounds", [2, 7])
-def test_rounds_end_together(rounds):
-    """All programs get as much, to a hundredth or two, though whole units alone are dealt at first."""
-    programs, heads = 5, 4
-    queries = keys = [3000, 900]
-    v = variant_of(queries, keys, 0, heads, programs)
+@pytest.mark.parametrize(
+    ("queries", "heads", "num_heads", "programs", "rounds"),
+    [([3000, 900], 4, 8, 5, 2), ([3000, 900], 4, 8, 5, 7), ([2048], 6, 6, 11, 6)],
+    ids=["two", "seven", "each-begins-a-head"],
+)
+def test_rounds_end_together(queries, heads, num_heads, programs, rounds):
+    """All programs get as much, to a tile and a hundredth or two, though whole units alone are dealt at first."""
+    keys = queries
+    v = variant_of(queries, keys, 0, heads, programs, num_heads=num_heads)
     fixed = v.unit_cost // (v.tile * v.group)  # in tiles
     units = dict(units_of(queries, keys, heads, v))
     costs = itertools.accumulate((tiles + fixed for tiles in units.values()), initial=0)
     before = dict(zip([*units, "end"], costs, strict=True))
     pieces, _ = dealt_pieces(queries, keys, 0, heads, programs, rounds, v)
-    begins = [(place % programs, before[s, u] + first) for place, (s, u, first, count, _) in enumerate(pieces) if count]
+    begins = []
+    for place, (sequence, unit, first, count, _) in enumerate(pieces):
+        if count:
+            number, last = place // programs, rounds - 1
+            turned = FURTHER_ON.value * number if number < last else 0
+            begins.append(((place - turned) % programs, before[sequence, unit] + first))
     work = [0] * programs
     for (program, begin), (_, end) in itertools.pairwise([*begins, (None, before["end"])]):
         work[program] += end - begin
-    assert max(work) <= 1.02 * before["end"] / programs
+    assert max(work) - 1 <= 1.02 * before["end"] / programs
     assert any(count for *_, count, _ in pieces[:programs])
 
 
@@ -337,6 +385,7 @@ SCHEDULED_BATCHES = {
     "mixed": (BATCHES["mixed"], 3),
     "late": (([3000, 1], [3000, 500]), 4),
     "one-round": (BATCHES["few-queries"], 1),
+    "alike": (([48], [4000]), 2),  # 8 turns
     "no-work": (([1] * 20, [90] * 20), 2),
 }
 
@@ -401,13 +450,13 @@ def test_a_schedule_has_room_for_prompts_of_16k_tokens(heads, num_seqs, ragged, 
 
 
 @pytest.mark.parametrize("name", SCHEDULED_BATCHES)
-def test_who_does_not_find_its_schedule_deals_out_in_one_round(name):
+def test_who_does_not_find_its_schedule_deals_out_in_one_round_or_in_turn(name):
     (queries, keys), rounds = SCHEDULED_BATCHES[name]
     heads, programs = 8, 3
     v = variant_of(queries, keys, 0, heads, programs, num_heads=64)
     other = torch.full((100,), 5, dtype=torch.int32, device=DEVICE)
     form, dealt, late = dealt_rounds(queries, keys, 0, heads, programs, rounds, v, schedule=(other, 6))
     assert form == (-1 if name == "no-work" else 1)
-    if name != "one-round":  # of alike units
+    if name not in ("one-round", "alike"):  # these have alike units
         assert all(count == 0 for pieces in dealt[1:] for *_, count, _ in pieces)
     check_covered(itertools.chain(*dealt), late, queries, keys, 0, heads, v)

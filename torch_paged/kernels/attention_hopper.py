@@ -224,7 +224,7 @@ def attention_hopper(
     num_tokens, num_seqs, num_kv_heads, num_blocks, max_keys, rounds, query_strides, table_stride, window, sinks,
     PARTS: gl.constexpr, V: gl.constexpr,
 ):  # fmt: skip
-    """Grid: persistent programs, as many as fit on the device, each with its pieces (see `rounds`), then late units.
+    """Grid: persistent programs, as many as fit on the device, each with its pieces (see `rounds`), then listed ones.
 
     key loader    | K0 | K1 | K2 | ...                                                as buffers become free
     value loader  | V0 | V1 | V2 | ...

@@ -23,7 +23,7 @@ def of_piece(pieces, piece, FIELD: gl.constexpr):
 
 @gluon.jit
 def next_piece(pieces, turn, rounds):
-    """Number of this program's piece for a turn; after all rounds, of a late unit that nobody has, or -1."""
+    """Number of this program's piece for a turn; after all rounds, of a listed one that nobody has, or -1."""
     piece = gl.program_id(0) * rounds + turn
     if turn >= rounds:
         piece = gl.atomic_add(pieces, 1, sem="relaxed")

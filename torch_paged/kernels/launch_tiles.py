@@ -16,7 +16,7 @@ HOPPER_DIMS = {64, 128, 256}
 SHORT_WINDOW = 1024  # keys
 KEPT_CLOSE = 40 * 10**6  # bytes of keys and values that Hopper's L2 cache, of 50 MB, keeps beside all that passes
 FAR_CAP = 4096.0  # of float32, logits as `hopper_tiles` has them are off by 0.001 at larger softcaps
-MOST_ROUNDS = 6
+MOST_ROUNDS = 6  # no more than MOST_TURNS of `rounds`
 MANY_UNITS = 128  # of decode: KV heads of all sequences
 
 

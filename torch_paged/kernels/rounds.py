@@ -6,11 +6,14 @@ program has a piece of each. Pieces end between two units, and may be up to a un
 of the last round, which are cut inside units and make up for that.
 
     row       |------ round 0 ------|------ round 1 ------|--------------- last round --------------|
-    programs  |  0  |  1  |  2  | 3 |  0  | 1 |  2  |  3  |     0     |      1      |   2   |   3   |
+    programs  |  0  |  1  |  2  | 3 |  3  | 0 |  1  |  2  |     0     |      1      |   2   |   3   |
+
+Each round but the last begins with another program, so that nobody gets the longest piece of all of them.
 
 The units of a chunk of a prompt on many keys are alike. If the programs can have as many whole ones each, or nearly, or
-a unit as many equal parts, they do, all at once in the order of the row: those that read the keys of a head are at the
-same of them then, which pass through the L2 cache once. Cut anywhere, each program would be elsewhere.
+a unit as many equal parts, they do, in turn: the first ones of the row, the next ones, and so on. Programs that read
+the keys of a head are at the same of them then, which pass through the L2 cache once. Cut anywhere, each would be
+elsewhere.
 
 The Hopper kernel has a form that is faster where units have many tiles of keys, and one for short prompts. Shapes alone
 do not tell many prompts from one long chunk beside many decodes: the host launches both forms then, and `deal_pieces`,
@@ -18,7 +21,7 @@ which sees the lengths, gives everything to one of them. The other sees that fir
 
 Programs with equal work end up to 4% apart, in each run others. So the units of a long prompt that see no more
 than a quarter of it are late: not dealt out, but in a list, the longest of a sequence first, from which who has done
-with its pieces takes the next one. So are alike units for which there are not enough rounds.
+with its pieces takes the next one. In that list are alike units as well, if there are more turns than rounds.
 
 Both kernels here begin while the one before them ends, and touch no memory until all of it has: by then whoever had
 their workspace has done with it. The Hopper kernel begins when they have ended, as it is slower otherwise.
@@ -28,7 +31,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from torch_paged.kernels.attention_schedule import DEALT, ROOM, is_scheduled
+from torch_paged.kernels.attention_schedule import DEALT, is_scheduled
 from torch_paged.kernels.attention_state import write_sums
 from torch_paged.kernels.deal import LAST_TILE, PIECE, all_work, equal_share, locate, read_piece, tile_at, write_piece
 from torch_paged.kernels.units import (
@@ -44,10 +47,12 @@ from torch_paged.kernels.units import (
 SHORT_LOOPS: tl.constexpr = tl.constexpr(-1)  # in the place of a number of tiles: no loop is long
 FORM: tl.constexpr = tl.constexpr(2)  # where `deal_pieces` writes which form has the work: 1, that for long loops, or 0
 PIECES_BEGIN: tl.constexpr = tl.constexpr(3)  # where it writes the first piece
-LONGER: tl.constexpr = tl.constexpr(1.16)  # times its share is what a program gets of alike units, or less
-LONG_UNIT: tl.constexpr = tl.constexpr(8)  # tiles of keys: worth to be fetched by itself,
-ALIKE: tl.constexpr = tl.constexpr(1.25)  # if the longest has no more of them than so many times the average,
-MOST_APART: tl.constexpr = tl.constexpr(8)  # and a program no more of such units than this power of two
+FURTHER_ON: tl.constexpr = tl.constexpr(19)  # by so many pieces a program is in each round, or turn
+LONGER: tl.constexpr = tl.constexpr(1.16)  # alike units stay whole if nobody gets more than so many times a share,
+LITTLE_LONGER: tl.constexpr = tl.constexpr(1.08)  # or so many, where rounds could even that out
+LONG_UNIT: tl.constexpr = tl.constexpr(1536)  # keys, on average, of units that programs get in turn,
+ALIKE: tl.constexpr = tl.constexpr(1.25)  # if the longest is no more than so many times as long
+MOST_TURNS: tl.constexpr = tl.constexpr(8)  # and there are no more turns; a power of two
 
 
 def most_late(num_tokens: int, num_kv_heads: int, group: int, block_m: int) -> int:
@@ -58,12 +63,10 @@ def most_late(num_tokens: int, num_kv_heads: int, group: int, block_m: int) -> i
 def list_room(
     programs: int, rounds: int, num_tokens: int, num_seqs: int, num_kv_heads: int, group: int, block_m: int
 ) -> int:
-    """Units that the list may have: late ones, or alike ones for which there are not enough rounds."""
-    most_apart: int = MOST_APART.value
-    piece: int = PIECE.value
+    """Units that the list may have: late ones, or alike ones that there is no round for."""
+    most_turns: int = MOST_TURNS.value
     units = (num_tokens * group // block_m + num_seqs + 1) * num_kv_heads
-    scheduled = (ROOM - num_piece_ints(programs, rounds, 0)) // piece
-    alike = min(units - rounds * programs, (most_apart - rounds) * programs, scheduled)
+    alike = min(units, most_turns * programs) - rounds * programs
     return max(most_late(num_tokens, num_kv_heads, group, block_m), alike)
 
 
@@ -109,7 +112,7 @@ def _last_piece(starts, total, programs, rounds, PROGRAMS: tl.constexpr, V: tl.c
     others = tl.arange(0, PROGRAMS)
     given = tl.zeros([PROGRAMS], tl.int64)
     for before in range(rounds - 1):
-        start = starts + before * programs + others
+        start = starts + before * programs + (others + before * FURTHER_ON) % programs
         given += tl.load(start + 1, mask=others < programs, other=0) - tl.load(start, mask=others < programs, other=0)
     share = (total.to(tl.float32) / programs.to(tl.float32)).to(tl.int64)
     due = tl.where(others < programs, tl.maximum(share - given, V.least_work), 0)
@@ -148,38 +151,38 @@ def _count_units(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max
 def _parts_of_units(total, longest, units, once, room, V: tl.constexpr):
     """Into how many equal parts each of so many units is cut, 1 leaves them whole; 0 if they are not alike enough.
 
-    And whether a program has these apart, so that it takes one more when it has done with one.
+    And whether programs get these in turn: where they read keys that not everybody finds in the L2 cache anyway.
     """
     programs, rounds = tl.num_programs(0), tl.num_programs(1)
     if V.has.window:
         longest += V.block_m  # keys that not all rows of a unit see
     parts = tl.maximum(tl.minimum(programs // tl.maximum(units, 1), longest // V.least_work), 1)
-    each = tl.cdiv(units * parts, programs)
-    fits = (each <= MOST_APART) & (units * parts - rounds * programs <= room)
+    turns = tl.cdiv(units * parts, programs)
+    fit = (turns <= MOST_TURNS) & (units * parts - rounds * programs <= room)
     average = total.to(tl.float32) / tl.maximum(units, 1).to(tl.float32)
     longest = longest.to(tl.float32)
-    apart = fits & (average >= LONG_UNIT * V.tile * V.group) & (longest <= ALIKE * average)
-    most = (each - 1).to(tl.float32) * tl.where(apart, average, longest) + longest
-    alike = most * programs <= LONGER * total.to(tl.float32) * parts
-    return tl.where(alike & (apart | once), parts, 0).to(tl.int32), apart
+    in_turn = fit & (average >= LONG_UNIT * V.group + V.unit_cost) & (longest <= ALIKE * average)
+    most = (turns - 1).to(tl.float32) * tl.where(in_turn, average, longest) + longest
+    alike = most * programs <= tl.where(once, LONGER, LITTLE_LONGER) * total.to(tl.float32) * parts
+    return tl.where(alike & (in_turn | once), parts, 0).to(tl.int32), in_turn
 
 
 @triton.jit
 def _deal_alike(
-    pieces, units, parts, apart, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, window,
+    pieces, units, parts, in_turn, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, window,
     V: tl.constexpr,
 ):  # fmt: skip
-    """Writes pieces of units that are alike, in the order of the row: whole ones, or parts of one.
+    """Writes pieces of units that are alike, whole ones, or parts of one.
 
-    Apart, there is one for each program in a round, and what the rounds do not hold is listed with late units. Else a
-    program has all of its own in the first round.
+    In turn, a round has one for each program, and what is more than rounds hold is listed. Else, or if there is only
+    one turn, a program has all of its own in the first round.
     """
     program, programs, rounds = tl.program_id(0), tl.num_programs(0), tl.num_programs(1)
-    turn, lane = tl.arange(0, MOST_APART), tl.arange(0, SEQUENCES)
+    turn, lane = tl.arange(0, MOST_TURNS), tl.arange(0, SEQUENCES)
     slots = (units * parts).to(tl.int32)
-    place = tl.minimum(turn * programs + program, slots)
+    place = tl.minimum(turn * programs + (program + turn * FURTHER_ON) % programs, slots)
     end = tl.minimum(place + 1, slots)
-    if not (apart & (slots > programs)):
+    if not (in_turn & (slots > programs)):
         place = tl.where(turn == 0, program * slots // programs, slots)
         end = tl.where(turn == 0, (program + 1) * slots // programs, slots)
     begin, part = place // parts, place % parts
@@ -204,7 +207,7 @@ def _deal_alike(
     write_piece(pieces + PIECES_BEGIN + PIECE * number, sequence, unit, begin_tile, count, end_tile, dealt)
     if program == 0:
         tl.store(pieces, programs * rounds)
-        tl.store(pieces + 1, tl.where(apart, tl.maximum(slots, programs * rounds), programs * rounds))
+        tl.store(pieces + 1, tl.where(in_turn, tl.maximum(slots, programs * rounds), programs * rounds))
 
 
 @triton.jit
@@ -248,7 +251,7 @@ def _copy_pieces(
     schedule, pieces, room, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, window,
     V: tl.constexpr,
 ):  # fmt: skip
-    """Copies the pieces of a schedule, as each call counts late units off in its own (see `next_piece`).
+    """Copies the pieces of a schedule, as each call counts listed ones off in its own (see `next_piece`).
 
     Whatever lengths it was made for, they begin in a unit that there is, and have a tile of it.
     """
@@ -281,13 +284,14 @@ def deal_pieces(
 ):  # fmt: skip
     """Writes the pieces, int32: first sequence, unit and tile, units, and the tile that is the end in the last of them.
 
-    next, end, form | program 0, round 0 | round 1 | ... | program 1, round 0 | ... | a late unit | a late unit | ...
+    next, end, form | program 0, round 0 | round 1 | ... | program 1, round 0 | ... | listed | listed | ...
     0                 3                    8                                          3 + 5 * programs * rounds
 
     The form is 1 if units that are not late have `long_loop` tiles of keys or more, on average, unless that is
     SHORT_LOOPS, else 0; or without any work -1, and nothing else is written here. A piece begins with a tile that is
-    its program's. Late units among its units are not: each is a piece of its own, number [next, end). There is room for
-    `room` of them (see `list_room`); sequences that overlap may have more, which are left out.
+    its program's. Late units among its units are not. They are listed, or alike units that there is no round for, each
+    as a piece of its own, number [next, end). There is room for `room` of these (see `list_room`); sequences that
+    overlap may have more: late ones are left out, alike ones not listed.
 
     Without a `schedule`, writes the pieces of one. Else begins a call: copies the schedule's pieces if its stamp is
     found there, and deals out by itself if not, in one round but for alike units.
@@ -314,7 +318,7 @@ def deal_pieces(
         tl.store(pieces + FORM, -1)
         return
     all_units, late_ones = _count_units(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
-    parts, apart = _parts_of_units(total, longest, all_units, once, room, V)
+    parts, in_turn = _parts_of_units(total, longest, all_units, once, room, V)
     parts = tl.where(late_ones == 0, parts, 0)
     if number == 0:
         if program == 0:
@@ -322,7 +326,7 @@ def deal_pieces(
             tl.store(pieces + FORM, (long & (long_loop != SHORT_LOOPS)).to(tl.int32))
         if parts > 0:
             _deal_alike(
-                pieces, all_units, parts, apart, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys,
+                pieces, all_units, parts, in_turn, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys,
                 window, V,
             )  # fmt: skip
         else:
@@ -334,8 +338,8 @@ def deal_pieces(
     if once:
         begin, end, _near = equal_share(tl.where(number == 0, total, 0), V)
     elif number < rounds - 1:
-        begin = tl.load(starts + number * programs + program)
-        end = tl.load(starts + number * programs + program + 1)
+        start = starts + number * programs + (program + number * FURTHER_ON) % programs
+        begin, end = tl.load(start), tl.load(start + 1)
     else:
         begin, end = _last_piece(starts, total, programs, rounds, PROGRAMS, V)
     sequence, unit, inside, units, end_tile = locate(
