@@ -176,15 +176,16 @@ def test_batches_that_are_no_open_step():
         cache.commit(batch)
 
 
-@pytest.mark.parametrize("rows", [(6, 6, 6), (8, 8, 8), (8, 4, 4), (2, 4, 4)], ids=str)
+@pytest.mark.parametrize("rows", [(6, 6, 6), (8, 8, 8), (8, 4, 4), (2, 4, 4), (4, 6, 6), (4, 2, 2)], ids=str)
 def test_layers_want_the_rows_of_the_batch(rows):
-    """More of them would be taken for other queries of the same sequences. Compiled, whatever the compiler says."""
+    """More queries would be taken for others of the same sequences. Compiled, whatever the compiler says."""
     cache = make_cache()
     batch = cache.prepare([cache.add(), cache.add()], 2)
     sizes = zip(rows, ((HEADS, DIM), (KV_HEADS, DIM), (KV_HEADS, VALUE_DIM)), strict=True)
     query, key, value = (torch.randn(count, *size) for count, size in sizes)
+    name, wrong = ("query", rows[0]) if rows[0] != 4 else ("key", rows[1])
     with pytest.raises(
-        ValueError, match=f"query must have 4 rows, one for each token of the batch, padding included, got {rows[0]}"
+        ValueError, match=f"{name} must have 4 rows, one for each token of the batch, padding included, got {wrong}"
     ):
         cache.layers[0](query, key, value, batch)
     compiled = torch.compile(cache.layers[0], fullgraph=True, backend="aot_eager")

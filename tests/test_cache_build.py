@@ -69,6 +69,7 @@ def test_memory_decides_how_many_blocks(monkeypatch):
         (dict(head_dim=0), ValueError, "head_dim must be at least 1, got 0"),
         (dict(value_head_dim=0), ValueError, "value_head_dim must be at least 1, got 0"),
         (dict(dtype=torch.int8), TypeError, "dtype must be float32, float16 or bfloat16, got torch.int8"),
+        (dict(dtype="float16"), TypeError, "dtype must be float32, float16 or bfloat16, got 'float16'"),
         (dict(cache_dtype=torch.int16), TypeError, "cache_dtype must be float8_e4m3fn, float8_e5m2, int8, or dtype"),
         (dict(buckets=[4, 4]), ValueError, r"buckets must increase from at least 1, got \[4, 4\]"),
         (dict(buckets=[0, 4]), ValueError, r"buckets must increase from at least 1, got \[0, 4\]"),

@@ -35,7 +35,7 @@ def test_calibration_needs_tokens_in_the_cache_and_a_type_to_store_them_in():
     with pytest.raises(ValueError, match=r"calibrate needs tokens in the cache, got none"):
         cache.calibrate(torch.int8)
     for dtype in (torch.float16, "int8"):
-        with pytest.raises(TypeError, match=f"dtype must be float8_e4m3fn, float8_e5m2 or int8, got {dtype}"):
+        with pytest.raises(TypeError, match=f"dtype must be float8_e4m3fn, float8_e5m2 or int8, got {dtype!r}"):
             cache.calibrate(dtype)
 
 

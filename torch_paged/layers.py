@@ -68,9 +68,9 @@ class PagedKVLayer(nn.Module):
 
         Raises:
             TypeError: `batch` is no PagedBatch.
-            ValueError: query has fewer rows than the batch has tokens, those of its padding included, or more where
-                the batch has no `cu_seqlens_q` (else rows past its last are padding); the layer has a sliding window,
-                and another one is given.
+            ValueError: query or key has fewer rows than the batch has tokens, those of its padding included, or more
+                where the batch has no `cu_seqlens_q` (else rows past its last are padding); the layer has a sliding
+                window, and another one is given.
         """
         return _append_and_attend(query, key, value, self.tensors(), batch, self.group, self.sliding_window, options)
 
@@ -158,15 +158,15 @@ def _tables(batch: Any, group: int) -> tuple[Tensor, Tensor]:
     return batch.tables(group)
 
 
-def _check_rows(rows: int, tokens: int, ragged: bool) -> None:
-    """Raise ValueError unless there are as many queries as the batch has tokens; in a ragged one more are padding."""
+def _check_rows(name: str, rows: int, tokens: int, ragged: bool) -> None:
+    """Raise ValueError unless there is one for each token of the batch; in a ragged one more are padding."""
     if torch.compiler.is_compiling():
         if not ragged:
             torch._check(rows == tokens)  # takes no message with sizes in it
     else:
         torch._check_value(
             rows >= tokens if ragged else rows == tokens,
-            lambda: f"query must have {tokens} rows, one for each token of the batch, padding included, got {rows}",
+            lambda: f"{name} must have {tokens} rows, one for each token of the batch, padding included, got {rows}",
         )
 
 
@@ -181,7 +181,8 @@ def _append_and_attend(
     options: dict[str, Any],
 ) -> Tensor:
     block_table, slot_mapping = _tables(batch, group)
-    _check_rows(query.shape[0], slot_mapping.shape[0], ragged=batch.cu_seqlens_q is not None)
+    for name, rows in (("query", query), ("key", key)):
+        _check_rows(name, rows.shape[0], slot_mapping.shape[0], ragged=batch.cu_seqlens_q is not None)
     key_cache, value_cache, options = _cache_options(tensors, sliding_window, options)
     append_options = {name: options[name] for name in SCALES if name in options}
     append(key, value, key_cache, value_cache, slot_mapping, **append_options)

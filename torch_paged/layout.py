@@ -73,11 +73,11 @@ def check_stored(
 ) -> Stored:
     """What is stored by arguments of these names."""
     if dtype not in FLOAT_DTYPES:
-        raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+        raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype!r}")
     stored = dtype if cache_dtype is None else cache_dtype
     if stored != dtype and stored not in QUANTISED_DTYPES:
         names = ", ".join(str(each).removeprefix("torch.") for each in QUANTISED_DTYPES)
-        raise TypeError(f"cache_dtype must be {names}, or dtype = {dtype}, got {stored}")
+        raise TypeError(f"cache_dtype must be {names}, or dtype = {dtype}, got {stored!r}")
     if scales not in (None, "token", "static"):
         raise ValueError(f"scales must be 'token', 'static' or None, got {scales!r}")
     if scales is not None and stored == dtype:

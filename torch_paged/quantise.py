@@ -115,7 +115,7 @@ def quantise_cache(
 def check_dtype(dtype: torch.dtype) -> None:
     """That a cache can be quantised to `dtype`."""
     if dtype not in QUANTISED_DTYPES:
-        raise TypeError(f"dtype must be float8_e4m3fn, float8_e5m2 or int8, got {dtype}")
+        raise TypeError(f"dtype must be float8_e4m3fn, float8_e5m2 or int8, got {dtype!r}")
 
 
 def _check(cache: Tensor, slots: Tensor, dtype: torch.dtype) -> None:
