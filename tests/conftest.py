@@ -12,7 +12,7 @@ from torch_paged import ops, staging
 from torch_paged.cpu.choice import EAGER, NATIVE
 
 # What their asserts compare is shown, as in tests.
-pytest.register_assert_rewrite("cache_twins", "memory_machine", "memory_model", "serving_fakes")
+pytest.register_assert_rewrite("cache_twins", "dealt_pieces", "memory_machine", "memory_model", "serving_fakes")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

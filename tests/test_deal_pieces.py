@@ -3,36 +3,27 @@
 import itertools
 import os
 import random
-from dataclasses import replace
 
 import pytest
 import torch
-from dealt_units import units_of
 
 pytest.importorskip("triton")
+from dealt_pieces import DEVICE, UNWRITTEN, check_covered, deal, dealt_pieces, dealt_rounds, variant_of
+from dealt_units import units_of
+
 from torch_paged.kernels.attention_schedule import DEALT, ROOM
 from torch_paged.kernels.deal import LAST_TILE
+from torch_paged.kernels.deal_pieces import SHORT_LOOPS, list_room, most_late
 from torch_paged.kernels.features import Features
 from torch_paged.kernels.launch_config import attention_launches
 from torch_paged.kernels.launch_tiles import LONG_LOOP
-from torch_paged.kernels.problem import Device, Problem, next_power_of_two
-from torch_paged.kernels.rounds import (
-    FURTHER_ON,
-    PIECES_BEGIN,
-    SHORT_LOOPS,
-    begin_rounds,
-    deal_pieces,
-    list_room,
-    most_late,
-    num_piece_ints,
-)
+from torch_paged.kernels.piece_list import num_piece_ints
+from torch_paged.kernels.problem import Device, Problem
+from torch_paged.kernels.rounds import FURTHER_ON
 from torch_paged.kernels.units import LATE_UNITS
 
 pytestmark = [pytest.mark.interpreter if os.environ.get("TRITON_INTERPRET") == "1" else pytest.mark.gpu]
-DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
-UNWRITTEN = -77
-NO_SCHEDULE = ()
 BATCHES = {
     "one-sequence": ([300], [300]),
     "few-queries": ([40], [5000]),
@@ -41,100 +32,6 @@ BATCHES = {
     "short-ones": ([20] * 40, [20] * 40),
     "without-keys": ([200, 90], [0, 30]),
 }
-
-
-def deal(queries, keys, spare, heads, programs, rounds, v, long_loop=0, bounds=None, window=None, schedule=NO_SCHEDULE):
-    """What `deal_pieces` writes: pieces, and what is left to `combine`. `schedule`: it and a stamp; None: write one."""
-    lens = torch.tensor(keys, dtype=torch.int32, device=DEVICE)
-    if bounds is None:
-        bounds = [0, *itertools.accumulate(queries)]
-    batch = sum(queries) + spare, len(keys), heads, 8192, window or 0
-    bounds = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
-    starts = torch.full(((rounds - 1) * programs + 1,), -1, dtype=torch.int64, device=DEVICE)
-    if rounds > 1 and schedule in (None, NO_SCHEDULE):
-        begin_rounds[(len(starts),)](lens, bounds, starts, *batch, programs, rounds, V=v)
-    room = list_room(programs, rounds, *batch[:3], v.group, v.block_m)
-    pieces = torch.full((num_piece_ints(programs, rounds, room) + 500,), UNWRITTEN, dtype=torch.int32, device=DEVICE)
-    partial = torch.full((2 * programs * v.block_m * (v.value_dim + 2),), torch.nan, device=DEVICE)
-    handoff = torch.full((3, programs), UNWRITTEN, dtype=torch.int32, device=DEVICE)
-    if schedule is None:
-        begun = None, 0, pieces, None, None
-    else:
-        begun = (lens, 0) if schedule == NO_SCHEDULE else schedule
-        begun += pieces, partial, handoff
-    deal_pieces[(programs, rounds)](
-        lens, bounds, starts, *begun, *batch, long_loop, room, PROGRAMS=next_power_of_two(programs), V=v
-    )
-    return pieces, partial, handoff
-
-
-def dealt_rounds(queries, keys, spare, heads, programs, rounds, v, *args, window=None, **options):
-    """The form, `[rounds, pieces]` in the order of the row, and late ones; a list of alike units is a last round."""
-    pieces, _, _ = deal(queries, keys, spare, heads, programs, rounds, v, *args, window=window, **options)
-    begin, end, form = pieces[: PIECES_BEGIN.value].tolist()
-    pieces = pieces[PIECES_BEGIN.value :].view(-1, 5)
-    if not any(units_of([*queries, spare], [*keys, 0], heads, v, window)):
-        assert form == -1 and begin == end == UNWRITTEN and (pieces == UNWRITTEN).all()
-        return form, [], []
-    room = list_room(programs, rounds, sum(queries) + spare, len(keys), heads, v.group, v.block_m)
-    assert begin == programs * rounds and end <= begin + room
-    assert (pieces[end:] == UNWRITTEN).all()
-    dealt, listed = pieces[:begin].view(programs, rounds, 5).transpose(0, 1), pieces[begin:end].tolist()
-    _, _, first, count, last = dealt[-1].unbind(1)
-    in_turn = ((count == 0) | ((first == 0) & (count == 1) & (last == LAST_TILE.value))).all()
-    turned = range(rounds if in_turn else rounds - 1)
-    dealt = [its.roll(FURTHER_ON.value * (number in turned) * number, 0).tolist() for number, its in enumerate(dealt)]
-    alike = listed and not any(late_of(queries, keys, heads, v))
-    return (form, [*dealt, listed], []) if alike else (form, dealt, listed)
-
-
-def dealt_pieces(*batch, **options):
-    """The pieces, in the order of the row, and late ones."""
-    _, rounds, late = dealt_rounds(*batch, **options)
-    assert all(count >= 0 for pieces in rounds for *_, count, _ in pieces)
-    return list(itertools.chain(*rounds)), late
-
-
-def variant_of(queries, keys, spare, heads, programs, causal=True, block_m=128, num_heads=8, window=None, ragged=True):
-    has = Features(window=window is not None)
-    sizes = sum(queries) + spare, len(keys), num_heads, heads
-    problem = Problem(*sizes, 128, 128, 16, 2, causal, ragged, features=has)
-    variant = attention_launches(problem, Device(programs, 227 * 1024, 90))[0].variant
-    return replace(variant, block_m=block_m, overlap=False)  # the interpreter knows nothing of that
-
-
-def late_of(queries, keys, heads, v):
-    """The late units, longest first: whose rows all see less than a quarter of a sequence that has enough of them."""
-    for sequence, (count, length) in enumerate(zip(queries, keys, strict=True)):
-        rows = count * v.group
-        late = max(length // 4 - max(length - count, 0), 0) * v.group // v.block_m if v.causal else 0
-        assert length - count + late * v.block_m // v.group <= length // 4 or not late
-        if v.rows_above < rows <= v.rows_upto and late * heads >= LATE_UNITS.value:
-            for tile in reversed(range(late)):
-                yield from ((sequence, head * -(-rows // v.block_m) + tile) for head in range(heads))
-
-
-def check_covered(pieces, late, queries, keys, spare, heads, v, window=None):
-    """Each tile of keys of each unit is in one piece, and returns whether each piece has whole units alone."""
-    assert late == [[*unit, 0, 1, LAST_TILE.value] for unit in late_of(queries, keys, heads, v)]
-    late = {(sequence, unit) for sequence, unit, *_ in late}
-    # The rows past the last query are a sequence of their own.
-    units = list(units_of([*queries, spare], [*keys, 0], heads, v, window))
-    order = {unit: number for number, (unit, _) in enumerate(units)}
-    dealt, whole = [], []
-    for sequence, unit, begin, count, end in pieces:
-        whole.append(True)
-        for index in range(count):
-            number = order[sequence, unit] + index
-            its, tiles = units[number]
-            if its in late:
-                continue
-            first, last = (begin if index == 0 else 0), min(end if index == count - 1 else tiles, tiles)
-            assert first < last
-            whole[-1] &= (first, last) == (0, tiles)
-            dealt += [(number, tile) for tile in range(first, last)]
-    assert dealt == [(n, i) for n, (its, tiles) in enumerate(units) if its not in late for i in range(tiles)]
-    return whole
 
 
 @pytest.mark.parametrize(
@@ -194,90 +91,6 @@ def test_units_that_see_little_of_a_long_prompt_come_last(queries, keys, program
     assert (len(late) >= LATE_UNITS.value) == causal
     whole = check_covered(pieces, late, queries, keys, spare, heads, v)
     assert all(whole[: (rounds - 1) * programs])
-
-
-@pytest.mark.parametrize(
-    ("queries", "keys", "programs", "rounds", "parts"),
-    [
-        ([90], [4000], 13, 1, 1),  # 3 tiles of rows of 4 heads
-        ([90, 0, 96], [4000, 50, 3900], 13, 1, 1),
-        ([90, 0, 96], [4000, 50, 3900], 12, 3, 1),
-        ([96] * 20, [4000] * 20, 32, 1, 1),
-        ([20] * 132, [4000] * 132, 66, 2, 1),
-        ([32], [4000], 13, 1, 3),
-        ([32], [4000], 12, 2, 3),
-        ([1, 20, 1], [400, 4000, 9], 33, 1, 8),
-        ([60] * 40, [200] * 40, 21, 1, 1),
-    ],
-    ids=["one", "two", "empty-round", "many", "sequences", "thirds", "empty-thirds", "decodes-beside", "short"],
-)
-def test_alike_units_are_cut_alike(queries, keys, programs, rounds, parts):
-    """Long ones go one after the other to all programs, and what the rounds do not hold is in the list."""
-    heads = 4
-    v = variant_of(queries, keys, 0, heads, programs, num_heads=16)
-    v = replace(v, rows_above=16)
-    _, dealt, late = dealt_rounds(queries, keys, 0, heads, programs, rounds, v)
-    pieces = [*itertools.chain(*dealt)]
-    whole = check_covered(pieces, late, queries, keys, 0, heads, v)
-    tiles = dict(units_of([*queries, 0], [*keys, 0], heads, v))
-    assert not late
-    if keys[0] > 200:
-        assert all(count <= 1 for *_, count, _ in pieces)
-        assert len(pieces) == max(len(tiles) * parts, programs * rounds)
-    if parts == 1:
-        assert all(whole)
-    for sequence, unit, first, count, end in pieces:
-        of_unit = tiles.get((sequence, unit), 0)
-        assert count == 0 or min(end, of_unit) - first <= -(-of_unit // parts)
-
-
-@pytest.mark.parametrize(
-    ("queries", "keys", "programs", "rounds"),
-    [
-        ([90, 20], [4000, 400], 15, 1),
-        ([96] * 8, [3600] * 6 + [5200] * 2, 12, 1),
-        ([33], [4000], 13, 1),
-        ([96] * 5, [4000] * 5, 11, 3),
-        ([96] * 2, [1500] * 2, 12, 2),
-    ],
-    ids=["lengths", "longest", "too-few-for-all", "rounds-do-it-better", "short"],
-)
-def test_other_units_are_cut_where_pieces_end(queries, keys, programs, rounds):
-    """12 units of 4000 keys and 4 of 400; 24 and 8; 8; 60, which are 5.5 turns; 24 that do not have many keys."""
-    heads = 4
-    v = replace(variant_of(queries, keys, 0, heads, programs, num_heads=16), rows_above=16)
-    pieces, late = dealt_pieces(queries, keys, 0, heads, programs, rounds, v)
-    assert not all(check_covered(pieces, late, queries, keys, 0, heads, v))
-    assert all(count for *_, count, _ in pieces[-programs:])
-
-
-@pytest.mark.parametrize(("window", "ragged"), [(1700, True), (None, False)])
-def test_alike_units_of_a_window_or_a_uniform_batch_go_in_turn(window, ragged):
-    queries, keys, heads, programs, rounds = [96] * 6, [4000] * 6, 4, 12, 2
-    v = variant_of(queries, keys, 0, heads, programs, num_heads=16, window=window, ragged=ragged)
-    _, dealt, late = dealt_rounds(queries, keys, 0, heads, programs, rounds, v, window=window)
-    assert all(check_covered(itertools.chain(*dealt), late, queries, keys, 0, heads, v, window))
-    assert [[count for *_, count, _ in turn] for turn in dealt] == [[1] * 12, [1] * 12, [1] * 48]
-
-
-def test_a_program_does_not_get_the_longest_unit_of_every_turn():
-    """11 programs, and heads of 11 units, which have 2000 to 3400 keys."""
-    queries, keys, heads, programs, rounds = [1408], [3400], 6, 11, 6
-    v = variant_of(queries, keys, 0, heads, programs, num_heads=heads)
-    pieces, _, _ = deal(queries, keys, 0, heads, programs, rounds, v)
-    tiles = dict(units_of([*queries, 0], [*keys, 0], heads, v))
-    pieces = pieces[PIECES_BEGIN.value :][: 5 * programs * rounds].view(programs, rounds, 5).tolist()
-    assert sorted(unit for turns in pieces for _, unit, *_ in turns) == [*range(66)]
-    work = [sum(tiles[0, unit] for _, unit, *_ in turns) for turns in pieces]
-    assert max(work) * programs <= 1.06 * sum(work)
-
-
-def test_no_more_alike_units_are_listed_than_there_is_room_for():
-    """Of sequences that overlap there may be more."""
-    queries, keys, heads, programs = [90] * 5, [4000] * 5, 4, 5
-    v = replace(variant_of(queries, keys, 0, heads, programs, num_heads=16), rows_above=16)
-    _, dealt, late = dealt_rounds([90], keys, 0, heads, programs, 1, v, bounds=[0, 90, 0, 90, 0, 90])
-    assert len(dealt) == 1 and not late
 
 
 def test_no_more_late_units_than_there_is_room_for():

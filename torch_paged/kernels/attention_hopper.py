@@ -4,9 +4,9 @@ Either one or two are one part and share their code, which suits units of few ti
 fetched again and again; or each is a part with its own code, and while one computes weights another has the tensor
 cores.
 
-Computes what `attention` computes without ALiBi from caches of query's dtype, dealt out as `rounds` says, and leaves
-its partial results to the same `combine`. Written in Gluon, as plain Triton cannot let the copy engine fill slices of
-one operand from several blocks, nor keep a product under way during the softmax before it.
+Computes what `attention` computes without ALiBi from caches of query's dtype, dealt out as `deal_pieces` says, and
+leaves its partial results to the same `combine`. Written in Gluon, as plain Triton cannot let the copy engine fill
+slices of one operand from several blocks, nor keep a product under way during the softmax before it.
 """
 
 from triton.experimental import gluon
@@ -28,7 +28,7 @@ from torch_paged.kernels.hopper_tiles import (
     lanes_of,
 )
 from torch_paged.kernels.hopper_units import zero
-from torch_paged.kernels.rounds import FORM
+from torch_paged.kernels.piece_list import FORM
 
 
 @gluon.jit
@@ -224,7 +224,7 @@ def attention_hopper(
     num_tokens, num_seqs, num_kv_heads, num_blocks, max_keys, rounds, query_strides, table_stride, window, sinks,
     PARTS: gl.constexpr, V: gl.constexpr,
 ):  # fmt: skip
-    """Grid: persistent programs, as many as fit on the device, each with its pieces (see `rounds`), then listed ones.
+    """Grid: persistent programs, as many as fit on the device, each with its pieces, then listed ones (`deal_pieces`).
 
     key loader    | K0 | K1 | K2 | ...                                                as buffers become free
     value loader  | V0 | V1 | V2 | ...

@@ -9,11 +9,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from torch_paged.kernels.attention_hopper import attention_hopper
 from torch_paged.kernels.attention_schedule import DEALT, ROOM
+from torch_paged.kernels.deal_pieces import SHORT_LOOPS, deal_pieces, list_room
 from torch_paged.kernels.hopper_loader import COLUMNS
 from torch_paged.kernels.launch import Launcher
 from torch_paged.kernels.launch_config import AttentionLaunch
 from torch_paged.kernels.launch_tiles import LONG_LOOP
-from torch_paged.kernels.rounds import SHORT_LOOPS, begin_rounds, deal_pieces, list_room, num_piece_ints
+from torch_paged.kernels.piece_list import num_piece_ints
+from torch_paged.kernels.rounds import begin_rounds
 
 _MAX_MAPS = 1024
 _SWIZZLED = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
@@ -32,7 +34,7 @@ class _Address(NamedTuple):
 class HopperLauncher:
     """Takes the arguments of the general kernel, of calls that one `Launcher` could serve.
 
-    Every form of the kernel that the device may choose is launched, one after the other (see `rounds`). `schedule`
+    Every form of the kernel that the device may choose is launched, one after the other (see `deal_pieces`). `schedule`
     writes for all layers what each call would otherwise find out for itself.
     """
 

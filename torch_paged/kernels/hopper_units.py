@@ -1,11 +1,11 @@
-"""The walk of a program of `attention_hopper` over the units of its pieces (see `rounds`)."""
+"""The walk of a program of `attention_hopper` over the units of its pieces (see `deal_pieces`)."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from torch_paged.kernels.attention_rows import tiles_of_keys
 from torch_paged.kernels.deal import END, FIRST, PIECE, UNITS
-from torch_paged.kernels.rounds import PIECES_BEGIN
+from torch_paged.kernels.piece_list import PIECES_BEGIN
 from torch_paged.kernels.units import key_count, late_tiles, next_sequence, query_range, query_tiles
 
 

@@ -16,7 +16,7 @@ HOPPER_DIMS = {64, 128, 256}
 SHORT_WINDOW = 1024  # keys
 KEPT_CLOSE = 40 * 10**6  # bytes of keys and values that Hopper's L2 cache, of 50 MB, keeps beside all that passes
 FAR_CAP = 4096.0  # of float32, logits as `hopper_tiles` has them are off by 0.001 at larger softcaps
-MOST_ROUNDS = 6  # no more than MOST_TURNS of `rounds`
+MOST_ROUNDS = 6  # no more than MOST_TURNS of `alike`
 MANY_UNITS = 128  # of decode: KV heads of all sequences
 
 
@@ -86,8 +86,8 @@ def forms(problem: Problem) -> tuple[int, ...]:
     """How many parts the warps that multiply have in the fastest form of `attention_hopper`; two numbers launch both.
 
     Short prompts and windows run through all of the code for few tiles: half of it, as one part needs, takes less time
-    to fetch. What has many the device knows (see `rounds`), if shapes do not. At head dim 256, products take so long
-    that two parts are always faster.
+    to fetch. What has many the device knows, if shapes do not (see `deal_pieces`). At head dim 256, products take so
+    long that two parts are always faster.
     """
     if max(problem.head_dim, problem.value_dim) > 128:
         return (2,)

@@ -49,7 +49,7 @@ def query_tiles(queries, V: tl.constexpr):
 
 @triton.jit
 def late_tiles(queries, keys, num_kv_heads, V: tl.constexpr):
-    """How many of a head's query tiles are not dealt out here, from the first on: they come last (see `rounds`).
+    """How many of a head's query tiles are not dealt out here, from the first on: they come last (see `deal_pieces`).
 
     They see no more than a quarter of the sequence, and its heads have enough of them for programs to end together.
     """

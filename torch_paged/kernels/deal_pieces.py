@@ -1,0 +1,210 @@
+"""Deals out, in advance, what the programs of `attention_hopper` do: in rounds, in turn, or in one piece each.
+
+The Hopper kernel has a form that is faster where units have many tiles of keys, and one for short prompts. Shapes alone
+do not tell many prompts from one long chunk beside many decodes: the host launches both forms then, and `deal_pieces`,
+which sees the lengths, gives everything to one of them. The other sees that first, ends, and has written nothing.
+
+Programs with equal work end up to 4% apart, in each run others. So the units of a long prompt that see no more
+than a quarter of it are late: not dealt out, but listed, the longest of a sequence first, and who has done with its
+pieces takes the next one. Listed are alike units as well, if there are more turns than rounds.
+
+Both kernels that deal out begin while the one before them ends, and touch no memory until all of it has: by then
+whoever had their workspace has done with it. The Hopper kernel begins when they have ended, as it is slower otherwise.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
+
+from torch_paged.kernels.alike import MOST_TURNS, deal_alike, parts_of_units
+from torch_paged.kernels.attention_schedule import DEALT, is_scheduled
+from torch_paged.kernels.attention_state import write_sums
+from torch_paged.kernels.deal import LAST_TILE, PIECE, all_work, equal_share, locate, read_piece, tile_at, write_piece
+from torch_paged.kernels.piece_list import FORM, PIECES_BEGIN, write_listed
+from torch_paged.kernels.rounds import piece_of_round
+from torch_paged.kernels.units import (
+    SEQUENCES,
+    following,
+    key_count,
+    late_tiles,
+    query_range,
+    query_tiles,
+    tiles_of_unit,
+)
+
+SHORT_LOOPS: tl.constexpr = tl.constexpr(-1)  # in the place of a number of tiles: no loop is long
+
+
+def most_late(num_tokens: int, num_kv_heads: int, group: int, block_m: int) -> int:
+    """Late units that a batch can have (see `late_tiles`)."""
+    return num_tokens * group // (4 * block_m) * num_kv_heads
+
+
+def list_room(
+    programs: int, rounds: int, num_tokens: int, num_seqs: int, num_kv_heads: int, group: int, block_m: int
+) -> int:
+    """Units that the list may have: late ones, or alike ones that there is no round for."""
+    most_turns: int = MOST_TURNS.value
+    units = (num_tokens * group // block_m + num_seqs + 1) * num_kv_heads
+    alike = min(units, most_turns * programs) - rounds * programs
+    return max(most_late(num_tokens, num_kv_heads, group, block_m), alike)
+
+
+@triton.jit
+def _late_units(sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V: tl.constexpr):
+    """Query tiles of each head of a sequence (or of several), and late units of all heads."""
+    _, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
+    keys = key_count(sequence, seq_lens, num_seqs, max_keys)
+    tiles = query_tiles(queries, V)
+    return tiles, tl.where(tiles > 0, late_tiles(queries, keys, num_kv_heads, V) * num_kv_heads, 0)
+
+
+@triton.jit
+def _count_units(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V: tl.constexpr):
+    """How many units there are, and how many of them are late, int64."""
+    lane = tl.arange(0, SEQUENCES)
+    units = tl.zeros([SEQUENCES], tl.int64)
+    late = tl.zeros([SEQUENCES], tl.int64)
+    for first in range(0, num_seqs + 1, SEQUENCES):
+        tiles, more = _late_units(first + lane, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
+        units += tiles * num_kv_heads
+        late += more
+    return tl.sum(units), tl.sum(late)
+
+
+@triton.jit
+def _leave_nothing(partial, handoff, V: tl.constexpr):
+    """Empties what this program of attention leaves to others; they may look in its first slot for a part."""
+    program, lane = tl.program_id(0), tl.arange(0, triton.next_power_of_2(V.block_m))
+    write_sums(partial, lane * 0.0 - float("inf"), lane * 0.0, 2 * program * V.block_m + lane, lane < V.block_m, V)
+    tl.store(handoff + program, 0)
+    tl.store(handoff + tl.num_programs(0) + program, -1)
+
+
+@triton.jit
+def _deal_late(
+    pieces, dealt, room, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V: tl.constexpr
+):
+    """Writes a piece for every late unit, behind the `dealt` ones, and ahead of them all where these begin and end."""
+    program, lane = tl.program_id(0), tl.arange(0, SEQUENCES)
+    before = num_seqs * 0
+    for first in range(0, num_seqs, SEQUENCES):
+        _, units = _late_units(first + lane, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
+        for sequence in range(first + program, tl.minimum(first + SEQUENCES, num_seqs), tl.num_programs(0)):
+            tiles, its_units = _late_units(
+                sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V
+            )
+            begin = before + tl.sum(tl.where(first + lane < sequence, units, 0))
+            for start in range(0, its_units, SEQUENCES):
+                number = start + lane
+                tile = (its_units - 1 - number) // num_kv_heads
+                unit = number % num_kv_heads * tiles + tile
+                valid = (number < its_units) & (begin + number < room)
+                piece = pieces + PIECES_BEGIN + PIECE * (dealt + begin + number)
+                write_piece(piece, sequence, unit, 0, 1, LAST_TILE, valid)
+        before = tl.minimum(before + tl.sum(units), room)
+    if program == 0:
+        write_listed(pieces, dealt, dealt + before)
+
+
+@triton.jit
+def _copy_pieces(
+    schedule, pieces, room, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, window,
+    V: tl.constexpr,
+):  # fmt: skip
+    """Copies the pieces of a schedule, as each call counts listed ones off in its own (see `next_piece`).
+
+    Whatever lengths it was made for, they begin in a unit that there is, and have a tile of it.
+    """
+    program = tl.program_id(0) + tl.program_id(1) * tl.num_programs(0)
+    programs = tl.num_programs(0) * tl.num_programs(1)
+    dealt = schedule + DEALT
+    count = tl.minimum(tl.load(dealt + 1), programs + room)
+    if program == 0:
+        write_listed(pieces, programs, count)
+        tl.store(pieces + FORM, tl.load(dealt + FORM))
+    for first_number in range(program * SEQUENCES, count, programs * SEQUENCES):
+        number = first_number + tl.arange(0, SEQUENCES)
+        place = PIECES_BEGIN + PIECE * number
+        sequence, unit, first, units, end_tile = read_piece(dealt + place, number < count)
+        _, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
+        unit = tl.minimum(unit, tl.maximum(query_tiles(queries, V), 1) * num_kv_heads - 1)
+        key_tiles = tiles_of_unit(sequence, unit, seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys, V, window)
+        first = tl.minimum(first, key_tiles - 1)
+        write_piece(pieces + place, sequence, unit, first, units, end_tile, number < count)
+
+
+@triton.jit(
+    do_not_specialize=["stamp", "num_tokens", "num_seqs", "num_kv_heads", "max_keys", "window", "long_loop", "room"],
+    do_not_specialize_on_alignment=["seq_lens", "cu_seqlens_q", "schedule"],
+)
+def deal_pieces(
+    seq_lens, cu_seqlens_q, starts, schedule, stamp, pieces, partial, handoff, num_tokens, num_seqs, num_kv_heads,
+    max_keys, window, long_loop, room, PROGRAMS: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    """Writes the pieces (see `piece_list`).
+
+    The form is 1 if units that are not late have `long_loop` tiles of keys or more, on average, unless that is
+    SHORT_LOOPS, else 0; or without any work -1, and nothing else is written here. A piece begins with a tile that is
+    its program's. Late units among its units are not. They are listed, or alike units that there is no round for, each
+    as a piece of its own, number [next, end). There is room for `room` of these (see `list_room`); sequences that
+    overlap may have more: late ones are left out, alike ones not listed.
+
+    Without a `schedule`, writes the pieces of one. Else begins a call: copies the schedule's pieces if its stamp is
+    found there, and deals out by itself if not, in one round but for alike units.
+
+    Grid: (programs of attention, rounds). A single round needs no `starts` (see `begin_rounds`). PROGRAMS is a power of
+    two that is no less than programs.
+    """
+    if V.overlap:
+        gdc_wait()
+    program, number = tl.program_id(0), tl.program_id(1)
+    programs, rounds = tl.num_programs(0), tl.num_programs(1)
+    once = rounds == 1
+    if schedule is not None:
+        if number == 0:
+            _leave_nothing(partial, handoff, V)
+        if is_scheduled(schedule, stamp):
+            _copy_pieces(
+                schedule, pieces, room, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, window, V
+            )
+            return
+        once = once | (stamp != 0)
+    total, longest, _ = all_work(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V, window)
+    if total == 0:
+        tl.store(pieces + FORM, -1)
+        return
+    all_units, late_ones = _count_units(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
+    parts, in_turn = parts_of_units(total, longest, all_units, once, room, V)
+    parts = tl.where(late_ones == 0, parts, 0)
+    if number == 0:
+        if program == 0:
+            long = total >= (all_units - late_ones) * (long_loop * V.tile * V.group + V.unit_cost)
+            tl.store(pieces + FORM, (long & (long_loop != SHORT_LOOPS)).to(tl.int32))
+        if parts > 0:
+            deal_alike(
+                pieces, all_units, parts, in_turn, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys,
+                window, V,
+            )  # fmt: skip
+        else:
+            _deal_late(
+                pieces, programs * rounds, room, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V
+            )
+    if parts > 0:
+        return
+    if once:
+        begin, end, _near = equal_share(tl.where(number == 0, total, 0), V)
+    else:
+        begin, end = piece_of_round(starts, total, PROGRAMS, V)
+    sequence, unit, inside, units, end_tile = locate(
+        begin, end, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V, window
+    )
+    first = tile_at(inside, V)
+    key_tiles = tiles_of_unit(sequence, unit, seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys, V, window)
+    if (units > 0) & (first >= tl.minimum(tl.where(units == 1, end_tile, key_tiles), key_tiles)):
+        first = first * 0
+        units -= 1
+        _, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
+        tiles = query_tiles(queries, V)
+        sequence, unit = following(sequence, unit + 1, tiles, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, V)
+    write_piece(pieces + PIECES_BEGIN + PIECE * (program * rounds + number), sequence, unit, first, units, end_tile)
