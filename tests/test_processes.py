@@ -79,7 +79,7 @@ kernels = {
         ("attention", "_attention"),
         ("attention_combine", "_combine"),
         ("attention_hopper", "attention_hopper"),
-        ("rounds", "deal_pieces"),
+        ("deal_pieces", "deal_pieces"),
     )
 }
 for kernel in list(kernels.values())[:: int(sys.argv[1])]:
