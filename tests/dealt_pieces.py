@@ -19,19 +19,23 @@ from torch_paged.kernels.units import LATE_UNITS
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 UNWRITTEN = -77
 NO_SCHEDULE = ()
+NO_RUNS = 2**20  # units in the place of one: nothing is dealt out the longest first
 
 
-def deal(queries, keys, spare, heads, programs, rounds, v, long_loop=0, bounds=None, window=None, schedule=NO_SCHEDULE):
+def deal(
+    queries, keys, spare, heads, programs, rounds, v, long_loop=0, bounds=None, window=None, schedule=NO_SCHEDULE,
+    run=NO_RUNS,
+):  # fmt: skip
     """What `deal_pieces` writes: pieces, and what is left to `combine`. `schedule`: it and a stamp; None: write one."""
     lens = torch.tensor(keys, dtype=torch.int32, device=DEVICE)
     if bounds is None:
         bounds = [0, *itertools.accumulate(queries)]
     batch = sum(queries) + spare, len(keys), heads, 8192, window or 0
     bounds = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
-    starts = torch.full(((rounds - 1) * programs + 1,), -1, dtype=torch.int64, device=DEVICE)
+    starts = None if rounds == 1 else torch.full(((rounds - 1) * programs + 1,), -1, dtype=torch.int64, device=DEVICE)
     if rounds > 1 and schedule in (None, NO_SCHEDULE):
         begin_rounds[(len(starts),)](lens, bounds, starts, *batch, programs, rounds, V=v)
-    room = list_room(programs, rounds, *batch[:3], v.group, v.block_m)
+    room, _ = list_room(programs, rounds, *batch[:3], v.group, v.block_m)
     pieces = torch.full((num_piece_ints(programs, rounds, room) + 500,), UNWRITTEN, dtype=torch.int32, device=DEVICE)
     partial = torch.full((2 * programs * v.block_m * (v.value_dim + 2),), torch.nan, device=DEVICE)
     handoff = torch.full((3, programs), UNWRITTEN, dtype=torch.int32, device=DEVICE)
@@ -41,7 +45,7 @@ def deal(queries, keys, spare, heads, programs, rounds, v, long_loop=0, bounds=N
         begun = (lens, 0) if schedule == NO_SCHEDULE else schedule
         begun += pieces, partial, handoff
     deal_pieces[(programs, rounds)](
-        lens, bounds, starts, *begun, *batch, long_loop, room, PROGRAMS=next_power_of_two(programs), V=v
+        lens, bounds, starts, *begun, *batch, long_loop, room, run, PROGRAMS=next_power_of_two(programs), V=v
     )
     return pieces, partial, handoff
 
@@ -54,7 +58,7 @@ def dealt_rounds(queries, keys, spare, heads, programs, rounds, v, *args, window
     if not any(units_of([*queries, spare], [*keys, 0], heads, v, window)):
         assert form == -1 and begin == end == UNWRITTEN and (pieces == UNWRITTEN).all()
         return form, [], []
-    room = list_room(programs, rounds, sum(queries) + spare, len(keys), heads, v.group, v.block_m)
+    room, _ = list_room(programs, rounds, sum(queries) + spare, len(keys), heads, v.group, v.block_m)
     assert begin == programs * rounds and end <= begin + room
     assert (pieces[end:] == UNWRITTEN).all()
     dealt, listed = pieces[:begin].view(programs, rounds, 5).transpose(0, 1), pieces[begin:end].tolist()

@@ -93,7 +93,7 @@ def test_a_program_does_not_get_the_longest_unit_of_every_turn():
 
 def test_no_more_alike_units_are_listed_than_there_is_room_for():
     """Of sequences that overlap there may be more."""
-    queries, keys, heads, programs = [90] * 5, [4000] * 5, 4, 5
+    queries, keys, heads, programs = [90] * 9, [4000] * 9, 4, 10
     v = replace(variant_of(queries, keys, 0, heads, programs, num_heads=16), rows_above=16)
-    _, dealt, late = dealt_rounds([90], keys, 0, heads, programs, 1, v, bounds=[0, 90, 0, 90, 0, 90])
+    _, dealt, late = dealt_rounds([90], keys, 0, heads, programs, 1, v, bounds=[0, 90] * 5)
     assert len(dealt) == 1 and not late

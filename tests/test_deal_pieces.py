@@ -13,7 +13,7 @@ from dealt_units import units_of
 
 from torch_paged.kernels.attention_schedule import DEALT, ROOM
 from torch_paged.kernels.deal import LAST_TILE
-from torch_paged.kernels.deal_pieces import SHORT_LOOPS, list_room, most_late
+from torch_paged.kernels.deal_pieces import SHORT_LOOPS, list_room
 from torch_paged.kernels.features import Features
 from torch_paged.kernels.launch_config import attention_launches
 from torch_paged.kernels.launch_tiles import LONG_LOOP
@@ -95,10 +95,11 @@ def test_units_that_see_little_of_a_long_prompt_come_last(queries, keys, program
 
 def test_no_more_late_units_than_there_is_room_for():
     """Of sequences that overlap there may be more."""
-    queries, heads = [2048] * 5, 8
+    queries, heads = [2048] * 9, 8
     v = variant_of(queries, queries, 0, heads, 3, num_heads=64)
-    _, _, late = dealt_rounds([2048, 100], queries, 0, heads, 3, 1, v, bounds=[0, 2048, 0, 2048, 0, 2048])
-    assert len(late) == most_late(2148, heads, v.group, v.block_m) < 3 * LATE_UNITS.value
+    _, _, late = dealt_rounds([2048, 100], queries, 0, heads, 3, 1, v, bounds=[0, 2048] * 5)
+    room, _ = list_room(3, 1, 2148, 9, heads, v.group, v.block_m)
+    assert len(late) == room < 5 * LATE_UNITS.value
 
 
 def test_late_units_do_not_decide_for_a_form():
@@ -258,7 +259,7 @@ def test_a_schedule_has_room_for_prompts_of_16k_tokens(heads, num_seqs, ragged, 
     problem = Problem(*sizes, dim, dim, 16, 2, True, ragged, **windows)
     launch = attention_launches(problem, Device(132, 227 * 1024, 90))[0]
     v, launched = launch.variant, (launch.programs, launch.rounds)
-    room = list_room(*launched, 16384, num_seqs, heads[1], v.group, v.block_m)
+    room, _ = list_room(*launched, 16384, num_seqs, heads[1], v.group, v.block_m)
     assert num_piece_ints(*launched, room) <= ROOM
 
 

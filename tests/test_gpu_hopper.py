@@ -235,7 +235,7 @@ def test_any_number_of_programs_gives_the_same(name, programs):
 def test_three_parts(name, dtype, causal, monkeypatch):
     """The form for long prompts of narrow heads, whatever their number of queries, programs and rounds."""
     monkeypatch.setattr(launch_tiles, "LONG", 0)
-    monkeypatch.setattr(launch_tiles, "LONG_IN_THREE_PARTS", 0)
+    monkeypatch.setattr(launch_tiles, "LONG_OF_NARROW_HEADS", 0)
     inputs = attention_inputs(**BATCHES[name] | dict(head_dim=64), dtype=dtype, device="cuda")
     assert launches_of(inputs, causal)[0].forms == (3,)
     check(inputs, *attention(*inputs, inputs.query.shape[2] ** -0.5, causal), causal)
@@ -277,7 +277,7 @@ def test_units_that_come_last(programs):
 @pytest.mark.parametrize("forms", [(None, None)], ids=["three-parts"], indirect=True)
 def test_units_that_come_last_in_three_parts(monkeypatch):
     monkeypatch.setattr(launch_tiles, "LONG", 0)
-    monkeypatch.setattr(launch_tiles, "LONG_IN_THREE_PARTS", 0)
+    monkeypatch.setattr(launch_tiles, "LONG_OF_NARROW_HEADS", 0)
     batch = dict(LATE, query_lens=[410, 385], seq_lens=[410, 385])
     inputs = attention_inputs(**batch, dtype=torch.bfloat16, device="cuda")
     assert launches_of(inputs)[0].forms == (3,)

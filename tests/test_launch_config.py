@@ -230,10 +230,10 @@ def test_hopper_copies_blocks_where_they_make_tiles(changes, copy_rows):
     ("queries", "seqs", "ragged", "forms"),
     [
         (8192, 1, True, (2,)),
-        (8192, 4, True, (2,)),
-        (8192, 4, False, (2,)),
-        (8192, 5, True, (1, 2)),
-        (8190, 5, False, (1, 2)),
+        (8192, 8, True, (2,)),
+        (8192, 8, False, (2,)),
+        (8192, 9, True, (1, 2)),
+        (8184, 8, False, (1, 2)),
         (100, 1, False, (1, 2)),
         (100, 1, True, (1, 2)),
     ],
@@ -300,7 +300,7 @@ def test_three_parts_serve_long_prompts_of_narrow_heads(changes, forms, rows, wa
 
 def test_forms_differ_in_nothing_that_the_other_kernels_see():
     """They share workspace and pieces, and what is compiled for one of them serves both."""
-    batches = [replace(PREFILL, num_tokens=tokens, num_seqs=5, ragged=True) for tokens in (8000, 16000)]
+    batches = [replace(PREFILL, num_tokens=tokens, num_seqs=5, ragged=True) for tokens in (4000, 8000)]
     launches = [attention_launches(batch, DEVICES["sm_90"])[0] for batch in batches]
     assert [launch.forms for launch in launches] == [(1, 2), (2,)]
     assert len({replace(launch, forms=(), rounds=0) for launch in launches}) == 1

@@ -1,12 +1,15 @@
-"""Deals out, in advance, what the programs of `attention_hopper` do: in rounds, in turn, or in one piece each.
+"""Deals out, in advance, what the programs of `attention_hopper` do: whole units, or pieces of the row of all units.
 
 The Hopper kernel has a form that is faster where units have many tiles of keys, and one for short prompts. Shapes alone
 do not tell many prompts from one long chunk beside many decodes: the host launches both forms then, and `deal_pieces`,
 which sees the lengths, gives everything to one of them. The other sees that first, ends, and has written nothing.
 
+Units stay whole if they are alike (see `alike`), or if programs then end together (see `longest_first`). Else programs
+have equal pieces, in rounds or one each, and units are cut where these end.
+
 Programs with equal work end up to 4% apart, in each run others. So the units of a long prompt that see no more
 than a quarter of it are late: not dealt out, but listed, the longest of a sequence first, and who has done with its
-pieces takes the next one. Listed are alike units as well, if there are more turns than rounds.
+pieces takes the next one. Listed are whole units as well, if there are more of them than pieces for programs.
 
 Both kernels that deal out begin while the one before them ends, and touch no memory until all of it has: by then
 whoever had their workspace has done with it. The Hopper kernel begins when they have ended, as it is slower otherwise.
@@ -16,11 +19,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from torch_paged.kernels.alike import MOST_TURNS, deal_alike, parts_of_units
-from torch_paged.kernels.attention_schedule import DEALT, is_scheduled
+from torch_paged.kernels.alike import LONG_UNIT, deal_alike, parts_of_units
+from torch_paged.kernels.attention_schedule import DEALT, ROOM, is_scheduled
 from torch_paged.kernels.attention_state import write_sums
 from torch_paged.kernels.deal import LAST_TILE, PIECE, all_work, equal_share, locate, read_piece, tile_at, write_piece
-from torch_paged.kernels.piece_list import FORM, PIECES_BEGIN, write_listed
+from torch_paged.kernels.longest_first import deal_longest_first, end_together
+from torch_paged.kernels.piece_list import FORM, PIECES_BEGIN, num_piece_ints, write_listed
 from torch_paged.kernels.rounds import piece_of_round
 from torch_paged.kernels.units import (
     SEQUENCES,
@@ -42,12 +46,11 @@ def most_late(num_tokens: int, num_kv_heads: int, group: int, block_m: int) -> i
 
 def list_room(
     programs: int, rounds: int, num_tokens: int, num_seqs: int, num_kv_heads: int, group: int, block_m: int
-) -> int:
-    """Units that the list may have: late ones, or alike ones that there is no round for."""
-    most_turns: int = MOST_TURNS.value
+) -> tuple[int, int]:
+    """Pieces that the list may have, of late units or of whole ones; how many of these must be one for a schedule."""
     units = (num_tokens * group // block_m + num_seqs + 1) * num_kv_heads
-    alike = min(units, most_turns * programs) - rounds * programs
-    return max(most_late(num_tokens, num_kv_heads, group, block_m), alike)
+    most = max((ROOM - num_piece_ints(programs, rounds, 0)) // PIECE.value, 1)
+    return max(most_late(num_tokens, num_kv_heads, group, block_m), min(units, most)), -(-units // most)
 
 
 @triton.jit
@@ -60,16 +63,18 @@ def _late_units(sequence, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_h
 
 
 @triton.jit
-def _count_units(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V: tl.constexpr):
-    """How many units there are, and how many of them are late, int64."""
+def _count_units(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, run, V: tl.constexpr):
+    """How many units there are, how many of them are late, and how many runs of `run` units, int64."""
     lane = tl.arange(0, SEQUENCES)
     units = tl.zeros([SEQUENCES], tl.int64)
     late = tl.zeros([SEQUENCES], tl.int64)
+    runs = tl.zeros([SEQUENCES], tl.int64)
     for first in range(0, num_seqs + 1, SEQUENCES):
         tiles, more = _late_units(first + lane, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
         units += tiles * num_kv_heads
         late += more
-    return tl.sum(units), tl.sum(late)
+        runs += tl.cdiv(tiles, run) * num_kv_heads
+    return tl.sum(units), tl.sum(late), tl.sum(runs)
 
 
 @triton.jit
@@ -135,32 +140,34 @@ def _copy_pieces(
 
 
 @triton.jit(
-    do_not_specialize=["stamp", "num_tokens", "num_seqs", "num_kv_heads", "max_keys", "window", "long_loop", "room"],
+    do_not_specialize=[
+        "stamp", "num_tokens", "num_seqs", "num_kv_heads", "max_keys", "window", "long_loop", "room", "run",
+    ],
     do_not_specialize_on_alignment=["seq_lens", "cu_seqlens_q", "schedule"],
-)
+)  # fmt: skip
 def deal_pieces(
     seq_lens, cu_seqlens_q, starts, schedule, stamp, pieces, partial, handoff, num_tokens, num_seqs, num_kv_heads,
-    max_keys, window, long_loop, room, PROGRAMS: tl.constexpr, V: tl.constexpr,
+    max_keys, window, long_loop, room, run, PROGRAMS: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """Writes the pieces (see `piece_list`).
 
     The form is 1 if units that are not late have `long_loop` tiles of keys or more, on average, unless that is
     SHORT_LOOPS, else 0; or without any work -1, and nothing else is written here. A piece begins with a tile that is
-    its program's. Late units among its units are not. They are listed, or alike units that there is no round for, each
-    as a piece of its own, number [next, end). There is room for `room` of these (see `list_room`); sequences that
-    overlap may have more: late ones are left out, alike ones not listed.
+    its program's. Late units among its units are not. They are listed, or whole ones that there is no round for, each
+    as a piece of its own, number [next, end), whole ones as `run` that follow each other. There is room for `room`
+    pieces (see `list_room`); sequences that overlap may have more: late ones are left out, whole ones not listed.
 
     Without a `schedule`, writes the pieces of one. Else begins a call: copies the schedule's pieces if its stamp is
-    found there, and deals out by itself if not, in one round but for alike units.
+    found there, and deals out by itself if not, in one round but for whole units.
 
-    Grid: (programs of attention, rounds). A single round needs no `starts` (see `begin_rounds`). PROGRAMS is a power of
-    two that is no less than programs.
+    Grid: (programs of attention, rounds). Where units are cut in one round alone, there are no `starts` (see
+    `begin_rounds`). PROGRAMS is a power of two that is no less than programs.
     """
     if V.overlap:
         gdc_wait()
     program, number = tl.program_id(0), tl.program_id(1)
     programs, rounds = tl.num_programs(0), tl.num_programs(1)
-    once = rounds == 1
+    once = starts is None
     if schedule is not None:
         if number == 0:
             _leave_nothing(partial, handoff, V)
@@ -174,28 +181,36 @@ def deal_pieces(
     if total == 0:
         tl.store(pieces + FORM, -1)
         return
-    all_units, late_ones = _count_units(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
-    parts, in_turn = parts_of_units(total, longest, all_units, once, room, V)
-    parts = tl.where(late_ones == 0, parts, 0)
-    if number == 0:
-        if program == 0:
-            long = total >= (all_units - late_ones) * (long_loop * V.tile * V.group + V.unit_cost)
-            tl.store(pieces + FORM, (long & (long_loop != SHORT_LOOPS)).to(tl.int32))
-        if parts > 0:
+    units, late, runs = _count_units(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, run, V)
+    if (program == 0) & (number == 0):
+        long = total >= (units - late) * (long_loop * V.tile * V.group + V.unit_cost)
+        tl.store(pieces + FORM, (long & (long_loop != SHORT_LOOPS)).to(tl.int32))
+    parts, in_turn = parts_of_units(total, longest, units, once, room, V)
+    if (parts > 0) & (late == 0):
+        if number == 0:
             deal_alike(
-                pieces, all_units, parts, in_turn, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys,
+                pieces, units, parts, in_turn, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys,
                 window, V,
             )  # fmt: skip
-        else:
-            _deal_late(
-                pieces, programs * rounds, room, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V
-            )
-    if parts > 0:
         return
-    if once:
-        begin, end, _near = equal_share(tl.where(number == 0, total, 0), V)
-    else:
-        begin, end = piece_of_round(starts, total, PROGRAMS, V)
+    # About all work; of long units, rounds and a list of late ones take less time.
+    work = total.to(tl.float32) * (units.to(tl.float32) / tl.maximum(units - late, 1).to(tl.float32))
+    short = work <= units.to(tl.float32) * (LONG_UNIT * V.group + V.unit_cost)
+    if ((late == 0) | short | V.has.window) & (runs <= room):
+        if end_together(work, (longest * run).to(tl.float32), runs, V):
+            deal_longest_first(
+                pieces, run, runs.to(tl.int32), late, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads,
+                max_keys, V,
+            )  # fmt: skip
+            return
+    if number == 0:
+        _deal_late(
+            pieces, programs * rounds, room, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V
+        )
+    begin, end, _near = equal_share(tl.where(number == 0, total, 0), V)
+    if starts is not None:
+        if not once:
+            begin, end = piece_of_round(starts, total, PROGRAMS, V)
     sequence, unit, inside, units, end_tile = locate(
         begin, end, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V, window
     )

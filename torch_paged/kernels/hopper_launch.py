@@ -41,16 +41,17 @@ class HopperLauncher:
     ready = False  # it takes tensors alone
 
     def __init__(self, launch: AttentionLaunch) -> None:
-        self._programs, self._rounds, self._rows = launch.programs, launch.rounds, launch.variant.copy_rows
+        self._programs, self._rows = launch.programs, launch.variant.copy_rows
+        self._once, self._rounds = launch.rounds == 1, max(launch.rounds, 2)  # of whole units there are two turns
         self._rows_of_unit = launch.variant.group, launch.variant.block_m
         self._partial = launch.partial_floats
-        self._starts = (launch.rounds - 1) * launch.programs + 1
+        self._starts = (self._rounds - 1) * launch.programs + 1
         self._long_loop = {(1,): SHORT_LOOPS.value, (1, 2): LONG_LOOP}.get(launch.forms, 0)
         constants, few_warps = dict(V=launch.variant), dict(num_warps=4, maxnreg=64, **launch.overlap_option)
         self._begin = Launcher(begin_rounds, (self._starts, 1, 1), constants, few_warps)
         padded = dict(PROGRAMS=launch.padded_programs, **constants)
         self._deal, self._deal_once = (
-            Launcher(deal_pieces, (launch.programs, launch.rounds, 1), padded, few_warps) for _ in range(2)
+            Launcher(deal_pieces, (launch.programs, self._rounds, 1), padded, few_warps) for _ in range(2)
         )
         self._forms = [
             Launcher(
@@ -72,11 +73,11 @@ class HopperLauncher:
     ) -> None:  # fmt: skip
         batch = num_tokens, num_seqs, num_kv_heads, max_keys, window
         partial, handoff = workspace, workspace[self._partial :].view(torch.int32)
-        starts = self._begin_rounds(seq_lens, cu_seqlens_q, batch, self._rounds if stamp == 0 else 1)
-        room = self._room(num_tokens, num_seqs, num_kv_heads)
+        starts = self._begin_rounds(seq_lens, cu_seqlens_q, batch, stamp == 0)
+        room, run = self._room(num_tokens, num_seqs, num_kv_heads)
         pieces = handoff.new_empty(num_piece_ints(self._programs, self._rounds, room))
         begun = schedule, stamp, pieces, partial, handoff
-        self._deal(seq_lens, cu_seqlens_q, starts, *begun, *batch, self._long_loop, room)
+        self._deal(seq_lens, cu_seqlens_q, starts, *begun, *batch, self._long_loop, room, run)
         maps = self._map(caches[0]), self._map(caches[1])
         for attend in self._forms:
             attend(
@@ -87,7 +88,8 @@ class HopperLauncher:
 
     def fits(self, num_tokens: int, num_seqs: int, num_kv_heads: int) -> bool:
         """Whether a schedule has room for so many tokens."""
-        return num_piece_ints(self._programs, self._rounds, self._room(num_tokens, num_seqs, num_kv_heads)) <= ROOM
+        room, _ = self._room(num_tokens, num_seqs, num_kv_heads)
+        return num_piece_ints(self._programs, self._rounds, room) <= ROOM
 
     def schedule(
         self, seq_lens: Tensor, cu_seqlens_q: Tensor | None, row: Tensor, num_tokens: int, num_seqs: int,
@@ -95,21 +97,23 @@ class HopperLauncher:
     ) -> None:  # fmt: skip
         """Writes to the row of a schedule all but its stamp."""
         batch = num_tokens, num_seqs, num_kv_heads, max_keys, window
-        starts = self._begin_rounds(seq_lens, cu_seqlens_q, batch, self._rounds)
+        starts = self._begin_rounds(seq_lens, cu_seqlens_q, batch, True)
         nothing = None, 0, row[DEALT.value :], None, None
         room = self._room(num_tokens, num_seqs, num_kv_heads)
-        self._deal_once(seq_lens, cu_seqlens_q, starts, *nothing, *batch, self._long_loop, room)
+        self._deal_once(seq_lens, cu_seqlens_q, starts, *nothing, *batch, self._long_loop, *room)
 
-    def _room(self, num_tokens: int, num_seqs: int, num_kv_heads: int) -> int:
+    def _room(self, num_tokens: int, num_seqs: int, num_kv_heads: int) -> tuple[int, int]:
         return list_room(self._programs, self._rounds, num_tokens, num_seqs, num_kv_heads, *self._rows_of_unit)
 
     def _begin_rounds(
-        self, seq_lens: Tensor, cu_seqlens_q: Tensor | None, batch: tuple[int, ...], rounds: int
-    ) -> Tensor:
-        """Where the pieces of so many rounds begin."""
+        self, seq_lens: Tensor, cu_seqlens_q: Tensor | None, batch: tuple[int, ...], wanted: bool
+    ) -> Tensor | None:
+        """Where the pieces of rounds begin, if they are `wanted`; None where there is but one."""
+        if self._once:
+            return None
         starts = seq_lens.new_empty(self._starts, dtype=torch.int64)
-        if rounds > 1:
-            self._begin(seq_lens, cu_seqlens_q, starts, *batch, self._programs, rounds)
+        if wanted:
+            self._begin(seq_lens, cu_seqlens_q, starts, *batch, self._programs, self._rounds)
         return starts
 
     def _map(self, cache: Tensor) -> TensorDescriptor:

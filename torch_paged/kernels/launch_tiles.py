@@ -9,7 +9,7 @@ from torch_paged.kernels.problem import Device, Problem, split_dim
 
 FEW_ROWS = 64
 MANY_ROWS = 128
-LONG, LONG_IN_THREE_PARTS = 1792, 2048  # query tokens of a sequence, on average
+LONG, LONG_OF_NARROW_HEADS = 1024, 2048  # query tokens of a sequence, on average
 SHARED = 1024  # the same, from which on many programs read the same keys at a time
 LONG_LOOP = 7  # tiles of keys that a unit of 128 rows has, on average, late ones aside
 HOPPER_DIMS = {64, 128, 256}
@@ -78,7 +78,8 @@ def _in_three_parts(problem: Problem) -> bool:
 
 def _long_prompts(problem: Problem) -> bool:
     """Whether shapes tell that units have many tiles of keys."""
-    least = LONG_IN_THREE_PARTS if _in_three_parts(problem) else LONG
+    narrow = max(problem.head_dim, problem.value_dim) == 64
+    least = LONG_OF_NARROW_HEADS if narrow else LONG
     return problem.num_tokens >= least * problem.num_seqs and not problem.features.window
 
 

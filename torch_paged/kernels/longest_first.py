@@ -1,0 +1,141 @@
+"""Deals units out whole, the longest first, where programs end together without any unit being cut.
+
+Units of a prompt grow from its first tokens to its last, so that the short ones even out what the long ones leave (the
+rule of the longest processing time, R. L. Graham, 1969). Nothing is left to combine.
+
+    heads     |------ first group ------|------ second group ------| ...     8 MB of keys and values each
+    units      longest ........ shortest longest ......... shortest
+    programs   0 1 2 ... |       the list, from which who has done with its own takes the next one
+
+Heads stand in groups, also of several sequences, so that what programs read at a time stays in the L2 cache. Of more
+units than a schedule has room for, some that follow each other are dealt out as one, a run.
+"""
+
+import triton
+import triton.language as tl
+
+from torch_paged.kernels.deal import LAST_TILE, PIECE, write_piece
+from torch_paged.kernels.piece_list import PIECES_BEGIN, write_listed
+from torch_paged.kernels.units import key_count, query_range, query_tiles
+
+GROUP_BYTES: tl.constexpr = tl.constexpr(8 * 2**20)
+_RUNS: tl.constexpr = tl.constexpr(8)  # that a program finds the places of at a time, ...
+_SEQUENCES: tl.constexpr = tl.constexpr(32)  # ... among those of so many sequences
+_SPAN: tl.constexpr = tl.constexpr(64)  # keys, in which the size of a head is counted
+
+
+@triton.jit
+def end_together(work, longest, runs, V: tl.constexpr):
+    """Whether programs end hardly later with whole runs than with equal pieces, which cost them the combining of parts.
+
+    Nobody has more than the longest run, or one of the shortest more than a share, as far as the last turn is not full.
+    """
+    programs, runs = tl.num_programs(0), runs.to(tl.float32)
+    share = work / programs
+    shortest = tl.maximum(2 * work / runs - longest, 0)  # of lengths that are evenly spread
+    lacking = tl.ceil(runs / programs) - runs / programs
+    return tl.maximum(longest, share + shortest * lacking) <= 1.01 * share + V.unit_cost
+
+
+@triton.jit
+def _runs_of(sequence, run, seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys, V: tl.constexpr):
+    """Query tiles and runs of each head of sequences, the size of a head, and behind which row its last run ends."""
+    _, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
+    keys = key_count(sequence, seq_lens, num_seqs, max_keys)
+    tiles = query_tiles(queries, V)
+    size = tl.where(tiles > 0, tl.maximum(tl.cdiv(keys, _SPAN), 1), 0)
+    return tiles, tl.cdiv(tiles, run), size, (keys - queries) * V.group + tiles * V.block_m
+
+
+@triton.jit
+def _sequence_of(number, run, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V: tl.constexpr):
+    """The sequences of runs number `number`, of all before them the runs and the sizes, and the size of everything."""
+    runs_before, size_before = num_seqs * 0, num_seqs * 0
+    sequence, begin, its_size_before = number * 0, number * 0, number * 0
+    for first in range(0, num_seqs + 1, _SEQUENCES):
+        others = first + tl.arange(0, _SEQUENCES)
+        _, runs, size, _ = _runs_of(others, run, seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys, V)
+        after = (runs_before + tl.cumsum(runs * num_kv_heads))[None, :]
+        size_after = (size_before + tl.cumsum(size * num_kv_heads))[None, :]
+        ended = after <= number[:, None]
+        sequence += tl.sum(ended.to(tl.int32), 1)
+        begin = tl.maximum(begin, tl.max(tl.where(ended, after, 0), 1))
+        its_size_before = tl.maximum(its_size_before, tl.max(tl.where(ended, size_after, 0), 1))
+        runs_before += tl.sum(runs) * num_kv_heads
+        size_before += tl.sum(size) * num_kv_heads
+    return sequence, begin, its_size_before, size_before
+
+
+@triton.jit
+def _heads_before(size, size_before, num_kv_heads):
+    """How many heads of a sequence, each of a size, begin before a sum of sizes is reached, as many as are given."""
+    return tl.minimum(tl.maximum(tl.cdiv(size_before, tl.maximum(size, 1)), 0), num_kv_heads)
+
+
+@triton.jit
+def _place_of(
+    sequence, head, end, group_begin, run, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys,
+    GROUP: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    """How many runs come before those that end behind a row: all of earlier groups, the longer ones of their own."""
+    step = run * V.block_m
+    place = sequence * 0
+    before = num_seqs * 0
+    for first in range(0, num_seqs + 1, _SEQUENCES):
+        others = (first + tl.arange(0, _SEQUENCES))[None, :]
+        _, runs, size, others_end = _runs_of(others, run, seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys, V)
+        distance = group_begin[:, None] - (before + tl.cumsum(size * num_kv_heads, 1) - size * num_kv_heads)
+        earlier = _heads_before(size, distance, num_kv_heads)
+        heads = _heads_before(size, distance + GROUP, num_kv_heads) - earlier
+        longer_by = others_end - end[:, None]
+        longer = tl.minimum(tl.maximum(tl.cdiv(longer_by, step), 0), runs)
+        equal = (longer_by == longer * step) & (longer < runs)
+        equal_heads = tl.where(others < sequence[:, None], heads, 0)
+        equal_heads = tl.where(others == sequence[:, None], head[:, None] - earlier, equal_heads)
+        place += tl.sum(runs * earlier + heads * longer + tl.where(equal, equal_heads, 0), 1)
+        before += tl.sum(size) * num_kv_heads
+    return place
+
+
+@triton.jit
+def deal_longest_first(
+    pieces, run, runs, late, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V: tl.constexpr
+):
+    """Writes `runs` pieces of `run` units: of one turn for programs or, back and forth, of two, the others in the list.
+
+    A second turn would not even out the first if that has groups of its own. Of `late` units among them, which programs
+    leave out where these are not listed (see `attention_hopper`), all are.
+    """
+    programs, rounds = tl.num_programs(0), tl.num_programs(1)
+    program = tl.program_id(0) + tl.program_id(1) * programs
+    GROUP: tl.constexpr = GROUP_BYTES // (_SPAN * 2 * (V.head_dim + V.value_dim))
+    turns = rounds * 0
+    for first in range(program * _RUNS, runs + programs * rounds, programs * rounds * _RUNS):
+        number = first + tl.arange(0, _RUNS)
+        sequence, begin, size_before, size_of_all = _sequence_of(
+            number, run, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V
+        )
+        tiles, its_runs, size, end = _runs_of(sequence, run, seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys, V)
+        turns = tl.where(late > 0, 0, tl.where(size_of_all <= GROUP, tl.minimum(rounds, 2), 1))
+        its_runs = tl.maximum(its_runs, 1)
+        head, index = (number - begin) // its_runs, (number - begin) % its_runs
+        group_begin = (size_before + head * size) // GROUP * GROUP
+        place = _place_of(
+            sequence, head, end - index * run * V.block_m, group_begin, run, seq_lens, cu_seqlens_q, num_tokens,
+            num_seqs, num_kv_heads, max_keys, GROUP, V,
+        )  # fmt: skip
+        # Behind all runs, the pieces of programs that have none.
+        exists = number < runs
+        place = tl.where(exists, place, number - runs)
+        turn = place // programs
+        owner = tl.where(turn % 2 == 0, place % programs, programs - 1 - place % programs)
+        owned = turn < tl.where(exists, turns, rounds)
+        piece = tl.where(owned, owner * rounds + turn, place + (rounds - turns) * programs)
+        first_tile = tl.maximum(tiles - (index + 1) * run, 0)
+        count = tl.where(exists, tiles - index * run - first_tile, 0)
+        valid = exists | (owned & (place >= tl.minimum(runs, turns * programs)))
+        write_piece(
+            pieces + PIECES_BEGIN + PIECE * piece, sequence, head * tiles + first_tile, 0, count, LAST_TILE, valid
+        )
+    if program == 0:
+        write_listed(pieces, programs * rounds, programs * rounds + tl.maximum(runs - turns * programs, 0))
