@@ -50,23 +50,24 @@ def runs_in_order(queries, keys, heads, v, run):
 
 
 @pytest.mark.parametrize(
-    ("queries", "keys", "heads", "programs", "rounds", "run"),
+    ("queries", "keys", "heads", "programs", "rounds", "run", "groups"),
     [
-        ([700], [700], 2, 5, 2, 1),
-        ([700], [700], 2, 50, 2, 1),
-        ([300, 40, 0, 520, 1, 300], [300, 40, 9, 520, 1, 800], 4, 7, 1, 1),
-        ([300, 40, 0, 520, 1, 300], [300, 40, 9, 520, 1, 800], 4, 7, 3, 2),
-        ([90] * 150, [90] * 150, 2, 6, 2, 1),
-        ([200, 300, 200], [7000, 8192, 400], 6, 5, 2, 1),
-        ([200, 300, 200], [7000, 8192, 400], 6, 5, 2, 3),
-        ([130, 257], [0, 100], 2, 3, 2, 1),
+        ([700], [700], 2, 5, 2, 1, 1),
+        ([700], [700], 2, 50, 2, 1, 1),
+        ([300, 40, 0, 520, 1, 300], [300, 40, 9, 520, 1, 800], 4, 7, 1, 1, 1),
+        ([300, 40, 0, 520, 1, 300], [300, 40, 9, 520, 1, 800], 4, 7, 3, 2, 1),
+        ([90] * 150, [90] * 150, 2, 6, 2, 1, 3),
+        ([200, 300, 200], [7000, 8192, 400], 6, 5, 2, 1, 6),
+        ([200, 300, 200], [7000, 8192, 400], 6, 5, 2, 3, 6),
+        ([130, 257], [0, 100], 2, 3, 2, 1, 1),
     ],
     ids=["one", "few-units", "ragged", "runs", "many", "groups", "groups-of-runs", "without-keys"],
 )
 @pytest.mark.parametrize("late", [0, 1])
-def test_the_longest_of_a_group_come_first(queries, keys, heads, programs, rounds, run, late):
+def test_the_longest_of_a_group_come_first(queries, keys, heads, programs, rounds, run, groups, late):
     v, spare = variant_of(queries, keys, 50, heads, programs, num_heads=4 * heads), 50
-    expected, groups = runs_in_order([*queries, spare], [*keys, 0], heads, v, run)
+    expected, its_groups = runs_in_order([*queries, spare], [*keys, 0], heads, v, run)
+    assert its_groups == groups
     size = PIECES_BEGIN.value + 5 * (programs * rounds + len(expected) + 20)
     pieces = torch.full((size,), UNWRITTEN, dtype=torch.int32, device=DEVICE)
     lens, bounds = (
@@ -157,9 +158,9 @@ def test_late_units_of_a_window_are_among_the_others():
 
 def test_no_more_runs_than_there_is_room_for():
     """Of sequences that overlap there may be more."""
-    queries, heads, programs = [200] * 9, 4, 10
+    queries, heads, programs = [400] * 9, 4, 10
     v = variant_of(queries, queries, 0, heads, programs, num_heads=16)
-    dealt, listed = pieces_of([200], heads, programs, 1, v, queries, bounds=[0, 200] * 5)
+    dealt, listed = pieces_of([400], heads, programs, 1, v, queries, bounds=[0, 400] * 5)
     assert not is_whole(dealt, listed) and not listed
 
 
