@@ -135,13 +135,23 @@ def test_programs_end_together_or_units_are_cut(queries, programs):
         ([128], [4000], 132, False),
         ([576], [2000], 132, False),
         ([2048], [4096], 132, True),
+        ([1000] * 8 + [128], [1000] * 8 + [8192], 132, False),
+        ([1500, 64, 100], [1500, 64, 4100], 132, False),
     ],
-    ids=["512", "1k", "1500", "16x512", "few", "one-and-a-bit", "chunk"],
+    ids=["512", "1k", "1500", "16x512", "few", "one-and-a-bit", "chunk", "long-ones-last", "a-few-long-ones"],
 )
 def test_when_units_are_dealt_out_whole(queries, keys, programs, whole):
     heads = 8
     v = variant_of(queries, keys, 0, heads, programs, num_heads=32)
     assert is_whole(*pieces_of(queries, heads, programs, 2, v, keys)) == whole
+
+
+def test_units_that_see_all_keys_are_cut():
+    """Their order goes by the keys that causal ones see."""
+    queries, heads, programs = [300, 500, 700], 4, 10
+    assert is_whole(*pieces_of(queries, heads, programs, 2, variant_of(queries, queries, 0, heads, programs)))
+    v = variant_of(queries, queries, 0, heads, programs, causal=False)
+    assert not is_whole(*pieces_of(queries, heads, programs, 2, v))
 
 
 def test_late_units_of_a_window_are_among_the_others():

@@ -196,7 +196,7 @@ def deal_pieces(
     # About all work; of long units, rounds and a list of late ones take less time.
     work = total.to(tl.float32) * (units.to(tl.float32) / tl.maximum(units - late, 1).to(tl.float32))
     short = work <= units.to(tl.float32) * (LONG_UNIT * V.group + V.unit_cost)
-    if ((late == 0) | short | V.has.window) & (runs <= room):
+    if V.causal & ((late == 0) | short | V.has.window) & (runs <= room):
         if end_together(work, (longest * run).to(tl.float32), runs, V):
             deal_longest_first(
                 pieces, run, runs.to(tl.int32), late, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads,

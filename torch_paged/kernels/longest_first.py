@@ -29,12 +29,14 @@ def end_together(work, longest, runs, V: tl.constexpr):
     """Whether programs end hardly later with whole runs than with equal pieces, which cost them the combining of parts.
 
     Nobody has more than the longest run, or one of the shortest more than a share, as far as the last turn is not full.
+    This counts on lengths that are evenly spread, as those of prompts are. A few that are much longer than most may
+    stand in the last group, and nothing comes behind them that would even them out.
     """
     programs, runs = tl.num_programs(0), runs.to(tl.float32)
     share = work / programs
-    shortest = tl.maximum(2 * work / runs - longest, 0)  # of lengths that are evenly spread
+    shortest = 2 * work / runs - longest
     lacking = tl.ceil(runs / programs) - runs / programs
-    return tl.maximum(longest, share + shortest * lacking) <= 1.01 * share + V.unit_cost
+    return (shortest >= 0) & (tl.maximum(longest, share + shortest * lacking) <= 1.01 * share + V.unit_cost)
 
 
 @triton.jit
