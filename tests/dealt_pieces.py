@@ -24,16 +24,21 @@ NO_RUNS = 2**20  # units in the place of one: nothing is dealt out the longest f
 
 def deal(
     queries, keys, spare, heads, programs, rounds, v, long_loop=0, bounds=None, window=None, schedule=NO_SCHEDULE,
-    run=NO_RUNS,
+    run=NO_RUNS, once=False,
 ):  # fmt: skip
-    """What `deal_pieces` writes: pieces, and what is left to `combine`. `schedule`: it and a stamp; None: write one."""
+    """What `deal_pieces` writes: pieces, and what is left to `combine`. `schedule`: it and a stamp; None: write one.
+
+    Units that are cut are so in `rounds`, or `once`.
+    """
     lens = torch.tensor(keys, dtype=torch.int32, device=DEVICE)
     if bounds is None:
         bounds = [0, *itertools.accumulate(queries)]
     batch = sum(queries) + spare, len(keys), heads, 8192, window or 0
     bounds = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
-    starts = None if rounds == 1 else torch.full(((rounds - 1) * programs + 1,), -1, dtype=torch.int64, device=DEVICE)
-    if rounds > 1 and schedule in (None, NO_SCHEDULE):
+    starts = None
+    if rounds > 1 and not once:
+        starts = torch.full(((rounds - 1) * programs + 1,), -1, dtype=torch.int64, device=DEVICE)
+    if starts is not None and schedule in (None, NO_SCHEDULE):
         begin_rounds[(len(starts),)](lens, bounds, starts, *batch, programs, rounds, V=v)
     room, _ = list_room(programs, rounds, *batch[:3], v.group, v.block_m)
     pieces = torch.full((num_piece_ints(programs, rounds, room) + 500,), UNWRITTEN, dtype=torch.int32, device=DEVICE)

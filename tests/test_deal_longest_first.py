@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 import triton
-from dealt_pieces import DEVICE, NO_RUNS, UNWRITTEN, deal, variant_of
+from dealt_pieces import DEVICE, NO_RUNS, UNWRITTEN, deal, late_of, variant_of
 from dealt_units import units_of
 
 from torch_paged.kernels.attention_schedule import ROOM
@@ -89,7 +89,7 @@ def test_the_longest_of_a_group_come_first(queries, keys, heads, programs, round
 
 def pieces_of(queries, heads, programs, rounds, v, keys=None, **options):
     """Pieces of all programs, and listed ones."""
-    pieces, _, _ = deal(queries, keys or queries, 0, heads, programs, rounds, v, run=1, **options)
+    pieces, _, _ = deal(queries, keys or queries, 0, heads, programs, rounds, v, run=1, once=True, **options)
     begin, end = pieces[:2].tolist()
     pieces = pieces[PIECES_BEGIN.value :].view(-1, 5)
     return pieces[:begin].view(programs, rounds, 5).tolist(), pieces[begin:end].tolist()
@@ -166,6 +166,16 @@ def test_late_units_of_a_window_are_among_the_others():
     assert is_whole(dealt, listed)
 
 
+@pytest.mark.parametrize(("queries", "block_m", "whole"), [([1024], 64, True), ([4100], 128, False)])
+def test_late_units_are_among_the_others_if_all_are_short(queries, block_m, whole):
+    heads, programs = 8, 16
+    v = variant_of(queries, queries, 0, heads, programs, num_heads=64, block_m=block_m)
+    assert any(late_of(queries, queries, heads, v))
+    dealt, listed = pieces_of(queries, heads, programs, 2, v)
+    assert is_whole(dealt, listed) == whole
+    assert any(count for pieces in dealt for *_, count, _ in pieces) != whole
+
+
 def test_no_more_runs_than_there_is_room_for():
     """Of sequences that overlap there may be more."""
     queries, heads, programs = [400] * 9, 4, 10
@@ -191,4 +201,5 @@ def test_who_finds_a_schedule_copies_it():
     row[row == UNWRITTEN] = 0
     for run in (1, NO_RUNS):
         copied, _, _ = deal(queries, queries, 0, heads, programs, 2, v, schedule=(row, 7), run=run)
-        assert torch.equal(copied[:250], written[:250])
+        end = PIECES_BEGIN.value + 5 * int(written[1])
+        assert torch.equal(copied[:end], written[:end])

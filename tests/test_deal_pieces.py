@@ -48,6 +48,14 @@ def test_every_tile_is_dealt_once(name, programs, rounds, causal, block_m):
     assert all(whole[: (rounds - 1) * programs])
 
 
+def test_units_are_cut_in_one_round_of_two():
+    queries, keys = BATCHES["mixed"]
+    v = variant_of(queries, keys, 3, 2, 7)
+    _, (first, second), late = dealt_rounds(queries, keys, 3, 2, 7, 2, v, once=True)
+    check_covered(first, late, queries, keys, 3, 2, v)
+    assert not any(count for *_, count, _ in second)
+
+
 @pytest.mark.parametrize(
     ("name", "window", "programs", "rounds"),
     [

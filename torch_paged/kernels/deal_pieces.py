@@ -47,7 +47,7 @@ def most_late(num_tokens: int, num_kv_heads: int, group: int, block_m: int) -> i
 def list_room(
     programs: int, rounds: int, num_tokens: int, num_seqs: int, num_kv_heads: int, group: int, block_m: int
 ) -> tuple[int, int]:
-    """Pieces that the list may have, of late units or of whole ones; how many of these must be one for a schedule."""
+    """Pieces that the list may have, and how many whole units are one of them, so that a schedule has room for all."""
     units = (num_tokens * group // block_m + num_seqs + 1) * num_kv_heads
     most = max((ROOM - num_piece_ints(programs, rounds, 0)) // PIECE.value, 1)
     return max(most_late(num_tokens, num_kv_heads, group, block_m), min(units, most)), -(-units // most)
@@ -193,7 +193,7 @@ def deal_pieces(
                 window, V,
             )  # fmt: skip
         return
-    # About all work; of long units, rounds and a list of late ones take less time.
+    # As if late units were as long as the others. Long ones take less time in rounds and a list of late ones.
     work = total.to(tl.float32) * (units.to(tl.float32) / tl.maximum(units - late, 1).to(tl.float32))
     short = work <= units.to(tl.float32) * (LONG_UNIT * V.group + V.unit_cost)
     if V.causal & ((late == 0) | short | V.has.window) & (runs <= room):
@@ -208,7 +208,7 @@ def deal_pieces(
             pieces, programs * rounds, room, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V
         )
     begin, end, _near = equal_share(tl.where(number == 0, total, 0), V)
-    if starts is not None:
+    if starts is not None:  # which the compiler knows
         if not once:
             begin, end = piece_of_round(starts, total, PROGRAMS, V)
     sequence, unit, inside, units, end_tile = locate(

@@ -5,10 +5,10 @@ rule of the longest processing time, R. L. Graham, 1969). Nothing is left to com
 
     heads     |------ first group ------|------ second group ------| ...     8 MB of keys and values each
     units      longest ........ shortest longest ......... shortest
-    programs   0 1 2 ... |       the list, from which who has done with its own takes the next one
+    programs   0 1 2 ... |       the list: a program that has done with its own takes the next one
 
 Heads stand in groups, also of several sequences, so that what programs read at a time stays in the L2 cache. Of more
-units than a schedule has room for, some that follow each other are dealt out as one, a run.
+units than a schedule has room for, `run` that follow each other are dealt out as one: a run.
 """
 
 import triton
@@ -19,15 +19,16 @@ from torch_paged.kernels.piece_list import PIECES_BEGIN, write_listed
 from torch_paged.kernels.units import key_count, query_range, query_tiles
 
 GROUP_BYTES: tl.constexpr = tl.constexpr(8 * 2**20)
-_RUNS: tl.constexpr = tl.constexpr(8)  # that a program finds the places of at a time, ...
+_AT_A_TIME: tl.constexpr = tl.constexpr(8)  # runs that a program finds the places of together, ...
 _SEQUENCES: tl.constexpr = tl.constexpr(32)  # ... among those of so many sequences
-_SPAN: tl.constexpr = tl.constexpr(64)  # keys, in which the size of a head is counted
+_SPAN: tl.constexpr = tl.constexpr(64)  # keys: sizes of heads are counted in these
 
 
 @triton.jit
 def end_together(work, longest, runs, V: tl.constexpr):
-    """Whether programs end hardly later with whole runs than with equal pieces, which cost them the combining of parts.
+    """Whether whole runs keep programs hardly longer than equal pieces, whose parts must be combined.
 
+    That counts as much as a unit beside its keys, and 1% of everything (see `benchmarks/NOTES.md`).
     Nobody has more than the longest run, or one of the shortest more than a share, as far as the last turn is not full.
     This counts on lengths that are evenly spread, as those of prompts are. A few that are much longer than most may
     stand in the last group, and nothing comes behind them that would even them out.
@@ -41,7 +42,7 @@ def end_together(work, longest, runs, V: tl.constexpr):
 
 @triton.jit
 def _runs_of(sequence, run, seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys, V: tl.constexpr):
-    """Query tiles and runs of each head of sequences, the size of a head, and behind which row its last run ends."""
+    """Query tiles and runs of each head of sequences, its size, and the keys that its last row sees times group."""
     _, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
     keys = key_count(sequence, seq_lens, num_seqs, max_keys)
     tiles = query_tiles(queries, V)
@@ -69,9 +70,9 @@ def _sequence_of(number, run, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_
 
 
 @triton.jit
-def _heads_before(size, size_before, num_kv_heads):
-    """How many heads of a sequence, each of a size, begin before a sum of sizes is reached, as many as are given."""
-    return tl.minimum(tl.maximum(tl.cdiv(size_before, tl.maximum(size, 1)), 0), num_kv_heads)
+def _heads_before(size, distance, num_kv_heads):
+    """How many heads of a sequence, each of a size, begin within a distance of its first one, which may be below 0."""
+    return tl.minimum(tl.maximum(tl.cdiv(distance, tl.maximum(size, 1)), 0), num_kv_heads)
 
 
 @triton.jit
@@ -79,7 +80,7 @@ def _place_of(
     sequence, head, end, group_begin, run, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys,
     GROUP: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    """How many runs come before those that end behind a row: all of earlier groups, the longer ones of their own."""
+    """How many runs come before such as see up to `end`: all of earlier groups, the longer ones of their own."""
     step = run * V.block_m
     place = sequence * 0
     before = num_seqs * 0
@@ -112,8 +113,8 @@ def deal_longest_first(
     program = tl.program_id(0) + tl.program_id(1) * programs
     GROUP: tl.constexpr = GROUP_BYTES // (_SPAN * 2 * (V.head_dim + V.value_dim))
     turns = rounds * 0
-    for first in range(program * _RUNS, runs + programs * rounds, programs * rounds * _RUNS):
-        number = first + tl.arange(0, _RUNS)
+    for first in range(program * _AT_A_TIME, runs + programs * rounds, programs * rounds * _AT_A_TIME):
+        number = first + tl.arange(0, _AT_A_TIME)
         sequence, begin, size_before, size_of_all = _sequence_of(
             number, run, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V
         )
