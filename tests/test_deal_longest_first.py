@@ -25,14 +25,19 @@ NOTHING = [0, LAST_TILE.value]
 
 @triton.jit
 def deal_all(
-    pieces, run, runs, late, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys,
+    pieces, run, runs, late, short, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys,
     V: triton.language.constexpr,
 ):  # fmt: skip
-    deal_longest_first(pieces, run, runs, late, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V)
+    deal_longest_first(
+        pieces, run, runs, late, short, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V
+    )
 
 
-def runs_in_order(queries, keys, heads, v, run):
-    """The runs as `(sequence, unit, units)`, and groups of heads: by group, the longest first, by head if equal."""
+def runs_in_order(queries, keys, heads, v, run, short=0):
+    """The runs as `(sequence, unit, units)`, and groups of heads: by group, the longest first, by head if equal.
+
+    Those that end at `short` or before it come last, from all groups.
+    """
     found, size_before = [], 0
     for sequence, (count, length) in enumerate(zip(queries, keys, strict=True)):
         rows = count * v.group
@@ -44,7 +49,8 @@ def runs_in_order(queries, keys, heads, v, run):
             for end in range(tiles, 0, -run):
                 begin = max(end - run, 0)
                 last_row = (length - count) * v.group + end * v.block_m
-                found.append((group, -last_row, sequence, head, head * tiles + begin, end - begin))
+                its_group = group if last_row > short else len(keys) * heads
+                found.append((its_group, -last_row, sequence, head, head * tiles + begin, end - begin))
     groups = 1 + (size_before - 1) * 64 * 2 * (v.head_dim + v.value_dim) // GROUP_BYTES.value
     return [(sequence, unit, units) for _, _, sequence, _, unit, units in sorted(found)], groups
 
@@ -63,10 +69,11 @@ def runs_in_order(queries, keys, heads, v, run):
     ],
     ids=["one", "few-units", "ragged", "runs", "many", "groups", "groups-of-runs", "without-keys"],
 )
+@pytest.mark.parametrize("short", [0, 900, 1200, 10**6])
 @pytest.mark.parametrize("late", [0, 1])
-def test_the_longest_of_a_group_come_first(queries, keys, heads, programs, rounds, run, groups, late):
+def test_the_longest_of_a_group_come_first(queries, keys, heads, programs, rounds, run, groups, late, short):
     v, spare = variant_of(queries, keys, 50, heads, programs, num_heads=4 * heads), 50
-    expected, its_groups = runs_in_order([*queries, spare], [*keys, 0], heads, v, run)
+    expected, its_groups = runs_in_order([*queries, spare], [*keys, 0], heads, v, run, short)
     assert its_groups == groups
     size = PIECES_BEGIN.value + 5 * (programs * rounds + len(expected) + 20)
     pieces = torch.full((size,), UNWRITTEN, dtype=torch.int32, device=DEVICE)
@@ -74,7 +81,7 @@ def test_the_longest_of_a_group_come_first(queries, keys, heads, programs, round
         torch.tensor(it, dtype=torch.int32, device=DEVICE) for it in (keys, [0, *itertools.accumulate(queries)])
     )
     batch = sum(queries) + spare, len(keys), heads, 8192
-    deal_all[(programs, rounds)](pieces, run, len(expected), late, lens, bounds, *batch, V=v)
+    deal_all[(programs, rounds)](pieces, run, len(expected), late, short, lens, bounds, *batch, V=v)
     begin, end = pieces[:2].tolist()
     written = pieces[PIECES_BEGIN.value :].view(-1, 5)
     assert begin == programs * rounds and (written[end:] == UNWRITTEN).all()
@@ -112,17 +119,27 @@ def longest_program(dealt, listed, cost):
 @pytest.mark.parametrize("programs", [8, 13, 20, 31])
 @pytest.mark.parametrize("queries", [[300], [600], [900], [200] * 3, [600, 300, 90, 450]], ids=str)
 def test_programs_end_together_or_units_are_cut(queries, programs):
-    """Work are keys and a fixed part of each unit, and combining parts costs a program as much as that part."""
+    """Work are keys and a fixed part of each unit, and combining parts costs a program twice as much as that part."""
     heads, rounds = 4, 2
     v = variant_of(queries, queries, 0, heads, programs, num_heads=16)
     cost = {unit: tiles * v.tile * v.group + v.unit_cost for unit, tiles in units_of(queries, queries, heads, v)}
-    combined = sum(cost.values()) / programs + v.unit_cost
+    combined = sum(cost.values()) / programs + 2 * v.unit_cost
     dealt, listed = pieces_of(queries, heads, programs, rounds, v)
     if is_whole(dealt, listed):
         assert longest_program(dealt, listed, cost) <= combined + 0.25 * v.unit_cost
     else:
         every, _ = runs_in_order(queries, queries, heads, v, 1)
         assert longest_program([[]] * programs, every, cost) > combined - 0.5 * v.unit_cost
+
+
+@pytest.mark.parametrize(("tokens", "heads", "group"), [(2500, 8, 4), (1700, 32, 1), (2400, 16, 1)])
+def test_short_units_even_out_what_groups_leave(tokens, heads, group):
+    """Without them the last group's longest units would keep programs up to 1.4 times their share."""
+    v = variant_of([tokens], [tokens], 0, heads, 132, num_heads=group * heads)
+    cost = {unit: tiles * v.tile * v.group + v.unit_cost for unit, tiles in units_of([tokens], [tokens], heads, v)}
+    dealt, listed = pieces_of([tokens], heads, 132, 2, v)
+    assert is_whole(dealt, listed)
+    assert longest_program(dealt, listed, cost) <= sum(cost.values()) / 132 + 1.5 * v.unit_cost
 
 
 @pytest.mark.parametrize(

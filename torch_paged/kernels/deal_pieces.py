@@ -23,7 +23,7 @@ from torch_paged.kernels.alike import LONG_UNIT, deal_alike, parts_of_units
 from torch_paged.kernels.attention_schedule import DEALT, ROOM, is_scheduled
 from torch_paged.kernels.attention_state import write_sums
 from torch_paged.kernels.deal import LAST_TILE, PIECE, all_work, equal_share, locate, read_piece, tile_at, write_piece
-from torch_paged.kernels.longest_first import deal_longest_first, end_together
+from torch_paged.kernels.longest_first import deal_longest_first, end_together, short_end
 from torch_paged.kernels.piece_list import FORM, PIECES_BEGIN, num_piece_ints, write_listed
 from torch_paged.kernels.rounds import piece_of_round
 from torch_paged.kernels.units import (
@@ -197,10 +197,11 @@ def deal_pieces(
     work = total.to(tl.float32) * (units.to(tl.float32) / tl.maximum(units - late, 1).to(tl.float32))
     short = work <= units.to(tl.float32) * (LONG_UNIT * V.group + V.unit_cost)
     if V.causal & ((late == 0) | short | V.has.window) & (runs <= room):
-        if end_together(work, (longest * run).to(tl.float32), runs, V):
+        most = longest.to(tl.float32)
+        if end_together(work, most * run, runs, V):
             deal_longest_first(
-                pieces, run, runs.to(tl.int32), late, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads,
-                max_keys, V,
+                pieces, run, runs.to(tl.int32), late, short_end(work, most, V), seq_lens, cu_seqlens_q, num_tokens,
+                num_seqs, num_kv_heads, max_keys, V,
             )  # fmt: skip
             return
     if number == 0:

@@ -3,12 +3,13 @@
 Units of a prompt grow from its first tokens to its last, so that the short ones even out what the long ones leave (the
 rule of the longest processing time, R. L. Graham, 1969). Nothing is left to combine.
 
-    heads     |------ first group ------|------ second group ------| ...     8 MB of keys and values each
-    units      longest ........ shortest longest ......... shortest
-    programs   0 1 2 ... |       the list: a program that has done with its own takes the next one
+    heads     |--- first group ---|--- second group ---| ... |--- all of them ---|     8 MB of keys and values a group
+    units      longest ....... short longest ....... short     short ... shortest
+    programs   0 1 2 ... |     the list: a program that has done with its own takes the next one
 
-Heads stand in groups, also of several sequences, so that what programs read at a time stays in the L2 cache. Of more
-units than a schedule has room for, `run` that follow each other are dealt out as one: a run.
+Heads stand in groups, also of several sequences, so that what programs read at a time stays in the L2 cache. The short
+units of all of them come last, and even out what the last groups leave. Of more units than a schedule has room for,
+`run` that follow each other are dealt out as one: a run.
 """
 
 import triton
@@ -22,13 +23,15 @@ GROUP_BYTES: tl.constexpr = tl.constexpr(8 * 2**20)
 _AT_A_TIME: tl.constexpr = tl.constexpr(8)  # runs that a program finds the places of together, ...
 _SEQUENCES: tl.constexpr = tl.constexpr(32)  # ... among those of so many sequences
 _SPAN: tl.constexpr = tl.constexpr(64)  # keys: sizes of heads are counted in these
+_SHORT: tl.constexpr = tl.constexpr(2 / 3)  # of the longest unit, or less: so many times what that is of a share
+_SHORT_OF_SHARE: tl.constexpr = tl.constexpr(2)
 
 
 @triton.jit
 def end_together(work, longest, runs, V: tl.constexpr):
     """Whether whole runs keep programs hardly longer than equal pieces, whose parts must be combined.
 
-    That counts as much as a unit beside its keys, and 1% of everything (see `benchmarks/NOTES.md`).
+    That counts as much as two units beside their keys, and 1% of everything (see `benchmarks/NOTES.md`).
     Nobody has more than the longest run, or one of the shortest more than a share, as far as the last turn is not full.
     This counts on lengths that are evenly spread, as those of prompts are. A few that are much longer than most may
     stand in the last group, and nothing comes behind them that would even them out.
@@ -37,7 +40,21 @@ def end_together(work, longest, runs, V: tl.constexpr):
     share = work / programs
     shortest = 2 * work / runs - longest
     lacking = tl.ceil(runs / programs) - runs / programs
-    return (shortest >= 0) & (tl.maximum(longest, share + shortest * lacking) <= 1.01 * share + V.unit_cost)
+    return (shortest >= 0) & (tl.maximum(longest, share + shortest * lacking) <= 1.01 * share + 2 * V.unit_cost)
+
+
+@triton.jit
+def short_end(work, longest, V: tl.constexpr):
+    """Units that end here or before are short: keys that the last row sees, times group. Under a window none is.
+
+    The more units a program has, the less is left to even out, and the less of the keys of all heads shall be read.
+    """
+    if V.has.window:
+        end = 0
+    else:
+        of_longest = tl.minimum(_SHORT_OF_SHARE * longest * tl.num_programs(0) / work, _SHORT)
+        end = ((longest - V.unit_cost) * of_longest).to(tl.int32)
+    return end
 
 
 @triton.jit
@@ -77,33 +94,39 @@ def _heads_before(size, distance, num_kv_heads):
 
 @triton.jit
 def _place_of(
-    sequence, head, end, group_begin, run, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys,
+    sequence, head, end, group_begin, run, short, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys,
     GROUP: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    """How many runs come before such as see up to `end`: all of earlier groups, the longer ones of their own."""
+    """How many runs come before such as see up to `end`: the longer ones of their group, and the long of earlier ones.
+
+    Those that are `short` have no groups.
+    """
     step = run * V.block_m
+    grouped = (end > short)[:, None]
     place = sequence * 0
     before = num_seqs * 0
     for first in range(0, num_seqs + 1, _SEQUENCES):
         others = (first + tl.arange(0, _SEQUENCES))[None, :]
         _, runs, size, others_end = _runs_of(others, run, seq_lens, cu_seqlens_q, num_tokens, num_seqs, max_keys, V)
         distance = group_begin[:, None] - (before + tl.cumsum(size * num_kv_heads, 1) - size * num_kv_heads)
-        earlier = _heads_before(size, distance, num_kv_heads)
-        heads = _heads_before(size, distance + GROUP, num_kv_heads) - earlier
+        earlier = tl.where(grouped, _heads_before(size, distance, num_kv_heads), 0)
+        heads = tl.where(grouped, _heads_before(size, distance + GROUP, num_kv_heads), num_kv_heads) - earlier
+        long = tl.minimum(tl.maximum(tl.cdiv(others_end - short, step), 0), runs)
         longer_by = others_end - end[:, None]
         longer = tl.minimum(tl.maximum(tl.cdiv(longer_by, step), 0), runs)
         equal = (longer_by == longer * step) & (longer < runs)
         equal_heads = tl.where(others < sequence[:, None], heads, 0)
         equal_heads = tl.where(others == sequence[:, None], head[:, None] - earlier, equal_heads)
-        place += tl.sum(runs * earlier + heads * longer + tl.where(equal, equal_heads, 0), 1)
+        place += tl.sum(long * earlier + heads * longer + tl.where(equal, equal_heads, 0), 1)
         before += tl.sum(size) * num_kv_heads
     return place
 
 
 @triton.jit
 def deal_longest_first(
-    pieces, run, runs, late, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V: tl.constexpr
-):
+    pieces, run, runs, late, short, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys,
+    V: tl.constexpr,
+):  # fmt: skip
     """Writes `runs` pieces of `run` units: of one turn for programs or, back and forth, of two, the others in the list.
 
     A second turn would not even out the first if that has groups of its own. Of `late` units among them, which programs
@@ -124,8 +147,8 @@ def deal_longest_first(
         head, index = (number - begin) // its_runs, (number - begin) % its_runs
         group_begin = (size_before + head * size) // GROUP * GROUP
         place = _place_of(
-            sequence, head, end - index * run * V.block_m, group_begin, run, seq_lens, cu_seqlens_q, num_tokens,
-            num_seqs, num_kv_heads, max_keys, GROUP, V,
+            sequence, head, end - index * run * V.block_m, group_begin, run, short, seq_lens, cu_seqlens_q,
+            num_tokens, num_seqs, num_kv_heads, max_keys, GROUP, V,
         )  # fmt: skip
         # Behind all runs, the pieces of programs that have none.
         exists = number < runs

@@ -20,7 +20,7 @@ def query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V: tl.constexpr):
         start = tl.load(cu_seqlens_q + sequence, mask=sequence <= num_seqs, other=num_tokens)
         stop = tl.load(cu_seqlens_q + sequence + 1, mask=sequence < num_seqs, other=num_tokens)
         start = tl.minimum(tl.maximum(start, 0), num_tokens)
-        queries = tl.maximum(tl.minimum(stop, num_tokens) - start, 0)
+        queries = tl.maximum(tl.minimum(stop, num_tokens), start) - start
     else:
         count = num_tokens // num_seqs
         start = sequence * count
