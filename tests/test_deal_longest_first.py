@@ -2,6 +2,7 @@
 
 import heapq
 import itertools
+import math
 import os
 from dataclasses import replace
 
@@ -49,7 +50,7 @@ def runs_in_order(queries, keys, heads, v, run, short=0):
             for end in range(tiles, 0, -run):
                 begin = max(end - run, 0)
                 last_row = (length - count) * v.group + end * v.block_m
-                its_group = group if last_row > short else len(keys) * heads
+                its_group = group if last_row > short else math.inf
                 found.append((its_group, -last_row, sequence, head, head * tiles + begin, end - begin))
     groups = 1 + (size_before - 1) * 64 * 2 * (v.head_dim + v.value_dim) // GROUP_BYTES.value
     return [(sequence, unit, units) for _, _, sequence, _, unit, units in sorted(found)], groups
@@ -119,7 +120,7 @@ def longest_program(dealt, listed, cost):
 @pytest.mark.parametrize("programs", [8, 13, 20, 31])
 @pytest.mark.parametrize("queries", [[300], [600], [900], [200] * 3, [600, 300, 90, 450]], ids=str)
 def test_programs_end_together_or_units_are_cut(queries, programs):
-    """Work are keys and a fixed part of each unit, and combining parts costs a program twice as much as that part."""
+    """Work is keys and a fixed part of each unit, and combining parts costs a program twice as much as that part."""
     heads, rounds = 4, 2
     v = variant_of(queries, queries, 0, heads, programs, num_heads=16)
     cost = {unit: tiles * v.tile * v.group + v.unit_cost for unit, tiles in units_of(queries, queries, heads, v)}
@@ -134,7 +135,7 @@ def test_programs_end_together_or_units_are_cut(queries, programs):
 
 @pytest.mark.parametrize(("tokens", "heads", "group"), [(2500, 8, 4), (1700, 32, 1), (2400, 16, 1)])
 def test_short_units_even_out_what_groups_leave(tokens, heads, group):
-    """Without them the last group's longest units would keep programs up to 1.4 times their share."""
+    """In groups like the others, they would leave programs up to 1.6 times their share: the last group's longest."""
     v = variant_of([tokens], [tokens], 0, heads, 132, num_heads=group * heads)
     cost = {unit: tiles * v.tile * v.group + v.unit_cost for unit, tiles in units_of([tokens], [tokens], heads, v)}
     dealt, listed = pieces_of([tokens], heads, 132, 2, v)

@@ -23,8 +23,8 @@ GROUP_BYTES: tl.constexpr = tl.constexpr(8 * 2**20)
 _AT_A_TIME: tl.constexpr = tl.constexpr(8)  # runs that a program finds the places of together, ...
 _SEQUENCES: tl.constexpr = tl.constexpr(32)  # ... among those of so many sequences
 _SPAN: tl.constexpr = tl.constexpr(64)  # keys: sizes of heads are counted in these
-_SHORT: tl.constexpr = tl.constexpr(2 / 3)  # of the longest unit, or less: so many times what that is of a share
-_SHORT_OF_SHARE: tl.constexpr = tl.constexpr(2)
+_SHORT: tl.constexpr = tl.constexpr(2 / 3)  # of the longest unit: what ends there or before is short,
+_SHORT_OF_SHARE: tl.constexpr = tl.constexpr(2)  # or, if it is less, at so many times its part of a share in that place
 
 
 @triton.jit
@@ -33,8 +33,8 @@ def end_together(work, longest, runs, V: tl.constexpr):
 
     That counts as much as two units beside their keys, and 1% of everything (see `benchmarks/NOTES.md`).
     Nobody has more than the longest run, or one of the shortest more than a share, as far as the last turn is not full.
-    This counts on lengths that are evenly spread, as those of prompts are. A few that are much longer than most may
-    stand in the last group, and nothing comes behind them that would even them out.
+    This counts on lengths that are evenly spread, as those of prompts are. If a few were much longer than most, all
+    others would be short and have no groups: such batches are cut.
     """
     programs, runs = tl.num_programs(0), runs.to(tl.float32)
     share = work / programs
@@ -47,7 +47,7 @@ def end_together(work, longest, runs, V: tl.constexpr):
 def short_end(work, longest, V: tl.constexpr):
     """Units that end here or before are short: keys that the last row sees, times group. Under a window none is.
 
-    The more units a program has, the less is left to even out, and the less of the keys of all heads shall be read.
+    The more units a program has, the less is left to even out, and the fewer keys shall be read from memory again.
     """
     if V.has.window:
         end = 0
@@ -94,15 +94,15 @@ def _heads_before(size, distance, num_kv_heads):
 
 @triton.jit
 def _place_of(
-    sequence, head, end, group_begin, run, short, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys,
-    GROUP: tl.constexpr, V: tl.constexpr,
+    sequence, head, end, group_begin, run, short_upto, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads,
+    max_keys, GROUP: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    """How many runs come before such as see up to `end`: the longer ones of their group, and the long of earlier ones.
+    """How many runs come before such as see up to `end`: the longer of their group, and all long of earlier groups.
 
-    Those that are `short` have no groups.
+    Short ones, up to `short_upto`, have no groups: all longer ones come before them.
     """
     step = run * V.block_m
-    grouped = (end > short)[:, None]
+    grouped = (end > short_upto)[:, None]
     place = sequence * 0
     before = num_seqs * 0
     for first in range(0, num_seqs + 1, _SEQUENCES):
@@ -111,7 +111,7 @@ def _place_of(
         distance = group_begin[:, None] - (before + tl.cumsum(size * num_kv_heads, 1) - size * num_kv_heads)
         earlier = tl.where(grouped, _heads_before(size, distance, num_kv_heads), 0)
         heads = tl.where(grouped, _heads_before(size, distance + GROUP, num_kv_heads), num_kv_heads) - earlier
-        long = tl.minimum(tl.maximum(tl.cdiv(others_end - short, step), 0), runs)
+        long = tl.minimum(tl.maximum(tl.cdiv(others_end - short_upto, step), 0), runs)
         longer_by = others_end - end[:, None]
         longer = tl.minimum(tl.maximum(tl.cdiv(longer_by, step), 0), runs)
         equal = (longer_by == longer * step) & (longer < runs)
@@ -124,7 +124,7 @@ def _place_of(
 
 @triton.jit
 def deal_longest_first(
-    pieces, run, runs, late, short, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys,
+    pieces, run, runs, late, short_upto, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys,
     V: tl.constexpr,
 ):  # fmt: skip
     """Writes `runs` pieces of `run` units: of one turn for programs or, back and forth, of two, the others in the list.
@@ -147,7 +147,7 @@ def deal_longest_first(
         head, index = (number - begin) // its_runs, (number - begin) % its_runs
         group_begin = (size_before + head * size) // GROUP * GROUP
         place = _place_of(
-            sequence, head, end - index * run * V.block_m, group_begin, run, short, seq_lens, cu_seqlens_q,
+            sequence, head, end - index * run * V.block_m, group_begin, run, short_upto, seq_lens, cu_seqlens_q,
             num_tokens, num_seqs, num_kv_heads, max_keys, GROUP, V,
         )  # fmt: skip
         # Behind all runs, the pieces of programs that have none.
