@@ -26,18 +26,18 @@ NOTHING = [0, LAST_TILE.value]
 
 @triton.jit
 def deal_all(
-    pieces, run, runs, late, short, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys,
+    pieces, run, runs, late, short_upto, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys,
     V: triton.language.constexpr,
 ):  # fmt: skip
     deal_longest_first(
-        pieces, run, runs, late, short, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V
+        pieces, run, runs, late, short_upto, seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V
     )
 
 
-def runs_in_order(queries, keys, heads, v, run, short=0):
+def runs_in_order(queries, keys, heads, v, run, short_upto=0):
     """The runs as `(sequence, unit, units)`, and groups of heads: by group, the longest first, by head if equal.
 
-    Those that end at `short` or before it come last, from all groups.
+    Those that end at `short_upto` or before come last, from all groups.
     """
     found, size_before = [], 0
     for sequence, (count, length) in enumerate(zip(queries, keys, strict=True)):
@@ -50,7 +50,7 @@ def runs_in_order(queries, keys, heads, v, run, short=0):
             for end in range(tiles, 0, -run):
                 begin = max(end - run, 0)
                 last_row = (length - count) * v.group + end * v.block_m
-                its_group = group if last_row > short else math.inf
+                its_group = group if last_row > short_upto else math.inf
                 found.append((its_group, -last_row, sequence, head, head * tiles + begin, end - begin))
     groups = 1 + (size_before - 1) * 64 * 2 * (v.head_dim + v.value_dim) // GROUP_BYTES.value
     return [(sequence, unit, units) for _, _, sequence, _, unit, units in sorted(found)], groups
@@ -70,11 +70,11 @@ def runs_in_order(queries, keys, heads, v, run, short=0):
     ],
     ids=["one", "few-units", "ragged", "runs", "many", "groups", "groups-of-runs", "without-keys"],
 )
-@pytest.mark.parametrize("short", [0, 900, 1200, 10**6])
+@pytest.mark.parametrize("short_upto", [0, 900, 1200, 10**6])
 @pytest.mark.parametrize("late", [0, 1])
-def test_the_longest_of_a_group_come_first(queries, keys, heads, programs, rounds, run, groups, late, short):
+def test_the_longest_of_a_group_come_first(queries, keys, heads, programs, rounds, run, groups, late, short_upto):
     v, spare = variant_of(queries, keys, 50, heads, programs, num_heads=4 * heads), 50
-    expected, its_groups = runs_in_order([*queries, spare], [*keys, 0], heads, v, run, short)
+    expected, its_groups = runs_in_order([*queries, spare], [*keys, 0], heads, v, run, short_upto)
     assert its_groups == groups
     size = PIECES_BEGIN.value + 5 * (programs * rounds + len(expected) + 20)
     pieces = torch.full((size,), UNWRITTEN, dtype=torch.int32, device=DEVICE)
@@ -82,7 +82,7 @@ def test_the_longest_of_a_group_come_first(queries, keys, heads, programs, round
         torch.tensor(it, dtype=torch.int32, device=DEVICE) for it in (keys, [0, *itertools.accumulate(queries)])
     )
     batch = sum(queries) + spare, len(keys), heads, 8192
-    deal_all[(programs, rounds)](pieces, run, len(expected), late, short, lens, bounds, *batch, V=v)
+    deal_all[(programs, rounds)](pieces, run, len(expected), late, short_upto, lens, bounds, *batch, V=v)
     begin, end = pieces[:2].tolist()
     written = pieces[PIECES_BEGIN.value :].view(-1, 5)
     assert begin == programs * rounds and (written[end:] == UNWRITTEN).all()

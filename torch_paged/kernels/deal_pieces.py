@@ -195,12 +195,11 @@ def deal_pieces(
         return
     # As if late units were as long as the others. Long ones take less time in rounds and a list of late ones.
     work = total.to(tl.float32) * (units.to(tl.float32) / tl.maximum(units - late, 1).to(tl.float32))
-    short = work <= units.to(tl.float32) * (LONG_UNIT * V.group + V.unit_cost)
-    if V.causal & ((late == 0) | short | V.has.window) & (runs <= room):
-        most = longest.to(tl.float32)
-        if end_together(work, most * run, runs, V):
+    few_keys = work <= units.to(tl.float32) * (LONG_UNIT * V.group + V.unit_cost)
+    if V.causal & ((late == 0) | few_keys | V.has.window) & (runs <= room):
+        if end_together(work, longest * run, runs, V):
             deal_longest_first(
-                pieces, run, runs.to(tl.int32), late, short_end(work, most, V), seq_lens, cu_seqlens_q, num_tokens,
+                pieces, run, runs.to(tl.int32), late, short_end(work, longest, V), seq_lens, cu_seqlens_q, num_tokens,
                 num_seqs, num_kv_heads, max_keys, V,
             )  # fmt: skip
             return

@@ -36,7 +36,7 @@ def end_together(work, longest, runs, V: tl.constexpr):
     This counts on lengths that are evenly spread, as those of prompts are. If a few were much longer than most, all
     others would be short and have no groups: such batches are cut.
     """
-    programs, runs = tl.num_programs(0), runs.to(tl.float32)
+    programs, longest, runs = tl.num_programs(0), longest.to(tl.float32), runs.to(tl.float32)
     share = work / programs
     shortest = 2 * work / runs - longest
     lacking = tl.ceil(runs / programs) - runs / programs
@@ -52,6 +52,7 @@ def short_end(work, longest, V: tl.constexpr):
     if V.has.window:
         end = 0
     else:
+        longest = longest.to(tl.float32)
         of_longest = tl.minimum(_SHORT_OF_SHARE * longest * tl.num_programs(0) / work, _SHORT)
         end = ((longest - V.unit_cost) * of_longest).to(tl.int32)
     return end
