@@ -62,6 +62,7 @@ _AMDGCN = {
     "spill": r"\bscratch_(?:load|store)",
     "all": r"^\t[a-z]\w+",
 }
+_ACCESS = re.compile(r"\b(?:tt\.(?:load|store|atomic_\w+)|ttg\.async_copy\w*|ttng\.async_tma\w*)\b")
 
 
 class Kernel(NamedTuple):
@@ -77,6 +78,7 @@ class Kernel(NamedTuple):
     instructions: dict[str, int]  # how many of each kind that `_SASS` or `_AMDGCN` names
     pipelined_loops: int  # loops of Hopper's machine code that wait for one product while the next is under way
     overlapped: int  # exponentials that do not wait for the last product in such a loop
+    waits_first: int  # 1: touches no memory before the kernel in front of it has ended (programmatic dependent launch)
 
 
 class _AbsentDevice(DriverBase):
@@ -141,8 +143,8 @@ def compiler(target: str) -> str:
 @functools.cache
 def _reader() -> str:
     """The source of what reads figures from machine code."""
-    functions = map(inspect.getsource, (_read, _pipelined_loops, _overlapped, _nvidia, _amd))
-    return "\n".join((*functions, str(_SASS), str(_AMDGCN)))
+    functions = map(inspect.getsource, (_read, _waits_first, _pipelined_loops, _overlapped, _nvidia, _amd))
+    return "\n".join((*functions, _ACCESS.pattern, str(_SASS), str(_AMDGCN)))
 
 
 def _ends_where(known: Mapping[str, Kernel]) -> Callable[..., None]:
@@ -217,7 +219,13 @@ def _read(compiled: Any) -> Kernel:
         instructions={name: len(re.findall(pattern, code, re.MULTILINE)) for name, pattern in patterns.items()},
         pipelined_loops=len(_pipelined_loops(code)),
         overlapped=_overlapped(code),
+        waits_first=_waits_first(ttgir),
     )
+
+
+def _waits_first(ttgir: str) -> int:
+    before, wait, _ = ttgir.partition("griddepcontrol.wait")
+    return int(wait != "" and _ACCESS.search(before) is None)
 
 
 def _pipelined_loops(code: str) -> list[str]:

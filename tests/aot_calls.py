@@ -77,7 +77,7 @@ def schedule_launch(variant: ShippedVariant) -> None:
     """What writes the schedule of one shipped variant."""
     v, ints = variant.launch.variant, functools.partial(torch.zeros, dtype=torch.int32)
     bounds = ints(5) if v.ragged else None
-    write = HopperLauncher(variant.launch).schedule if variant.launch.forms else schedule_launcher(variant.launch)
+    write = HopperLauncher(variant.launch).schedule if v.copy_rows else schedule_launcher(variant.launch)
     write(ints(4), bounds, ints(SCHEDULE_SHAPE[1]), 8, 4, 2, 80, 0)
 
 

@@ -32,12 +32,17 @@ ONE_IN = 128
 
 @functools.cache
 def _rows(target: str, directory: Path) -> tuple[str, list[dict[str, str]]]:
-    """The digest of the sources that the report of `target` is of, and its lines; a version of Triton may have none."""
+    """The digest of the sources that the report of `target` is of, and its lines.
+
+    A version of Triton may have no report, and one that lacks some of the figures is as good as none.
+    """
     path = directory / f"{target}.csv"
     if not path.exists():
         return "", []
     with path.open(newline="") as file:
-        return next(file).removeprefix("sources ").strip(), list(csv.DictReader(file))
+        sources, rows = next(file).removeprefix("sources ").strip(), csv.DictReader(file)
+        complete = set(aot.Kernel._fields) - {"identity", "instructions"} <= set(rows.fieldnames or ())
+        return (sources, list(rows)) if complete else ("", [])
 
 
 @functools.cache

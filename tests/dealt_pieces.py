@@ -23,8 +23,8 @@ NO_RUNS = 2**20  # units in the place of one: nothing is dealt out the longest f
 
 
 def deal(
-    queries, keys, spare, heads, programs, rounds, v, long_loop=0, bounds=None, window=None, schedule=NO_SCHEDULE,
-    run=NO_RUNS, once=False,
+    queries, keys, spare, heads, programs, rounds, v, bounds=None, window=None, schedule=NO_SCHEDULE, run=NO_RUNS,
+    once=False,
 ):  # fmt: skip
     """What `deal_pieces` writes: pieces, and what is left to `combine`. `schedule`: it and a stamp; None: write one.
 
@@ -50,19 +50,16 @@ def deal(
         begun = (lens, 0) if schedule == NO_SCHEDULE else schedule
         begun += pieces, partial, handoff
     deal_pieces[(programs, rounds)](
-        lens, bounds, starts, *begun, *batch, long_loop, room, run, PROGRAMS=next_power_of_two(programs), V=v
+        lens, bounds, starts, *begun, *batch, room, run, PROGRAMS=next_power_of_two(programs), V=v
     )
     return pieces, partial, handoff
 
 
-def dealt_rounds(queries, keys, spare, heads, programs, rounds, v, *args, window=None, **options):
-    """The form, `[rounds, pieces]` in the order of the row, and late ones; a list of alike units is a last round."""
-    pieces, _, _ = deal(queries, keys, spare, heads, programs, rounds, v, *args, window=window, **options)
-    begin, end, form = pieces[: PIECES_BEGIN.value].tolist()
+def dealt_rounds(queries, keys, spare, heads, programs, rounds, v, window=None, **options):
+    """`[rounds, pieces]` in the order of the row, and late ones; a list of alike units is a last round."""
+    pieces, _, _ = deal(queries, keys, spare, heads, programs, rounds, v, window=window, **options)
+    begin, end = pieces[: PIECES_BEGIN.value].tolist()
     pieces = pieces[PIECES_BEGIN.value :].view(-1, 5)
-    if not any(units_of([*queries, spare], [*keys, 0], heads, v, window)):
-        assert form == -1 and begin == end == UNWRITTEN and (pieces == UNWRITTEN).all()
-        return form, [], []
     room, _ = list_room(programs, rounds, sum(queries) + spare, len(keys), heads, v.group, v.block_m)
     assert begin == programs * rounds and end <= begin + room
     assert (pieces[end:] == UNWRITTEN).all()
@@ -72,12 +69,12 @@ def dealt_rounds(queries, keys, spare, heads, programs, rounds, v, *args, window
     turned = range(rounds if in_turn else rounds - 1)
     dealt = [its.roll(FURTHER_ON.value * (number in turned) * number, 0).tolist() for number, its in enumerate(dealt)]
     alike = listed and not any(late_of(queries, keys, heads, v))
-    return (form, [*dealt, listed], []) if alike else (form, dealt, listed)
+    return ([*dealt, listed], []) if alike else (dealt, listed)
 
 
 def dealt_pieces(*batch, **options):
     """The pieces, in the order of the row, and late ones."""
-    _, rounds, late = dealt_rounds(*batch, **options)
+    rounds, late = dealt_rounds(*batch, **options)
     assert all(count >= 0 for pieces in rounds for *_, count, _ in pieces)
     return list(itertools.chain(*rounds)), late
 

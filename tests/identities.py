@@ -34,7 +34,7 @@ MODELS = {
     )
 } | {
     "latent": (16, 1, 576, 512, 64),
-    "dim 64, 14/2 heads": (14, 2, 64, 64, 16),  # long prompts have a form with other tiles
+    "dim 64, 14/2 heads": (14, 2, 64, 64, 16),  # long prompts have other tiles
     "dim 64, 32/2 heads": (32, 2, 64, 64, 16),
     "dim 64, 32/8 heads, block size 8": (32, 8, 64, 64, 8),
     "dim 64, 32/8 heads, block size 128": (32, 8, 64, 64, 128),

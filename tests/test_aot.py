@@ -19,6 +19,8 @@ import aot_calls as calls
 import aot_report
 import triton
 
+from torch_paged.kernels.hopper_tiles import PART_ROWS
+
 pytestmark = pytest.mark.aot
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 REGISTER_FILE = 65536  # registers of one NVIDIA multiprocessor
@@ -27,12 +29,13 @@ ALL_VARIANTS = os.environ.get("TORCH_PAGED_TEST_ALL_VARIANTS") == "1"
 MATRIX_UNIT = {"sm_80": "tensor_core", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "tensor_core"}
 
 
-def hopper_faults(variant, kernel, parts):
-    """What a form of `attention_hopper` lacks."""
+def hopper_faults(variant, kernel):
+    """What `attention_hopper` lacks."""
+    parts = variant.launch.variant.block_m // PART_ROWS.value
     demands = {
         "products under way": kernel.pipelined_loops == 2 * parts,
-        # The assembler has the wait for a product ahead of them at dim 64. In the form of one part it has them all, or
-        # none, and was seen to be faster without: there the others' waits hide them.
+        # The assembler has the wait for a product ahead of them at dim 64. One part has them all, or none, and was seen
+        # to be faster without: there other programs' products hide them.
         "exponentials meanwhile": kernel.overlapped > 0 or parts == 1 or variant.launch.variant.head_dim == 64,
         "no spilled registers": kernel.instructions["spill"] == 0,
         "matrix unit": kernel.instructions["wgmma"] > 0 and kernel.instructions["tensor_core"] == 0,
@@ -45,10 +48,10 @@ def hopper_faults(variant, kernel, parts):
     return [what for what, met in demands.items() if not met]
 
 
-def attention_faults(target, variant, kernel, parts=2):
-    """What the attention kernel lacks of what its launch was made for; Hopper's, in the form of so many parts."""
-    if variant.launch.forms:
-        return hopper_faults(variant, kernel, parts)
+def attention_faults(target, variant, kernel):
+    """What the attention kernel lacks of what its launch was made for."""
+    if variant.launch.variant.copy_rows:
+        return hopper_faults(variant, kernel)
     launch, count = variant.launch, kernel.instructions
     many_rows = launch.variant.block_m >= 64
     demands = {"no spilled registers": count["spill"] == 0}
@@ -179,12 +182,15 @@ def workers():
 @pytest.mark.parametrize("job", SHIPPED)
 def test_shipped_attention(job, workers):
     target, _, variant = job
-    *kernels, combine = workers.submit(*job).result()
-    forms = variant.launch.forms or (1,)
-    dealt, attentions = kernels[: -len(forms)], kernels[-len(forms) :]
-    for parts, attention in zip(forms, attentions, strict=True):
-        known = KNOWN_FAULTS.get((target, variant.name), [])
-        assert attention_faults(target, variant, attention, parts) == known, attention
+    *dealt, attention, combine = workers.submit(*job).result()
+    v = variant.launch.variant
+    if v.copy_rows:
+        assert [kernel.name for kernel in dealt] in (["deal_pieces"], ["begin_rounds", "deal_pieces"])
+        assert all(kernel.waits_first for kernel in (*dealt, attention, combine)), "see `deal_pieces`"
+    else:
+        assert dealt == []
+    known = KNOWN_FAULTS.get((target, variant.name), [])
+    assert attention_faults(target, variant, attention) == known, attention
     assert all(kernel.instructions["spill"] == 0 for kernel in dealt), dealt
     assert combine.instructions["spill"] == SPILLS_OF_COMBINE.get((target, variant.name), 0), combine
 

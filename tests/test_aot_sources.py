@@ -62,7 +62,7 @@ def test_report_knows_a_launch(sources, of_today, known, tmp_path):
     name, variant = next(iter(calls.shipped("sm_80").items()))
     multiple = aot_report.ONE_IN * 10**9 - date.today().toordinal()
     kernels = [
-        aot.Kernel(of, "", f"{multiple + rest:016x}", 64, 1024, 2, 2, {"all": 500}, 0, 0)
+        aot.Kernel(of, "", f"{multiple + rest:016x}", 64, 1024, 2, 2, {"all": 500}, 0, 0, 1)
         for of, rest in (("_attention", 1), ("_combine", 0 if of_today else 2))
     ]
     digest = aot_sources.digest("sm_80") if sources == "same" else "0"
@@ -70,3 +70,12 @@ def test_report_knows_a_launch(sources, of_today, known, tmp_path):
     expected = {(calls.attention_launch, variant): kernels} if known else {}
     assert aot_report.launched("sm_80", tmp_path) == expected
     assert list(aot_report.read("sm_80", tmp_path).values()) == kernels
+
+
+def test_a_report_without_one_of_the_figures_is_as_good_as_none(tmp_path):
+    kernel = aot.Kernel("_attention", "", "0" * 16, 64, 1024, 2, 2, {"all": 500}, 0, 0, 1)
+    aot_report.write("sm_80", "0", [("any", kernel)], tmp_path / "whole")
+    whole = (tmp_path / "whole" / "sm_80.csv").read_text()
+    (tmp_path / "sm_80.csv").write_text(whole.replace("waits_first", "another"))
+    assert aot_report.read("sm_80", tmp_path / "whole") == {kernel.ir: kernel}
+    assert aot_report.read("sm_80", tmp_path) == {}

@@ -35,7 +35,7 @@ def test_alike_units_are_cut_alike(queries, keys, programs, rounds, parts):
     heads = 4
     v = variant_of(queries, keys, 0, heads, programs, num_heads=16)
     v = replace(v, rows_above=16)
-    _, dealt, late = dealt_rounds(queries, keys, 0, heads, programs, rounds, v)
+    dealt, late = dealt_rounds(queries, keys, 0, heads, programs, rounds, v)
     pieces = [*itertools.chain(*dealt)]
     whole = check_covered(pieces, late, queries, keys, 0, heads, v)
     tiles = dict(units_of([*queries, 0], [*keys, 0], heads, v))
@@ -74,7 +74,7 @@ def test_other_units_are_cut_where_pieces_end(queries, keys, programs, rounds):
 def test_alike_units_of_a_window_or_a_uniform_batch_go_in_turn(window, ragged):
     queries, keys, heads, programs, rounds = [96] * 6, [4000] * 6, 4, 12, 2
     v = variant_of(queries, keys, 0, heads, programs, num_heads=16, window=window, ragged=ragged)
-    _, dealt, late = dealt_rounds(queries, keys, 0, heads, programs, rounds, v, window=window)
+    dealt, late = dealt_rounds(queries, keys, 0, heads, programs, rounds, v, window=window)
     assert all(check_covered(itertools.chain(*dealt), late, queries, keys, 0, heads, v, window))
     assert [[count for *_, count, _ in turn] for turn in dealt] == [[1] * 12, [1] * 12, [1] * 48]
 
@@ -95,5 +95,5 @@ def test_no_more_alike_units_are_listed_than_there_is_room_for():
     """Of sequences that overlap there may be more."""
     queries, keys, heads, programs = [90] * 9, [4000] * 9, 4, 10
     v = replace(variant_of(queries, keys, 0, heads, programs, num_heads=16), rows_above=16)
-    _, dealt, late = dealt_rounds([90], keys, 0, heads, programs, 1, v, bounds=[0, 90] * 5)
+    dealt, late = dealt_rounds([90], keys, 0, heads, programs, 1, v, bounds=[0, 90] * 5)
     assert len(dealt) == 1 and not late

@@ -1,4 +1,4 @@
-"""The pieces that are dealt to programs in advance: together everything, nothing twice, and all to one form."""
+"""The pieces that are dealt to programs in advance: together everything, nothing twice."""
 
 import itertools
 import os
@@ -12,11 +12,9 @@ from dealt_pieces import DEVICE, UNWRITTEN, check_covered, deal, dealt_pieces, d
 from dealt_units import units_of
 
 from torch_paged.kernels.attention_schedule import DEALT, ROOM
-from torch_paged.kernels.deal import LAST_TILE
-from torch_paged.kernels.deal_pieces import SHORT_LOOPS, list_room
+from torch_paged.kernels.deal_pieces import list_room
 from torch_paged.kernels.features import Features
 from torch_paged.kernels.launch_config import attention_launches
-from torch_paged.kernels.launch_tiles import LONG_LOOP
 from torch_paged.kernels.piece_list import num_piece_ints
 from torch_paged.kernels.problem import Device, Problem
 from torch_paged.kernels.rounds import FURTHER_ON
@@ -51,7 +49,7 @@ def test_every_tile_is_dealt_once(name, programs, rounds, causal, block_m):
 def test_units_are_cut_in_one_round_of_two():
     queries, keys = BATCHES["mixed"]
     v = variant_of(queries, keys, 3, 2, 7)
-    _, (first, second), late = dealt_rounds(queries, keys, 3, 2, 7, 2, v, once=True)
+    (first, second), late = dealt_rounds(queries, keys, 3, 2, 7, 2, v, once=True)
     check_covered(first, late, queries, keys, 3, 2, v)
     assert not any(count for *_, count, _ in second)
 
@@ -105,21 +103,9 @@ def test_no_more_late_units_than_there_is_room_for():
     """Of sequences that overlap there may be more."""
     queries, heads = [2048] * 9, 8
     v = variant_of(queries, queries, 0, heads, 3, num_heads=64)
-    _, _, late = dealt_rounds([2048, 100], queries, 0, heads, 3, 1, v, bounds=[0, 2048] * 5)
+    _, late = dealt_rounds([2048, 100], queries, 0, heads, 3, 1, v, bounds=[0, 2048] * 5)
     room, _ = list_room(3, 1, 2148, 9, heads, v.group, v.block_m)
     assert len(late) == room < 5 * LATE_UNITS.value
-
-
-def test_late_units_do_not_decide_for_a_form():
-    """The others have long loops, all together short ones."""
-    queries, heads = [60] * 5 + [2100] + [60] * 5, 8
-    v = variant_of(queries, queries, 0, heads, 3, num_heads=64)
-    form, _, late = dealt_rounds(queries, queries, 0, heads, 3, 1, v, LONG_LOOP)
-    units = dict(units_of(queries, queries, heads, v))
-    all_units, others = len(units), len(units) - len(late)
-    long = sum(tiles for its, tiles in units.items() if [*its, 0, 1, LAST_TILE.value] not in late)
-    assert 1.05 * all_units * LONG_LOOP > 1.1 * long > 1.2 * others * LONG_LOOP
-    assert form == 1
 
 
 SHAPES = {
@@ -132,39 +118,25 @@ SHAPES = {
 }
 
 
-def mean_loop(queries, keys, heads, v, window):
-    """Tiles of keys of a unit, on average."""
-    tiles = [tiles for _, tiles in units_of(queries, keys, heads, v, window)]
-    return sum(tiles) / len(tiles) if tiles else 0
-
-
 @pytest.mark.parametrize(("rounds", "seed", "window"), [(1, 0, None), (3, 1, None), (3, 2, 200)])
 @pytest.mark.parametrize("name", SHAPES)
-def test_one_form_gets_everything(name, rounds, seed, window):
-    """That for long loops where units have many tiles of keys on average; nobody tells the host."""
+def test_random_batches_are_dealt_out_once(name, rounds, seed, window):
     chance, heads, programs, spare = random.Random(seed), 2, 4, seed
     queries, lengths = SHAPES[name]
     queries = chance.sample(queries, len(queries))
     keys = [max(count, chance.choice(lengths)) for count in queries]
     v = variant_of(queries, keys, spare, heads, programs, window=window)
-    batch = queries, keys, spare, heads, programs, rounds, v
-    form, dealt, late = dealt_rounds(*batch, LONG_LOOP, window=window)
+    dealt, late = dealt_rounds(queries, keys, spare, heads, programs, rounds, v, window=window)
     check_covered(itertools.chain(*dealt), late, queries, keys, spare, heads, v, window)
-    mean = mean_loop(queries, keys, heads, v, window)
-    if mean and not 0.9 * LONG_LOOP < mean < 1.1 * LONG_LOOP:
-        assert form == (mean >= LONG_LOOP)
-    for long_loop, expected in ((0, 1), (SHORT_LOOPS.value, 0)):
-        same_form, same, _ = dealt_rounds(*batch, long_loop, window=window)
-        assert same == dealt and same_form == (-1 if form < 0 else expected)
 
 
 @pytest.mark.parametrize("batch", [BATCHES["mixed"], ([1] * 20, [90] * 20)], ids=["work", "no-work"])
-@pytest.mark.parametrize(("long_loop", "block_m"), [(0, 128), (LONG_LOOP, 128), (0, 192)])
-def test_nothing_is_left_to_others_yet(long_loop, block_m, batch):
-    """What the form with the work overwrites, and the other leaves alone: an empty first slot of each program."""
+@pytest.mark.parametrize("block_m", [128, 192])
+def test_nothing_is_left_to_others_yet(block_m, batch):
+    """An empty first slot of each program."""
     queries, keys, programs = *batch, 3
     v = variant_of(queries, keys, 0, 2, programs, block_m=block_m)
-    _, partial, handoff = deal(queries, keys, 0, 2, programs, 2, v, long_loop)
+    _, partial, handoff = deal(queries, keys, 0, 2, programs, 2, v)
     check_nothing_is_left(partial, handoff, programs, v)
 
 
@@ -212,22 +184,19 @@ SCHEDULED_BATCHES = {
 }
 
 
-@pytest.mark.parametrize("long_loop", [0, LONG_LOOP])
 @pytest.mark.parametrize("name", SCHEDULED_BATCHES)
-def test_a_schedule_has_what_a_call_deals_out(name, long_loop):
+def test_a_schedule_has_what_a_call_deals_out(name):
     """And a call that finds it has the same, and leaves nothing to others yet."""
     (queries, keys), rounds = SCHEDULED_BATCHES[name]
     heads, programs, stamp = 8, 3, 1234567
     v = variant_of(queries, keys, 0, heads, programs, num_heads=64)
-    batch = queries, keys, 0, heads, programs, rounds, v, long_loop
+    batch = queries, keys, 0, heads, programs, rounds, v
     expected, _, _ = deal(*batch)
     written, _, _ = deal(*batch, schedule=None)
     assert torch.equal(written, expected)
 
     # As a schedule is zeros before.
     copied, partial, handoff = deal(*batch, schedule=(stamped(written, stamp), stamp))
-    if name == "no-work":
-        expected[:2] = torch.tensor([programs * rounds, 0])
     assert torch.equal(copied, expected)
     check_nothing_is_left(partial, handoff, programs, v)
 
@@ -250,7 +219,7 @@ def test_pieces_for_other_lengths_begin_in_a_unit_and_have_a_tile(queries, keys,
     v = variant_of(*made_for, 0, heads, programs)
     written, _, _ = deal(*made_for, 349 - sum(made_for[0]), heads, programs, rounds, v, schedule=None)
     schedule = stamped(written, stamp), stamp
-    _, dealt, late = dealt_rounds(queries, keys, 349 - sum(queries), heads, programs, rounds, v, schedule=schedule)
+    dealt, late = dealt_rounds(queries, keys, 349 - sum(queries), heads, programs, rounds, v, schedule=schedule)
     tiles = dict(units_of([*queries, 349 - sum(queries)], [*keys, 0], heads, v))
     of_head = [-(-count * v.group // v.block_m) for count in (*queries, 349 - sum(queries))]
     for sequence, unit, first, count, end in [*itertools.chain(*dealt), *late]:
@@ -277,8 +246,7 @@ def test_who_does_not_find_its_schedule_deals_out_in_one_round_or_in_turn(name):
     heads, programs = 8, 3
     v = variant_of(queries, keys, 0, heads, programs, num_heads=64)
     other = torch.full((100,), 5, dtype=torch.int32, device=DEVICE)
-    form, dealt, late = dealt_rounds(queries, keys, 0, heads, programs, rounds, v, schedule=(other, 6))
-    assert form == (-1 if name == "no-work" else 1)
+    dealt, late = dealt_rounds(queries, keys, 0, heads, programs, rounds, v, schedule=(other, 6))
     if name not in ("one-round", "alike"):  # these have alike units
         assert all(count == 0 for pieces in dealt[1:] for *_, count, _ in pieces)
     check_covered(itertools.chain(*dealt), late, queries, keys, 0, heads, v)

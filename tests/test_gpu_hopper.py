@@ -12,7 +12,7 @@ from torch_paged.options import PLAIN, AttentionOptions
 from torch_paged.testing import assert_within_budget, attention_inputs, low_precision_attention
 
 pytest.importorskip("triton")
-from torch_paged.kernels import attention_plan, hopper_launch, launch_config, launch_tiles
+from torch_paged.kernels import attention_plan, launch_tiles
 from torch_paged.kernels.attention import attention as attend_with
 from torch_paged.kernels.attention import launch_attention
 from torch_paged.kernels.attention_plan import problem_of
@@ -52,35 +52,35 @@ LATE = dict(
 )
 
 
-# Forms that are launched, and from how many tiles of keys a unit on the device gives everything to the second.
-FORMS = {
-    "common-code": ((1,), 0),
-    "apart": ((2,), 0),
-    "both-and-common-code-works": ((1, 2), 10**6),
-    "both-and-apart-works": ((1, 2), 0),
-    "both-and-lengths-decide": ((1, 2), 2),
-}
-
-
 def forget_plans():
-    """What was settled for calls of the same shapes, under other forms."""
+    """What was settled for calls of the same shapes, of other parts."""
     attention_launches.cache_clear()
     attention_plan._plans.clear()
     ops._calls.clear()
 
 
-@pytest.fixture(autouse=True, params=FORMS.values(), ids=FORMS)
-def forms(request, monkeypatch):
-    """Both forms of the kernel, whatever the number of queries."""
-    its_forms, long_loop = request.param
-    if its_forms is not None:
-        for module in (launch_config, launch_tiles):
-            monkeypatch.setattr(module, "forms", lambda _: its_forms)
-        monkeypatch.setattr(launch_tiles, "_short_units", lambda _: False)
-        monkeypatch.setattr(hopper_launch, "LONG_LOOP", long_loop)
+def can_be_small(head_dim, value_dim, block_size):
+    return max(head_dim, value_dim) <= 128 and block_size <= 64
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["", "small-programs"])
+def small(request, monkeypatch):
+    """With programs of 128 rows, or of 64, of which several share a multiprocessor, wherever shapes allow these."""
+
+    def short_units(problem):
+        return request.param and can_be_small(problem.head_dim, problem.value_dim, problem.block_size)
+
+    if request.param is not None:
+        monkeypatch.setattr(launch_tiles, "_short_units", short_units)
     forget_plans()
-    yield its_forms
+    yield request.param
     forget_plans()
+
+
+def rows_of(inputs, small):
+    """Of a unit."""
+    (_, block_size, _, head_dim), value_dim = inputs.key_cache.shape, inputs.value_cache.shape[3]
+    return 64 if small and can_be_small(head_dim, value_dim, block_size) else 128
 
 
 def attention(*arguments, **options):
@@ -115,9 +115,9 @@ def check(inputs, output, lse, causal=True, **options):
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "all"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("name", BATCHES)
-def test_values(name, dtype, causal, forms):
+def test_values(name, dtype, causal, small):
     inputs = attention_inputs(**BATCHES[name], dtype=dtype, device="cuda")
-    assert launches_of(inputs, causal)[0].forms == forms
+    assert launches_of(inputs, causal)[0].variant.block_m == rows_of(inputs, small)
     check(inputs, *attention(*inputs, inputs.query.shape[2] ** -0.5, causal), causal)
 
 
@@ -150,10 +150,11 @@ def with_options(name, batch, **changes):
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("name", BATCHES)
-def test_options(name, option, forms):
+def test_options(name, option, small):
     inputs, options = with_options(option, BATCHES[name], dtype=torch.bfloat16)
     general = name == "block-256" and "sliding_window" in options
-    assert launches_of(inputs, **options)[0].forms == (() if general else forms)
+    variant = launches_of(inputs, **options)[0].variant
+    assert variant.copy_rows == 0 if general else variant.block_m == rows_of(inputs, small)
     check(inputs, *attention(*inputs, inputs.query.shape[2] ** -0.5, True, **options), **options)
 
 
@@ -174,23 +175,23 @@ def test_what_a_window_hides_in_a_large_block_does_not_show(name, window):
     check(inputs, *attention(*inputs, scale, True, sliding_window=window), sliding_window=window)
 
 
-def test_softcaps_of_any_size(forms):
+def test_softcaps_of_any_size():
     """On the same tensors, so that one is not served as another was; the largest have another kernel."""
     inputs = attention_inputs(**BATCHES["mixed"], dtype=torch.float16, device="cuda")
     for softcap in (30.0, 1e30, 1e-30, 1e-3, 4000.0, 1e4):
-        assert launches_of(inputs, softcap=softcap)[0].forms == (forms if softcap <= 4096 else ())
+        assert launches_of(inputs, softcap=softcap)[0].variant.copy_rows == (16 if softcap <= 4096 else 0)
         check(inputs, *attention(*inputs, -0.4, True, softcap=softcap), softcap=softcap, scale=-0.4)
 
 
-@pytest.mark.parametrize("forms", [(None, None)], ids=["as-launched"], indirect=True)
-def test_short_windows_have_one_form():
+@pytest.mark.parametrize("small", [None], ids=["as-launched"], indirect=True)
+def test_short_windows_have_small_programs():
     inputs = attention_inputs([2050], [3000], num_heads=4, head_dim=128, dtype=torch.bfloat16, device="cuda")
-    for window, forms in ((1, (1,)), (1500, (1, 2)), (1024, (1,))):
-        assert launches_of(inputs, sliding_window=window)[0].forms == forms
+    for window, rows in ((1, 64), (1500, 128), (1024, 64)):
+        assert launches_of(inputs, sliding_window=window)[0].variant.block_m == rows
         check(inputs, *attention(*inputs, 0.1, True, sliding_window=window), sliding_window=window, scale=0.1)
 
 
-@pytest.mark.parametrize("forms", [(None, None)], ids=["small-programs"], indirect=True)
+@pytest.mark.parametrize("small", [None], ids=["small-programs"], indirect=True)
 @pytest.mark.parametrize("block_size", [8, 32, 64])
 @pytest.mark.parametrize("heads", [8, 2], ids=["group-4", "no-group"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -201,13 +202,13 @@ def test_small_programs(dtype, heads, block_size, monkeypatch):
     inputs = attention_inputs([90] * 3, [700, 90, 40], head_dim=64, uniform=True, device="cuda", **sizes)
     for options in ({}, dict(softcap=0.7), dict(sinks=torch.linspace(-1, 3, heads, device="cuda"))):
         (found,) = launches_of(inputs, **options)
-        assert (found.forms, found.variant.resident, found.variant.block_m) == ((1,), 3, 64)
+        assert (found.variant.resident, found.variant.block_m) == (3, 64)
         check(inputs, *attention(*inputs, 64**-0.5, True, **options), **options)
     for head_dim, option in itertools.product((64, 128), ("window-1", "window-60", "window-400", "all")):
         batch = MIXED | sizes | dict(head_dim=head_dim, head_major=head_dim == 64)
         inputs, options = with_options(option, batch)
         found = launches_of(inputs, **options)[0]
-        assert (found.forms, found.variant.resident) == ((1,), {64: 3, 128: 2}[head_dim])
+        assert (found.variant.resident, found.variant.block_m) == ({64: 3, 128: 2}[head_dim], 64)
         check(inputs, *attention(*inputs, head_dim**-0.5, True, **options), **options)
         for programs, rounds in ((1, 1), (3, 5), (7, 2), (132, 1)):
             check(inputs, *launch(inputs, options, programs=programs, rounds=rounds), **options)
@@ -228,23 +229,22 @@ def test_any_number_of_programs_gives_the_same(name, programs):
     check(inputs, *launch(inputs, programs=programs))
 
 
-@pytest.mark.parametrize("forms", [(None, None)], ids=["three-parts"], indirect=True)
+@pytest.mark.parametrize("small", [None], ids=["three-parts"], indirect=True)
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "all"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("name", [name for name in BATCHES if name not in ("block-8", "narrow-values", "wide-values")])
 def test_three_parts(name, dtype, causal, monkeypatch):
-    """The form for long prompts of narrow heads, whatever their number of queries, programs and rounds."""
+    """As for long prompts of narrow heads, whatever their number of queries, programs and rounds."""
     monkeypatch.setattr(launch_tiles, "LONG", 0)
-    monkeypatch.setattr(launch_tiles, "LONG_OF_NARROW_HEADS", 0)
     inputs = attention_inputs(**BATCHES[name] | dict(head_dim=64), dtype=dtype, device="cuda")
-    assert launches_of(inputs, causal)[0].forms == (3,)
+    assert launches_of(inputs, causal)[0].variant.block_m == 192
     check(inputs, *attention(*inputs, inputs.query.shape[2] ** -0.5, causal), causal)
     if causal:
         for programs, rounds in ((1, 1), (3, 5), (7, 2), (132, 1)):
             check(inputs, *launch(inputs, programs=programs, rounds=rounds))
     for option in ("softcap", "sinks"):
         inputs, options = with_options(option, BATCHES[name] | dict(head_dim=64), dtype=dtype)
-        assert launches_of(inputs, causal, **options)[0].forms == (3,)
+        assert launches_of(inputs, causal, **options)[0].variant.block_m == 192
         check(inputs, *attention(*inputs, inputs.query.shape[2] ** -0.5, causal, **options), causal, **options)
 
 
@@ -255,7 +255,7 @@ def test_any_number_of_rounds_gives_the_same(name, rounds):
     check(inputs, *launch(inputs, rounds=rounds, programs=3))
 
 
-@pytest.mark.parametrize("forms", [(None, None)], ids=["as-launched"], indirect=True)
+@pytest.mark.parametrize("small", [None], ids=["as-launched"], indirect=True)
 @pytest.mark.parametrize(
     ("queries", "keys"),
     [([1] * 12 + [2050], [900] * 12 + [3000]), ([100] * 22, [100] * 22), ([1] * 2048, [20] * 2048)],
@@ -263,7 +263,7 @@ def test_any_number_of_rounds_gives_the_same(name, rounds):
 )
 def test_batches_of_which_shapes_say_little(queries, keys):
     inputs = attention_inputs(queries, keys, num_heads=4, head_dim=128, dtype=torch.bfloat16, device="cuda")
-    assert launches_of(inputs)[0].forms == (1, 2)
+    assert launches_of(inputs)[0].variant.block_m == 128
     check(inputs, *attention(*inputs, inputs.query.shape[2] ** -0.5, True))
 
 
@@ -274,13 +274,12 @@ def test_units_that_come_last(programs):
     check(inputs, *launch(inputs, rounds=3, programs=programs))
 
 
-@pytest.mark.parametrize("forms", [(None, None)], ids=["three-parts"], indirect=True)
+@pytest.mark.parametrize("small", [None], ids=["three-parts"], indirect=True)
 def test_units_that_come_last_in_three_parts(monkeypatch):
     monkeypatch.setattr(launch_tiles, "LONG", 0)
-    monkeypatch.setattr(launch_tiles, "LONG_OF_NARROW_HEADS", 0)
     batch = dict(LATE, query_lens=[410, 385], seq_lens=[410, 385])
     inputs = attention_inputs(**batch, dtype=torch.bfloat16, device="cuda")
-    assert launches_of(inputs)[0].forms == (3,)
+    assert launches_of(inputs)[0].variant.block_m == 192
     check(inputs, *attention(*inputs, 64**-0.5, True))
 
 
@@ -356,7 +355,7 @@ def test_what_the_copy_engine_cannot_address_goes_to_the_general_kernel(layout):
     elif layout == "expanded-heads":
         caches = tuple(cache[:, :, :1].expand_as(cache) for cache in caches)
     inputs = inputs._replace(key_cache=caches[0], value_cache=caches[1])
-    assert launches_of(inputs)[0].forms == ()
+    assert launches_of(inputs)[0].variant.copy_rows == 0
     check(inputs, *attention(*inputs, inputs.query.shape[2] ** -0.5, True))
 
 

@@ -12,10 +12,11 @@ from torch_paged.testing import assert_within_budget, attention_inputs, low_prec
 
 pytest.importorskip("triton")
 from torch_paged import warmup
-from torch_paged.kernels import attention_call
+from torch_paged.kernels import attention_call, attention_combine
 from torch_paged.kernels.attention import attention, launch_attention
 from torch_paged.kernels.attention_plan import problem_of
 from torch_paged.kernels.device import device_of
+from torch_paged.kernels.launch import Launcher
 from torch_paged.kernels.launch_config import attention_launches
 
 pytestmark = [pytest.mark.interpreter if os.environ.get("TRITON_INTERPRET") == "1" else pytest.mark.gpu]
@@ -28,6 +29,7 @@ BATCHES = {
     "many-parts-several": dict(query_lens=[9], seq_lens=[2500], num_heads=4, num_kv_heads=1, uniform=True, head_dim=80),
     "many-short": dict(query_lens=[1] * 300, seq_lens=[3] * 300, num_heads=2, uniform=True, head_dim=16),
     "mixed": dict(query_lens=[1, 70, 0, 2, 33], seq_lens=[200, 150, 9, 64, 20], num_heads=6, spare_tokens=3),
+    "many-tiles": dict(query_lens=[70], seq_lens=[200], num_heads=8, num_kv_heads=1, uniform=True),
     "split-dims": dict(query_lens=[1, 40], seq_lens=[200, 90], head_dim=96, value_head_dim=80),
 }
 
@@ -91,6 +93,20 @@ def test_rows_of_any_width_are_combined(dims):
     check(inputs, *launch(inputs, programs=20))
 
 
+@pytest.mark.parametrize(("programs", "rows", "combining"), [(3, 1, 1), (7, 1, 4), (7, 4, 13), (24, 8, 100), (1, 4, 4)])
+@pytest.mark.parametrize("name", ["many-parts-several", "many-tiles", "mixed"])
+def test_any_number_of_programs_may_share_what_was_left(name, programs, rows, combining, monkeypatch):
+    """As of the Hopper kernel, whose variants the interpreter cannot run."""
+
+    def launcher(kernel, _, constants, *options):
+        variant = replace(constants["V"], copy_rows=16)
+        return Launcher(kernel, (combining, 1, 1), constants | dict(V=variant), *options)
+
+    monkeypatch.setattr(attention_combine, "Launcher", launcher)
+    inputs = attention_inputs(**BATCHES[name], device=DEVICE, dtype=torch.float16)
+    check(inputs, *launch(inputs, programs=programs, combine_rows=rows))
+
+
 @pytest.mark.parametrize("programs", [4, 5, 7, 9])
 def test_a_program_may_end_one_unit_and_begin_another(programs):
     lens = dict(query_lens=[1] * 3, seq_lens=[1700, 900, 1350], uniform=True)
@@ -99,8 +115,7 @@ def test_a_program_may_end_one_unit_and_begin_another(programs):
 
 
 def test_more_units_than_sequences_have_heads():
-    heads = dict(num_heads=8, num_kv_heads=1)
-    inputs = attention_inputs([70], [200], **heads, uniform=True, device=DEVICE, dtype=torch.float16)
+    inputs = attention_inputs(**BATCHES["many-tiles"], device=DEVICE, dtype=torch.float16)
     check(inputs, *launch(inputs, programs=12))
 
 

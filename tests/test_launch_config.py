@@ -227,30 +227,13 @@ def test_hopper_copies_blocks_where_they_make_tiles(changes, copy_rows):
 
 
 @pytest.mark.parametrize(
-    ("queries", "seqs", "ragged", "forms"),
-    [
-        (8192, 1, True, (2,)),
-        (8192, 8, True, (2,)),
-        (8192, 8, False, (2,)),
-        (8192, 9, True, (1, 2)),
-        (8184, 8, False, (1, 2)),
-        (100, 1, False, (1, 2)),
-        (100, 1, True, (1, 2)),
-    ],
+    ("queries", "seqs", "ragged"), [(8192, 1, True), (8192, 9, True), (8184, 8, False), (100, 1, False), (100, 1, True)]
 )
-def test_the_device_chooses_the_form_of_the_hopper_kernel_where_shapes_do_not(queries, seqs, ragged, forms):
+def test_units_of_prompts_of_any_length_have_two_parts_on_hopper(queries, seqs, ragged):
     problem = replace(PREFILL, num_tokens=queries, num_seqs=seqs, ragged=ragged)
-    prefill, *decode = attention_launches(problem, DEVICES["sm_90"])
-    assert prefill.forms == forms
-    assert [launch.forms for launch in decode] == [()] * ragged
-    assert attention_launches(problem, DEVICES["sm_80"])[0].forms == ()
-    # Windows may be short.
-    problem = replace(problem, features=Features(window=True))
-    assert attention_launches(problem, DEVICES["sm_90"])[0].forms == (1, 2)
-    assert attention_launches(replace(problem, short_window=True), DEVICES["sm_90"])[0].forms == (1,)
-    wide = replace(problem, head_dim=256, value_dim=256)
-    for each in (wide, replace(wide, features=Features()), replace(wide, short_window=True)):
-        assert attention_launches(each, DEVICES["sm_90"])[0].forms == (2,)
+    launches = attention_launches(problem, DEVICES["sm_90"])
+    assert [launch.variant.copy_rows for launch in launches] == [16] + [0] * ragged
+    assert (launches[0].variant.block_m, launches[0].num_warps) == (128, 8)
 
 
 @pytest.mark.parametrize(
@@ -280,30 +263,22 @@ def test_short_units_have_small_programs_where_the_cache_serves_them(changes, ro
 
 
 @pytest.mark.parametrize(
-    ("changes", "forms", "rows", "warps"),
+    ("changes", "rows", "warps"),
     [
-        (dict(), (3,), 192, 12),
-        (dict(ragged=True), (3,), 192, 12),
-        (dict(block_size=8), (2,), 128, 8),  # ids of 16 blocks take the registers of a third part
-        (dict(value_dim=128), (2,), 128, 8),
-        (dict(num_seqs=5), (1,), 64, 4),
-        (dict(num_seqs=9), (1, 2), 128, 8),
-        (dict(num_seqs=5, ragged=True), (1, 2), 128, 8),
+        (dict(), 192, 12),
+        (dict(ragged=True), 192, 12),
+        (dict(block_size=8), 128, 8),  # ids of 16 blocks take the registers of a third part
+        (dict(value_dim=128), 128, 8),
+        (dict(num_seqs=5), 64, 4),
+        (dict(num_seqs=9), 128, 8),
+        (dict(num_seqs=5, ragged=True), 128, 8),
     ],
 )
-def test_three_parts_serve_long_prompts_of_narrow_heads(changes, forms, rows, warps):
+def test_three_parts_serve_long_prompts_of_narrow_heads(changes, rows, warps):
     problem = replace(PREFILL, **dict(head_dim=64, value_dim=64, num_tokens=8192, num_seqs=2) | changes)
     launch = attention_launches(problem, DEVICES["sm_90"])[0]
-    assert (launch.forms, launch.variant.block_m, launch.num_warps) == (forms, rows, warps)
+    assert (launch.variant.block_m, launch.num_warps) == (rows, warps)
     assert launch.max_registers * 32 * (warps + 4) <= 65536  # of a multiprocessor, loaders among them
-
-
-def test_forms_differ_in_nothing_that_the_other_kernels_see():
-    """They share workspace and pieces, and what is compiled for one of them serves both."""
-    batches = [replace(PREFILL, num_tokens=tokens, num_seqs=5, ragged=True) for tokens in (4000, 8000)]
-    launches = [attention_launches(batch, DEVICES["sm_90"])[0] for batch in batches]
-    assert [launch.forms for launch in launches] == [(1, 2), (2,)]
-    assert len({replace(launch, forms=(), rounds=0) for launch in launches}) == 1
 
 
 @pytest.mark.parametrize(

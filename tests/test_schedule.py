@@ -114,6 +114,20 @@ STALE = {
 
 
 @pytest.mark.interpreter
+def test_where_lengths_are_copied_for_a_call_it_is_not_used():
+    """It is read before the kernel in front has ended, which is the one that copies."""
+    from torch_paged.kernels import attention, schedule
+
+    inputs = attention_inputs(**BATCHES["decode"])
+    others = torch.zeros(SCHEDULE_SHAPE, dtype=torch.int32)
+    schedule(*inputs._replace(seq_lens=inputs.seq_lens // 2), True, PLAIN, others)
+    expected = attention(*inputs, 0.1, True, PLAIN)
+    assert not same(expected, attention(*inputs, 0.1, True, PLAIN, schedule=others))
+    strided = torch.stack([inputs.seq_lens] * 2, 1)[:, 0]
+    assert same(expected, attention(*inputs._replace(seq_lens=strided), 0.1, True, PLAIN, schedule=others))
+
+
+@pytest.mark.interpreter
 @pytest.mark.parametrize("name", STALE)
 def test_other_lengths_are_wrong_but_harmless(name, only_its_own_memory):  # noqa: ARG001
     from torch_paged.kernels import attention, schedule

@@ -52,7 +52,8 @@ class AttentionCall:
         self._negated = scale < 0
         self._factors = base2_factors(abs(scale), options.softcap)
         ids = (block_table, seq_lens, cu_seqlens_q)
-        self._as_given = not self._negated and all(it is None or dense(it) is it for it in ids)
+        self._copies = any(it is not None and dense(it) is not it for it in ids)
+        self._as_given = not (self._negated or self._copies)
         self._launches: dict[bool, tuple[list[_Launch], int]] = {}
 
     def __call__(
@@ -86,7 +87,8 @@ class AttentionCall:
             if self._with_lse:
                 lse.copy_(_lse_of_no_key(query.shape[0], block_table, cu_seqlens_q, options.sinks))
         for step, stamp, first, row in launches:
-            if schedule is None:
+            # Who finds a schedule reads ids before the kernel in front, which may copy them, has ended.
+            if schedule is None or self._copies:
                 dealt, stamp = seq_lens, 0  # without a stamp nobody looks there
             else:
                 dealt = schedule[row] if row else schedule

@@ -12,6 +12,8 @@ from torch_paged.kernels.launch import Launcher
 from torch_paged.kernels.launch_config import AttentionLaunch
 from torch_paged.kernels.units import query_range, query_tiles
 
+_COMBINING = 4  # programs for one of the Hopper kernel
+
 
 @triton.jit
 def finish(largest, total, sink, V: tl.constexpr):
@@ -42,10 +44,10 @@ def handoff_in(workspace, programs, V: tl.constexpr):
 
 
 @triton.jit
-def _left(handoff, PROGRAMS: tl.constexpr, PADDED: tl.constexpr):
-    """Sequence and number of the unit that is this program's to combine, who began it and who ended it.
+def _left(handoff, number, PROGRAMS: tl.constexpr, PADDED: tl.constexpr):
+    """Sequence and number of the unit that was left as number `number`, who began it and who ended it.
 
-    The first unit that was left is the first program's, and so on; without one, it was begun by -1.
+    The first unit that was left is that of the first program that did, and so on; what there is not was begun by -1.
     """
     others = tl.arange(0, PADDED)
     exists = others < PROGRAMS
@@ -53,11 +55,19 @@ def _left(handoff, PROGRAMS: tl.constexpr, PADDED: tl.constexpr):
     sequences = tl.load(handoff + PROGRAMS + others, mask=exists, other=-1)
     units = tl.load(handoff + 2 * PROGRAMS + others, mask=exists, other=0)
     left = (sequences >= 0).to(tl.int32)
-    mine = (left == 1) & (tl.cumsum(left) == tl.program_id(0) + 1)
+    mine = (left == 1) & (tl.cumsum(left) == number + 1)
     begun_by = tl.max(tl.where(mine, others, -1))
     sequence = tl.max(tl.where(mine, sequences, 0))
     unit = tl.max(tl.where(mine, units, 0))
     return sequence, unit, begun_by, tl.min(tl.where(ended & (others > begun_by), others, PROGRAMS - 1))
+
+
+@triton.jit
+def _count_left(handoff, PROGRAMS: tl.constexpr, PADDED: tl.constexpr):
+    """How many units were left."""
+    others = tl.arange(0, PADDED)
+    sequences = tl.load(handoff + PROGRAMS + others, mask=others < PROGRAMS, other=-1)
+    return tl.sum((sequences >= 0).to(tl.int32))
 
 
 @triton.jit
@@ -148,6 +158,17 @@ def _combine_rows(
     store_rows(output + first_row * V.value_dim, row, result * row_factor[:, None], valid, 0, WIDTH, V.value_dim)
 
 
+@triton.jit
+def _combine_share(
+    parts, programs, lanes, place, tensors, rows, ROWS: tl.constexpr, PARTS: tl.constexpr, V: tl.constexpr
+):
+    """Writes the first `rows` of `lanes`."""
+    if V.single_tile and V.block_m > 16 and rows == 1:
+        _combine_rows(parts, programs, lanes, place, tensors, 1, 4, min(PARTS, 2048 // V.value_width), V)
+    else:
+        _combine_rows(parts, programs, lanes, place, tensors, ROWS, 1, PARTS, V)
+
+
 @triton.jit(
     do_not_specialize=["stamp", "num_tokens", "num_seqs", "num_kv_heads", "rows"],
     do_not_specialize_on_alignment=["cu_seqlens_q", "schedule", "sinks"],
@@ -158,31 +179,39 @@ def _combine(
 ):  # fmt: skip
     """output = sum_i 2^(m_i - m) acc_i / sum_i 2^(m_i - m) l_i, with m = max_i m_i, over the parts i of a unit.
 
-    Grid: (units that can have been left, rows of a unit / `rows`). The parts of the unit that attention's program p
-    began are p's second slot and the first slots of the programs after p, up to the one that ended the unit. `rows`
-    are ROWS, or 1, the parts of which the warps of a program share (see `rows_combined`).
+    Grid: (units that can have been left, shares of their rows); or, as the Hopper kernel seldom leaves any, programs
+    that share those that there are. The parts of the unit that attention's program p began are p's second slot and the
+    first slots of the programs after p, up to the one that ended the unit. A program has `rows` at a time: ROWS, or 1,
+    the parts of which its warps share (see `rows_combined`).
     """
-    program = tl.program_id(0)
+    program, number = tl.program_id(0), tl.program_id(0)
+    share, shares = tl.program_id(1), tl.num_programs(1)
     if V.overlap:
         gdc_launch_dependents()
     scheduled = False
     if V.copy_rows == 0:  # the Hopper kernel's programs say themselves what they leave
         scheduled = is_scheduled(schedule, stamp)
     if scheduled:
-        sequence, unit, begun_by, ended_by = _left(scheduled_handoff(schedule, PROGRAMS), PROGRAMS, PADDED)
+        sequence, unit, begun_by, ended_by = _left(scheduled_handoff(schedule, PROGRAMS), number, PROGRAMS, PADDED)
     else:
         if V.overlap:
             gdc_wait()
-        sequence, unit, begun_by, ended_by = _left(handoff_in(workspace, PROGRAMS, V), PROGRAMS, PADDED)
+        handoff = handoff_in(workspace, PROGRAMS, V)
+        if V.copy_rows > 0:
+            count = _count_left(handoff, PROGRAMS, PADDED)
+            if count == 0:
+                return
+            number, share = program % count, program // count
+            shares = tl.cdiv(tl.num_programs(0) - number, count)
+        sequence, unit, begun_by, ended_by = _left(handoff, number, PROGRAMS, PADDED)
     if begun_by < 0:
         _leave(program, V)
         return
     start, queries = query_range(sequence, cu_seqlens_q, num_tokens, num_seqs, V)
     tiles = tl.maximum(query_tiles(queries, V), 1)
     first_row = unit % tiles * V.block_m
-    first_lane = tl.program_id(1) * rows
-    end_lane = queries * V.group - first_row
-    if first_lane >= end_lane:
+    end_lane = tl.minimum(queries * V.group - first_row, V.block_m)
+    if share * rows >= end_lane:
         _leave(program, V)
         return
     head = tl.minimum(unit // tiles, num_kv_heads - 1)  # whatever a schedule of other lengths says
@@ -191,12 +220,12 @@ def _combine(
     if V.overlap:
         gdc_wait()
     programs = (begun_by, ended_by)
-    lanes = (first_lane, end_lane)
     tensors = (output, lse, sinks)
-    if V.single_tile and V.block_m > 16 and rows == 1:
-        _combine_rows(parts, programs, lanes, place, tensors, 1, 4, min(PARTS, 2048 // V.value_width), V)
-    else:
-        _combine_rows(parts, programs, lanes, place, tensors, ROWS, 1, PARTS, V)
+    if V.copy_rows > 0:
+        for first_lane in range(share * rows, end_lane, shares * rows):
+            _combine_share(parts, programs, (first_lane, end_lane), place, tensors, rows, ROWS, PARTS, V)
+    else:  # a loop would spill
+        _combine_share(parts, programs, (share * rows, end_lane), place, tensors, rows, ROWS, PARTS, V)
 
 
 def combine_launcher(launch: AttentionLaunch, units: int) -> Launcher:
@@ -212,5 +241,8 @@ def combine_launcher(launch: AttentionLaunch, units: int) -> Launcher:
         PARTS=launch.combine_parts,
         V=launch.variant,
     )
-    grid = (max(1, min(launch.programs, units)), -(-launch.unit_rows // launch.rows_combined(units)), 1)
+    if launch.variant.copy_rows:
+        grid = (_COMBINING * launch.programs, 1, 1)
+    else:
+        grid = (max(1, min(launch.programs, units)), -(-launch.unit_rows // launch.rows_combined(units)), 1)
     return Launcher(_combine, grid, constants, dict(num_warps=4, **launch.overlap_option))

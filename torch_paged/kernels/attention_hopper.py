@@ -1,8 +1,7 @@
 """Paged attention for many query rows on Hopper: warps that copy blocks, one to three warpgroups that multiply.
 
-Either one or two are one part and share their code, which suits units of few tiles, where the code itself must be
-fetched again and again; or each is a part with its own code, and while one computes weights another has the tensor
-cores.
+Each of these is a part with its own code, and while one computes weights another has the tensor cores; if there is but
+one, that of another program on its multiprocessor.
 
 Computes what `attention` computes without ALiBi from caches of query's dtype, dealt out as `deal_pieces` says, and
 leaves its partial results to the same `combine`. Written in Gluon, as plain Triton cannot let the copy engine fill
@@ -12,13 +11,14 @@ slices of one operand from several blocks, nor keep a product under way during t
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from torch_paged.kernels.attention_combine import finish
 from torch_paged.kernels.attention_rows import first_seen, sinks_of, visible_to
 from torch_paged.kernels.hopper_loader import load_keys, load_values
 from torch_paged.kernels.hopper_ring import RECORD, RING, forget, keys_of_unit, left_of_unit, rows_of_unit
 from torch_paged.kernels.hopper_tiles import (
-    arrivals,
+    PART_ROWS,
     attend_tiles,
     await_tile,
     centred,
@@ -28,7 +28,6 @@ from torch_paged.kernels.hopper_tiles import (
     lanes_of,
 )
 from torch_paged.kernels.hopper_units import zero
-from torch_paged.kernels.piece_list import FORM
 
 
 @gluon.jit
@@ -38,7 +37,7 @@ def _num_programs():
 
 
 @gluon.constexpr_function
-def _in_eights(ONCE, NUM_WARPS, V):
+def _in_eights(ONCE, V):
     """A layout of rows of 16 bits in which a thread has 8 columns side by side, or `ONCE` on the way there 4.
 
     Warps keep their rows, and a step exchanges one bit of a column between registers and lanes: Triton 3.6 does that
@@ -47,8 +46,7 @@ def _in_eights(ONCE, NUM_WARPS, V):
     FOUR, SIXTEEN = ([0, 16], [0, 4]) if ONCE else ([0, 4], [0, 16])
     REGISTERS = [[0, 1], [0, 2], FOUR, [8, 0], *([0, COLUMN] for COLUMN in (32, 64, 128) if COLUMN < V.value_dim)]
     LANES = [[0, 8], SIXTEEN, [1, 0], [2, 0], [4, 0]]
-    WARPS = [[ROW, 0] for ROW in (16, 32, 64) if ROW < 16 * NUM_WARPS]
-    return gl.DistributedLinearLayout(REGISTERS, LANES, WARPS, [], [16 * NUM_WARPS, V.value_dim])
+    return gl.DistributedLinearLayout(REGISTERS, LANES, [[16, 0], [32, 0]], [], [PART_ROWS, V.value_dim])
 
 
 @gluon.jit
@@ -85,10 +83,10 @@ def _write_output(output_rows, lse, state, sink, first_row, row, valid, V: gl.co
     gl.store(lse + first_row + row, row_lse, mask=valid)
     factor = gl.convert_layout(factor, gl.SliceLayout(1, output.type.layout))
     numbers = (output * factor[:, None]).to(output_rows.dtype.element_ty)
-    numbers = gl.convert_layout(numbers, _in_eights(True, gl.num_warps(), V))
+    numbers = gl.convert_layout(numbers, _in_eights(True, V))
     # Unknown to the compiler, which would make one step of both otherwise.
     numbers = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [numbers], numbers.dtype, is_pure=False, pack=2)
-    numbers = gl.convert_layout(numbers, _in_eights(False, gl.num_warps(), V))
+    numbers = gl.convert_layout(numbers, _in_eights(False, V))
     _store(output_rows + first_row * V.value_dim, row, numbers, valid, V)
 
 
@@ -201,11 +199,8 @@ def _registers(PARTS, V):
     """Registers of a thread of all parts but the first, and of the loaders: the more and smaller blocks, the more."""
     SMALL = V.copy_rows <= 8
     FOR_WINDOW = 16 if V.has.window and not SMALL else 0
-    if V.resident > 1:
-        return [40, 40]
     if PARTS == 1:
-        LOADER = (72 if SMALL else 56) + FOR_WINDOW
-        return [LOADER, LOADER]
+        return [40, 40]
     if PARTS == 3:
         return [160, 160, 32, 32]
     LOADER = (72 if SMALL else 40 if V.tile // V.copy_rows > 2 else 24) + FOR_WINDOW
@@ -222,7 +217,7 @@ def _registers(PARTS, V):
 def attention_hopper(
     query, key_map, value_map, block_table, seq_lens, cu_seqlens_q, pieces, output, lse, partial, handoff, scale,
     num_tokens, num_seqs, num_kv_heads, num_blocks, max_keys, rounds, query_strides, table_stride, window, sinks,
-    PARTS: gl.constexpr, V: gl.constexpr,
+    V: gl.constexpr,
 ):  # fmt: skip
     """Grid: persistent programs, as many as fit on the device, each with its pieces, then listed ones (`deal_pieces`).
 
@@ -230,15 +225,14 @@ def attention_hopper(
     value loader  | V0 | V1 | V2 | ...
     warpgroup     |    Q K0^T | softmax | Q K1^T, P0 V0 | softmax | Q K2^T, P1 V1 | ...       for 64 rows each
     """
-    if gl.load(pieces + FORM) != (PARTS > 1):
-        return  # the other form has all of the work, or there is none
+    PARTS: gl.constexpr = V.block_m // PART_ROWS
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     STAGES: gl.constexpr = V.num_stages
     KEY_DIM: gl.constexpr = V.head_dim
     VALUE_DIM: gl.constexpr = V.value_dim
     dtype: gl.constexpr = key_map.dtype
     buffers = (
-        gl.allocate_shared_memory(dtype, [PARTS, V.block_m // PARTS, KEY_DIM], LAYOUT),
+        gl.allocate_shared_memory(dtype, [PARTS, PART_ROWS, KEY_DIM], LAYOUT),
         gl.allocate_shared_memory(dtype, [STAGES, V.tile, KEY_DIM], LAYOUT),
         gl.allocate_shared_memory(dtype, [STAGES, V.tile, VALUE_DIM], LAYOUT),
     )
@@ -247,8 +241,8 @@ def attention_hopper(
     values_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     values_here = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
-        mbarrier.init(keys_free.index(stage), count=arrivals(PARTS, gl.num_warps()))
-        mbarrier.init(values_free.index(stage), count=arrivals(PARTS, gl.num_warps()))
+        mbarrier.init(keys_free.index(stage), count=PARTS)
+        mbarrier.init(values_free.index(stage), count=PARTS)
         mbarrier.init(keys_here.index(stage), count=1)
         mbarrier.init(values_here.index(stage), count=1)
     units_free = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
@@ -256,6 +250,9 @@ def attention_hopper(
     for place in gl.static_range(RING):
         mbarrier.init(units_free.index(place), count=PARTS + 1)
         mbarrier.init(units_here.index(place), count=1)
+    if V.overlap:
+        gdc_launch_dependents()
+        gdc_wait()
     records = gl.allocate_shared_memory(gl.int32, [RING, RECORD], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     ring = (records, units_free, units_here)
     barriers = (keys_free, keys_here, values_free, values_here)

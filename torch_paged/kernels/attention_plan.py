@@ -161,7 +161,7 @@ def _stamp(launch: AttentionLaunch, sizes: tuple[int, ...]) -> int:
     v = launch.variant
     rows = v.group, v.block_m, v.single_tile, v.rows_above, v.rows_upto
     costs = v.tile, v.unit_cost, v.least_work, v.resident
-    dealt = launch.programs, sizes, rows, costs, v.causal, v.ragged, v.has.window, launch.forms, launch.rounds
+    dealt = launch.programs, sizes, rows, costs, v.causal, v.ragged, v.has.window, launch.rounds
     return zlib.crc32(repr(dealt).encode()) >> 1 | 1
 
 

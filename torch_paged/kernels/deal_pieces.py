@@ -1,9 +1,5 @@
 """Deals out, in advance, what the programs of `attention_hopper` do: whole units, or pieces of the row of all units.
 
-The Hopper kernel has a form that is faster where units have many tiles of keys, and one for short prompts. Shapes alone
-do not tell many prompts from one long chunk beside many decodes: the host launches both forms then, and `deal_pieces`,
-which sees the lengths, gives everything to one of them. The other sees that first, ends, and has written nothing.
-
 Units stay whole if they are alike (see `alike`), or if programs then end together (see `longest_first`). Else programs
 have equal pieces, in rounds or one each, and units are cut where these end.
 
@@ -11,20 +7,20 @@ Programs with equal work end up to 4% apart, in each run others. So the units of
 than a quarter of it are late: not dealt out, but listed, the longest of a sequence first, and who has done with its
 pieces takes the next one. Listed are whole units as well, if there are more of them than pieces for programs.
 
-Both kernels that deal out begin while the one before them ends, and touch no memory until all of it has: by then
-whoever had their workspace has done with it. The Hopper kernel begins when they have ended, as it is slower otherwise.
+Both kernels that deal out, and the Hopper kernel, begin while the one before them ends, and touch no memory until all
+of it has: by then whoever had their workspace has done with it.
 """
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from torch_paged.kernels.alike import LONG_UNIT, deal_alike, parts_of_units
 from torch_paged.kernels.attention_schedule import DEALT, ROOM, is_scheduled
 from torch_paged.kernels.attention_state import write_sums
 from torch_paged.kernels.deal import LAST_TILE, PIECE, all_work, equal_share, locate, read_piece, tile_at, write_piece
 from torch_paged.kernels.longest_first import deal_longest_first, end_together, short_end
-from torch_paged.kernels.piece_list import FORM, PIECES_BEGIN, num_piece_ints, write_listed
+from torch_paged.kernels.piece_list import PIECES_BEGIN, num_piece_ints, write_listed
 from torch_paged.kernels.rounds import piece_of_round
 from torch_paged.kernels.units import (
     SEQUENCES,
@@ -35,8 +31,6 @@ from torch_paged.kernels.units import (
     query_tiles,
     tiles_of_unit,
 )
-
-SHORT_LOOPS: tl.constexpr = tl.constexpr(-1)  # in the place of a number of tiles: no loop is long
 
 
 def most_late(num_tokens: int, num_kv_heads: int, group: int, block_m: int) -> int:
@@ -127,7 +121,6 @@ def _copy_pieces(
     count = tl.minimum(tl.load(dealt + 1), programs + room)
     if program == 0:
         write_listed(pieces, programs, count)
-        tl.store(pieces + FORM, tl.load(dealt + FORM))
     for first_number in range(program * SEQUENCES, count, programs * SEQUENCES):
         number = first_number + tl.arange(0, SEQUENCES)
         place = PIECES_BEGIN + PIECE * number
@@ -141,21 +134,20 @@ def _copy_pieces(
 
 @triton.jit(
     do_not_specialize=[
-        "stamp", "num_tokens", "num_seqs", "num_kv_heads", "max_keys", "window", "long_loop", "room", "run",
+        "stamp", "num_tokens", "num_seqs", "num_kv_heads", "max_keys", "window", "room", "run",
     ],
     do_not_specialize_on_alignment=["seq_lens", "cu_seqlens_q", "schedule"],
 )  # fmt: skip
 def deal_pieces(
     seq_lens, cu_seqlens_q, starts, schedule, stamp, pieces, partial, handoff, num_tokens, num_seqs, num_kv_heads,
-    max_keys, window, long_loop, room, run, PROGRAMS: tl.constexpr, V: tl.constexpr,
+    max_keys, window, room, run, PROGRAMS: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """Writes the pieces (see `piece_list`).
 
-    The form is 1 if units that are not late have `long_loop` tiles of keys or more, on average, unless that is
-    SHORT_LOOPS, else 0; or without any work -1, and nothing else is written here. A piece begins with a tile that is
-    its program's. Late units among its units are not. They are listed, or whole ones that there is no round for, each
-    as a piece of its own, number [next, end), whole ones as `run` that follow each other. There is room for `room`
-    pieces (see `list_room`); sequences that overlap may have more: late ones are left out, whole ones not listed.
+    A piece begins with a tile that is its program's. Late units among its units are not. They are listed, or whole ones
+    that there is no round for, each as a piece of its own, number [next, end), whole ones as `run` that follow each
+    other. There is room for `room` pieces (see `list_room`); sequences that overlap may have more: late ones are left
+    out, whole ones not listed.
 
     Without a `schedule`, writes the pieces of one. Else begins a call: copies the schedule's pieces if its stamp is
     found there, and deals out by itself if not, in one round but for whole units.
@@ -164,6 +156,7 @@ def deal_pieces(
     `begin_rounds`). PROGRAMS is a power of two that is no less than programs.
     """
     if V.overlap:
+        gdc_launch_dependents()
         gdc_wait()
     program, number = tl.program_id(0), tl.program_id(1)
     programs, rounds = tl.num_programs(0), tl.num_programs(1)
@@ -179,12 +172,13 @@ def deal_pieces(
         once = once | (stamp != 0)
     total, longest, _ = all_work(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, V, window)
     if total == 0:
-        tl.store(pieces + FORM, -1)
+        nothing = program * 0
+        mine = pieces + PIECES_BEGIN + PIECE * (program * rounds + number)
+        write_piece(mine, nothing, nothing, nothing, nothing, nothing)
+        if program == 0:
+            write_listed(pieces, programs * rounds, programs * rounds)
         return
     units, late, runs = _count_units(seq_lens, cu_seqlens_q, num_tokens, num_seqs, num_kv_heads, max_keys, run, V)
-    if (program == 0) & (number == 0):
-        long = total >= (units - late) * (long_loop * V.tile * V.group + V.unit_cost)
-        tl.store(pieces + FORM, (long & (long_loop != SHORT_LOOPS)).to(tl.int32))
     parts, in_turn = parts_of_units(total, longest, units, once, room, V)
     if (parts > 0) & (late == 0):
         if number == 0:

@@ -9,11 +9,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from torch_paged.kernels.attention_hopper import attention_hopper
 from torch_paged.kernels.attention_schedule import DEALT, ROOM
-from torch_paged.kernels.deal_pieces import SHORT_LOOPS, deal_pieces, list_room
+from torch_paged.kernels.deal_pieces import deal_pieces, list_room
 from torch_paged.kernels.hopper_loader import COLUMNS
 from torch_paged.kernels.launch import Launcher
 from torch_paged.kernels.launch_config import AttentionLaunch
-from torch_paged.kernels.launch_tiles import LONG_LOOP
 from torch_paged.kernels.piece_list import num_piece_ints
 from torch_paged.kernels.rounds import begin_rounds
 
@@ -34,8 +33,7 @@ class _Address(NamedTuple):
 class HopperLauncher:
     """Takes the arguments of the general kernel, of calls that one `Launcher` could serve.
 
-    Every form of the kernel that the device may choose is launched, one after the other (see `deal_pieces`). `schedule`
-    writes for all layers what each call would otherwise find out for itself.
+    `schedule` writes for all layers what each call would otherwise find out for itself.
     """
 
     ready = False  # it takes tensors alone
@@ -46,22 +44,14 @@ class HopperLauncher:
         self._rows_of_unit = launch.variant.group, launch.variant.block_m
         self._partial = launch.partial_floats
         self._starts = (self._rounds - 1) * launch.programs + 1
-        self._long_loop = {(1,): SHORT_LOOPS.value, (1, 2): LONG_LOOP}.get(launch.forms, 0)
         constants, few_warps = dict(V=launch.variant), dict(num_warps=4, maxnreg=64, **launch.overlap_option)
         self._begin = Launcher(begin_rounds, (self._starts, 1, 1), constants, few_warps)
         padded = dict(PROGRAMS=launch.padded_programs, **constants)
         self._deal, self._deal_once = (
             Launcher(deal_pieces, (launch.programs, self._rounds, 1), padded, few_warps) for _ in range(2)
         )
-        self._forms = [
-            Launcher(
-                attention_hopper,
-                (launch.programs, 1, 1),
-                dict(PARTS=parts, **constants),
-                dict(num_warps=launch.num_warps // parts, maxnreg=launch.max_registers),
-            )
-            for parts in launch.forms
-        ]
+        one_part = launch.options | dict(num_warps=4)
+        self._attend = Launcher(attention_hopper, (launch.programs, 1, 1), constants, one_part)
         self._maps: dict[Any, TensorDescriptor] = {}
 
     def __call__(
@@ -77,14 +67,12 @@ class HopperLauncher:
         room, run = self._room(num_tokens, num_seqs, num_kv_heads)
         pieces = handoff.new_empty(num_piece_ints(self._programs, self._rounds, room))
         begun = schedule, stamp, pieces, partial, handoff
-        self._deal(seq_lens, cu_seqlens_q, starts, *begun, *batch, self._long_loop, room, run)
-        maps = self._map(caches[0]), self._map(caches[1])
-        for attend in self._forms:
-            attend(
-                query, *maps, block_table, seq_lens, cu_seqlens_q, pieces, output, lse, partial, handoff, scale,
-                num_tokens, num_seqs, num_kv_heads, num_blocks, max_keys, self._rounds, query_strides, table_stride,
-                window, sinks,
-            )  # fmt: skip
+        self._deal(seq_lens, cu_seqlens_q, starts, *begun, *batch, room, run)
+        self._attend(
+            query, self._map(caches[0]), self._map(caches[1]), block_table, seq_lens, cu_seqlens_q, pieces, output,
+            lse, partial, handoff, scale, num_tokens, num_seqs, num_kv_heads, num_blocks, max_keys, self._rounds,
+            query_strides, table_stride, window, sinks,
+        )  # fmt: skip
 
     def fits(self, num_tokens: int, num_seqs: int, num_kv_heads: int) -> bool:
         """Whether a schedule has room for so many tokens."""
@@ -100,7 +88,7 @@ class HopperLauncher:
         starts = self._begin_rounds(seq_lens, cu_seqlens_q, batch, True)
         nothing = None, 0, row[DEALT.value :], None, None
         room = self._room(num_tokens, num_seqs, num_kv_heads)
-        self._deal_once(seq_lens, cu_seqlens_q, starts, *nothing, *batch, self._long_loop, *room)
+        self._deal_once(seq_lens, cu_seqlens_q, starts, *nothing, *batch, *room)
 
     def _room(self, num_tokens: int, num_seqs: int, num_kv_heads: int) -> tuple[int, int]:
         return list_room(self._programs, self._rounds, num_tokens, num_seqs, num_kv_heads, *self._rows_of_unit)

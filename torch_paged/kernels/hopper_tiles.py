@@ -17,14 +17,13 @@ from torch_paged.kernels.hopper_units import zero
 
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name from Triton 3.7 on, and before
 
-ROWS: gl.constexpr = gl.constexpr(16)  # of a warp: 64 of a warpgroup
+PART_ROWS: gl.constexpr = gl.constexpr(64)  # of a warpgroup
 
 
 @gluon.jit
 def lanes_of(PART: gl.constexpr, LAYOUT: gl.constexpr):
     """Rows of a unit that this part of the warps serves."""
-    MANY: gl.constexpr = ROWS * gl.num_warps()
-    return PART * MANY + gl.arange(0, MANY, LAYOUT)
+    return PART * PART_ROWS + gl.arange(0, PART_ROWS, LAYOUT)
 
 
 @gluon.jit
@@ -68,20 +67,10 @@ def await_tile(here, count, V: gl.constexpr):
     mbarrier.wait(here.index(stage), phase)
 
 
-@gluon.constexpr_function
-def arrivals(PARTS, NUM_WARPS):
-    """How often `free_tile` tells of a buffer: two warpgroups of a part would wait for each other to do it together."""
-    return PARTS if NUM_WARPS == 4 else 32 * NUM_WARPS
-
-
 @gluon.jit
 def free_tile(free, count, V: gl.constexpr):
-    """Tells the loader that these warps have read the buffer of tile number `count`."""
-    barrier = free.index(count % V.num_stages)
-    if gl.num_warps() > 4:
-        async_copy.mbarrier_arrive(barrier, increment_count=False)  # each thread by itself
-    else:
-        mbarrier.arrive(barrier, count=1)  # one, when all of them have come here
+    """Tells the loader that these warps, all of them, have read the buffer of tile number `count`."""
+    mbarrier.arrive(free.index(count % V.num_stages), count=1)
 
 
 @gluon.jit
@@ -89,7 +78,7 @@ def _scores(query, keys, count, V: gl.constexpr):
     """Starts the product of the query rows and the keys of tile number `count`."""
     TILE: gl.constexpr = V.tile
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, TILE, 16])
-    nothing = gl.zeros([ROWS * gl.num_warps(), TILE], gl.float32, LAYOUT)
+    nothing = gl.zeros([PART_ROWS, TILE], gl.float32, LAYOUT)
     transposed = keys.index(count % V.num_stages).permute((1, 0))
     return warpgroup_mma(query, transposed, nothing, use_acc=False, is_async=True)
 
@@ -246,7 +235,6 @@ def first_tile(
     """State of the rows before a unit's first tile is added to the output, and that tile's weights."""
     _, key_buffers, value_buffers = buffers
     keys_free, keys_here, _, values_here = barriers
-    LANES: gl.constexpr = ROWS * gl.num_warps()
     DIM: gl.constexpr = V.value_dim
     await_tile(keys_here, count, V)
     _await_query()
@@ -258,7 +246,7 @@ def first_tile(
     scores, factor = _logits(scores, scale, V)
     if masked:
         scores = _mask(scores, first, sight, V)
-    nothing = gl.zeros([LANES], gl.float32, ROW)
+    nothing = gl.zeros([PART_ROWS], gl.float32, ROW)
     weights, largest, total, _ = _softmax(scores, nothing - float("inf"), nothing, factor, True)
     weights = gl.convert_layout(weights.to(key_buffers.dtype), gl.DotOperandLayout(0, OUTPUT, 2))
-    return (largest, total, gl.zeros([LANES, DIM], gl.float32, OUTPUT)), weights
+    return (largest, total, gl.zeros([PART_ROWS, DIM], gl.float32, OUTPUT)), weights

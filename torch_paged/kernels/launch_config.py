@@ -12,7 +12,6 @@ from torch_paged.kernels.launch_tiles import (
     MANY_ROWS,
     Tiles,
     copy_rows,
-    forms,
     hopper_registers,
     loads_pairs,
     max_registers,
@@ -74,7 +73,6 @@ class AttentionLaunch:
     num_warps: int
     max_registers: int | None  # of a thread; None leaves it to the compiler
     programs: int
-    forms: tuple[int, ...]  # of `attention_hopper`, for the device to choose from
     rounds: int  # in which its work is dealt out, at most
     unit_rows: int  # most rows that a unit holds
     combine_rows: int  # rows of a unit that one program combines, if not one
@@ -145,7 +143,6 @@ def _launch(problem: Problem, device: Device, rows: int, above: int, upto: int) 
         num_warps=tiles.num_warps,
         max_registers=hopper_registers(tiles) if variant.copy_rows else max_registers(problem, device, tiles),
         programs=programs,
-        forms=forms(problem) if variant.copy_rows else (),
         rounds=rounds(problem, programs) if variant.copy_rows else 0,
         unit_rows=tiles.rows if problem.ragged else min(rows, tiles.rows),
         combine_rows=min(max(1, numbers // variant.value_width), tiles.rows),

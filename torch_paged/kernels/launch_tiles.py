@@ -9,9 +9,8 @@ from torch_paged.kernels.problem import Device, Problem, split_dim
 
 FEW_ROWS = 64
 MANY_ROWS = 128
-LONG, LONG_OF_NARROW_HEADS = 1024, 2048  # query tokens of a sequence, on average
-SHARED = 1024  # the same, from which on many programs read the same keys at a time
-LONG_LOOP = 7  # tiles of keys that a unit of 128 rows has, on average, late ones aside
+SHARED = 1024  # query tokens of a sequence, on average, from which on many programs read the same keys at a time,
+LONG = 2048  # or units have many tiles of them
 HOPPER_DIMS = {64, 128, 256}
 SHORT_WINDOW = 1024  # keys
 KEPT_CLOSE = 40 * 10**6  # bytes of keys and values that Hopper's L2 cache, of 50 MB, keeps beside all that passes
@@ -54,9 +53,9 @@ def _hopper_tiles(problem: Problem) -> Tiles:
     width = max(problem.head_dim, problem.value_dim)
     if _short_units(problem):
         return Tiles(64, 64, 4, 3, 3 if width == 64 else 2)
-    warpgroups = max(forms(problem)[-1], 2)
-    stages = 3 if warpgroups > 2 else {64: 4, 128: 3, 256: 2}[width]
-    return Tiles(64 * warpgroups, 64 if width > 128 else 128, 4 * warpgroups, stages, 1)
+    if _in_three_parts(problem):
+        return Tiles(192, 128, 12, 3, 1)
+    return Tiles(128, 64 if width > 128 else 128, 8, {64: 4, 128: 3, 256: 2}[width], 1)
 
 
 def _short_units(problem: Problem) -> bool:
@@ -72,31 +71,14 @@ def _short_units(problem: Problem) -> bool:
 
 
 def _in_three_parts(problem: Problem) -> bool:
-    """Whether keys take as long to weight as to multiply: a third part has products for the tensor cores meanwhile."""
-    return problem.head_dim == problem.value_dim == 64 and problem.block_size >= 16
+    """Whether many keys take as long to weight as to multiply: a third part has products for the tensor cores then."""
+    narrow = problem.head_dim == problem.value_dim == 64
+    return narrow and problem.block_size >= 16 and _long_prompts(problem)
 
 
 def _long_prompts(problem: Problem) -> bool:
     """Whether shapes tell that units have many tiles of keys."""
-    narrow = max(problem.head_dim, problem.value_dim) == 64
-    least = LONG_OF_NARROW_HEADS if narrow else LONG
-    return problem.num_tokens >= least * problem.num_seqs and not problem.features.window
-
-
-def forms(problem: Problem) -> tuple[int, ...]:
-    """How many parts the warps that multiply have in the fastest form of `attention_hopper`; two numbers launch both.
-
-    Short prompts and windows run through all of the code for few tiles: half of it, as one part needs, takes less time
-    to fetch. What has many the device knows, if shapes do not (see `deal_pieces`). At head dim 256, products take so
-    long that two parts are always faster.
-    """
-    if max(problem.head_dim, problem.value_dim) > 128:
-        return (2,)
-    if problem.short_window or _short_units(problem):
-        return (1,)
-    if _long_prompts(problem):
-        return (3,) if _in_three_parts(problem) else (2,)
-    return (1, 2)
+    return problem.num_tokens >= LONG * problem.num_seqs and not problem.features.window
 
 
 def rounds(problem: Problem, programs: int) -> int:
@@ -111,7 +93,8 @@ def rounds(problem: Problem, programs: int) -> int:
     if problem.short_window:
         once = close
     else:
-        once = forms(problem) == (1, 2) and problem.num_tokens < SHARED * problem.num_seqs and not problem.ragged
+        few = problem.num_tokens < SHARED * problem.num_seqs and not problem.ragged
+        once = few and max(problem.head_dim, problem.value_dim) <= 128
     units = problem.num_tokens * (problem.num_heads // heads) // _hopper_tiles(problem).rows * heads
     return 1 if once else max(1, min(units // programs // (3 if close else 1), MOST_ROUNDS))
 

@@ -1,7 +1,7 @@
 """Where the pieces stand in memory that `deal_pieces` writes and the programs of `attention_hopper` read, int32.
 
-    next, end, form | program 0, round 0 | round 1 | ... | program 1, round 0 | ... | listed | listed | ...
-    0                 3                    8                                          3 + 5 * programs * rounds
+    next, end | program 0, round 0 | round 1 | ... | program 1, round 0 | ... | listed | listed | ...
+    0           2                    7                                          2 + 5 * programs * rounds
 
 A piece: its first sequence, unit and tile, how many units, and the tile that is the end in the last of them. Those with
 numbers [next, end) are listed: a program that has done with its own takes the next one. All others belong to a program.
@@ -12,8 +12,7 @@ import triton.language as tl
 
 from torch_paged.kernels.deal import PIECE
 
-FORM: tl.constexpr = tl.constexpr(2)  # which form of the kernel has the work: 1, that for long loops, or 0, or -1: none
-PIECES_BEGIN: tl.constexpr = tl.constexpr(3)
+PIECES_BEGIN: tl.constexpr = tl.constexpr(2)
 
 
 def num_piece_ints(programs: int, rounds: int, room: int) -> int:

@@ -37,7 +37,7 @@ SHIPPED_OPTIONS = {
 # Name, sequences, query tokens, whether ragged.
 _KINDS = (("decode", 8, 8, False), ("prefill", 8, 16384, False), ("mixed", 8, 4096, True))
 _SEVERAL = ("several", 16, 256, False)  # queries a sequence, as in speculative decoding
-_SHORT = ("short", 4, 4096, False)  # prompts, for which Hopper's kernel may have another form
+_SHORT = ("short", 4, 4096, False)  # prompts, for which Hopper's kernel may have smaller programs
 _CHUNKS = ("chunks", 2, 16384, True)  # of which shapes tell that they are long
 _MANY = ("decode-of-many", 16, 16, False)  # served otherwise than a few are where caches hold 8-bit numbers
 
@@ -50,8 +50,8 @@ def shipped_variants(device: Device) -> list[ShippedVariant]:
         for kind in (*_KINDS, _SEVERAL, _SHORT, _CHUNKS)
         for variant in _variants(device, "", PLAIN_FEATURES, dtype, dim, block_size, *kind)
         if kind in _KINDS
-        or (variant.launch.forms and kind == _SHORT)
-        or (dtype == "bf16" and (kind == _SEVERAL or (variant.launch.forms and kind == _CHUNKS)))
+        or (variant.launch.variant.copy_rows and kind == _SHORT)
+        or (dtype == "bf16" and (kind == _SEVERAL or (variant.launch.variant.copy_rows and kind == _CHUNKS)))
     ]
 
 

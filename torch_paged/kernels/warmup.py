@@ -134,8 +134,7 @@ def _kinds(model: _Model, keys: Tensor, values: Tensor, known: set[AttentionLaun
     few = range(1, MANY_ROWS * keys.shape[2] // model.num_heads + 2)
     batches = [(1, tokens) for tokens in few] + [(MANY_UNITS, MANY_UNITS * queries) for queries in few]
     for times in range(9):  # the last of them are dealt out in rounds
-        # Of the last kind only the device knows whether some are long.
-        batches += [(1, LONG << times), (1 << times, SHARED << times), (2 << times, LONG << times)]
+        batches += [(1, LONG << times), (1 << times, SHARED << times)]
     padded = [(MANY_UNITS, tokens) for tokens in few]  # by sequences without queries
     for ragged, (sequences, tokens) in [*itertools.product((False, True), batches), *((True, each) for each in padded)]:
         asked = replace(problem, num_seqs=sequences, num_tokens=tokens, ragged=ragged)
