@@ -53,13 +53,14 @@ LATE = dict(
 
 
 def forget_plans():
-    """What was settled for calls of the same shapes, of other parts."""
+    """What was settled for calls of the same shapes, with other programs."""
     attention_launches.cache_clear()
     attention_plan._plans.clear()
     ops._calls.clear()
 
 
 def can_be_small(head_dim, value_dim, block_size):
+    """Whether the small programs compute this, if they are not chosen for it."""
     return max(head_dim, value_dim) <= 128 and block_size <= 64
 
 
