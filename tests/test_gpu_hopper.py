@@ -36,12 +36,16 @@ BATCHES = {
     "block-64": dict(MIXED, num_heads=6, head_dim=256, block_size=64, head_major=True),
     "block-128": dict(MIXED, num_heads=14, head_dim=128, block_size=128),
     "block-256": dict(MIXED, num_heads=8, head_dim=64, block_size=256),
+    "block-24": dict(MIXED, num_heads=8, head_dim=256, block_size=24),
+    "block-48": dict(MIXED, num_heads=8, head_dim=128, block_size=48),
+    "block-192": dict(MIXED, num_heads=4, head_dim=128, block_size=192, head_major=True),
     "one-head": dict(MIXED, num_heads=1, num_kv_heads=1, head_dim=128),
     "no-group": dict(query_lens=[300, 65], seq_lens=[300, 400], num_heads=3, num_kv_heads=3, head_dim=128),
     "narrow-values": dict(MIXED, num_heads=8, head_dim=128, value_head_dim=64),
     "wide-values": dict(MIXED, num_heads=8, head_dim=64, value_head_dim=128),
     "uniform": dict(query_lens=[90] * 3, seq_lens=[700, 90, 40], num_heads=8, head_dim=128, uniform=True),
 }
+NOT_IN_THREE_PARTS = ("block-8", "block-24", "block-48", "block-192", "narrow-values", "wide-values")
 LATE = dict(
     query_lens=[270, 1, 90, 300, 257],
     seq_lens=[270, 900, 90, 265, 257],
@@ -59,9 +63,9 @@ def forget_plans():
     ops._calls.clear()
 
 
-def can_be_small(head_dim, value_dim, block_size):
+def can_be_small(head_dim, value_dim):
     """Whether the small programs compute this, if they are not chosen for it."""
-    return max(head_dim, value_dim) <= 128 and block_size <= 64
+    return max(head_dim, value_dim) <= 128
 
 
 @pytest.fixture(autouse=True, params=[False, True], ids=["", "small-programs"])
@@ -69,7 +73,7 @@ def small(request, monkeypatch):
     """With programs of 128 rows, or of 64, of which several share a multiprocessor, wherever shapes allow these."""
 
     def short_units(problem):
-        return request.param and can_be_small(problem.head_dim, problem.value_dim, problem.block_size)
+        return request.param and can_be_small(problem.head_dim, problem.value_dim)
 
     if request.param is not None:
         monkeypatch.setattr(launch_tiles, "_short_units", short_units)
@@ -80,8 +84,8 @@ def small(request, monkeypatch):
 
 def rows_of(inputs, small):
     """Of a unit."""
-    (_, block_size, _, head_dim), value_dim = inputs.key_cache.shape, inputs.value_cache.shape[3]
-    return 64 if small and can_be_small(head_dim, value_dim, block_size) else 128
+    head_dim, value_dim = inputs.key_cache.shape[3], inputs.value_cache.shape[3]
+    return 64 if small and can_be_small(head_dim, value_dim) else 128
 
 
 def attention(*arguments, **options):
@@ -126,6 +130,8 @@ HIDDEN_IN_LARGE_BLOCKS = {
     "one-block": dict(query_lens=[40], seq_lens=[200], num_heads=8, head_dim=128, block_size=256),
     "narrow": dict(query_lens=[40, 70], seq_lens=[200, 900], num_heads=8, head_dim=64, block_size=256),
     "wide": dict(query_lens=[40], seq_lens=[120], num_heads=8, head_dim=256, block_size=128),
+    "three-parts": dict(query_lens=[40, 70], seq_lens=[180, 150], num_heads=8, head_dim=128, block_size=192),
+    "odd": dict(query_lens=[40, 70], seq_lens=[93, 150], num_heads=8, head_dim=128, block_size=48),
 }
 OPTIONS = {
     "window-1": dict(sliding_window=1),
@@ -153,9 +159,7 @@ def with_options(name, batch, **changes):
 @pytest.mark.parametrize("name", BATCHES)
 def test_options(name, option, small):
     inputs, options = with_options(option, BATCHES[name], dtype=torch.bfloat16)
-    general = name == "block-256" and "sliding_window" in options
-    variant = launches_of(inputs, **options)[0].variant
-    assert variant.copy_rows == 0 if general else variant.block_m == rows_of(inputs, small)
+    assert launches_of(inputs, **options)[0].variant.block_m == rows_of(inputs, small)
     check(inputs, *attention(*inputs, inputs.query.shape[2] ** -0.5, True, **options), **options)
 
 
@@ -193,7 +197,7 @@ def test_short_windows_have_small_programs():
 
 
 @pytest.mark.parametrize("small", [None], ids=["small-programs"], indirect=True)
-@pytest.mark.parametrize("block_size", [8, 32, 64])
+@pytest.mark.parametrize("block_size", [8, 32, 48, 64, 256])
 @pytest.mark.parametrize("heads", [8, 2], ids=["group-4", "no-group"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_small_programs(dtype, heads, block_size, monkeypatch):
@@ -233,7 +237,7 @@ def test_any_number_of_programs_gives_the_same(name, programs):
 @pytest.mark.parametrize("small", [None], ids=["three-parts"], indirect=True)
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "all"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("name", [name for name in BATCHES if name not in ("block-8", "narrow-values", "wide-values")])
+@pytest.mark.parametrize("name", [name for name in BATCHES if name not in NOT_IN_THREE_PARTS])
 def test_three_parts(name, dtype, causal, monkeypatch):
     """As for long prompts of narrow heads, whatever their number of queries, programs and rounds."""
     monkeypatch.setattr(launch_tiles, "LONG", 0)
@@ -345,7 +349,7 @@ def test_caches_at_other_addresses_are_found():
     "layout", ["odd-block", "tiny-block", "unaligned-rows", "unaligned-queries", "expanded-heads"], ids=str
 )
 def test_what_the_copy_engine_cannot_address_goes_to_the_general_kernel(layout):
-    block_size = {"odd-block": 48, "tiny-block": 4}.get(layout, 16)
+    block_size = {"odd-block": 20, "tiny-block": 4}.get(layout, 16)
     batch = dict(MIXED, num_heads=8, head_dim=128, block_size=block_size)
     inputs = attention_inputs(**batch, dtype=torch.bfloat16, device="cuda")
     caches = inputs.key_cache, inputs.value_cache

@@ -210,9 +210,14 @@ PREFILL = replace(DECODE, num_tokens=4096, num_seqs=1)
         (dict(features=Features(key=Stored("e4m3", "head"))), 0),
         (dict(features=Features(softcap=True), far_cap=True), 0),
         (dict(features=Features(window=True), block_size=128), 128),
-        (dict(features=Features(window=True), block_size=256), 0),
+        (dict(features=Features(window=True), block_size=256), 128),
+        (dict(features=Features(window=True), block_size=256, short_window=True), 64),
+        (dict(block_size=48), 16),
+        (dict(block_size=24, head_dim=256, value_dim=256), 8),
+        (dict(block_size=528), 16),
+        (dict(block_size=192), 64),
         (dict(block_size=4), 0),
-        (dict(block_size=48), 0),
+        (dict(block_size=20), 0),
         (dict(head_dim=80, value_dim=80), 0),
         (dict(itemsize=4), 0),
         (dict(copyable=False), 0),
@@ -221,7 +226,7 @@ PREFILL = replace(DECODE, num_tokens=4096, num_seqs=1)
     ],
     ids=str,
 )
-def test_hopper_copies_blocks_where_they_make_tiles(changes, copy_rows):
+def test_hopper_copies_blocks_or_parts_of_them(changes, copy_rows):
     launches = attention_launches(replace(PREFILL, **changes), DEVICES["sm_90"])
     assert [launch.variant.copy_rows for launch in launches] == [copy_rows]
 
@@ -242,7 +247,7 @@ def test_units_of_prompts_of_any_length_have_two_parts_on_hopper(queries, seqs, 
         (dict(short_window=True), 64, 2, 1),
         (dict(short_window=True, num_tokens=16384), 64, 2, 6),  # whose keys fill the L2 cache
         (dict(short_window=True, block_size=64, ragged=True), 64, 2, 1),
-        (dict(short_window=True, block_size=128), 128, 1, 1),
+        (dict(short_window=True, block_size=128), 64, 2, 1),
         (dict(short_window=True, head_dim=64, value_dim=64), 64, 3, 1),
         (dict(short_window=True, head_dim=256, value_dim=256), 128, 1, 6),
         (dict(short_window=False, num_seqs=5), 128, 1, 5),

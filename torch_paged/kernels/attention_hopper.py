@@ -196,14 +196,15 @@ def _attend(PART: gl.constexpr, arguments, V: gl.constexpr):
 
 @gluon.constexpr_function
 def _registers(PARTS, V):
-    """Registers of a thread of all parts but the first, and of the loaders: the more and smaller blocks, the more."""
+    """Registers of a thread of all parts but the first, and of the loaders: the more and smaller copies, the more."""
     SMALL = V.copy_rows <= 8
-    FOR_WINDOW = 16 if V.has.window and not SMALL else 0
     if PARTS == 1:
         return [40, 40]
     if PARTS == 3:
         return [160, 160, 32, 32]
-    LOADER = (72 if SMALL else 40 if V.tile // V.copy_rows > 2 else 24) + FOR_WINDOW
+    LOADER = 72 if SMALL else 40 if V.tile // V.copy_rows > 2 else 24
+    if V.paging == "any" or (V.has.window and not SMALL):
+        LOADER += 16
     PART = (3 * 168 - LOADER) // 16 * 8  # of three times four warps with 168 registers
     return [PART, LOADER, LOADER]
 

@@ -17,7 +17,6 @@ from torch_paged.kernels.piece_list import num_piece_ints
 from torch_paged.kernels.rounds import begin_rounds
 
 _MAX_MAPS = 1024
-_SWIZZLED = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 
 
 class _Address(NamedTuple):
@@ -111,9 +110,13 @@ class HopperLauncher:
         if found is None:
             if len(self._maps) >= _MAX_MAPS:
                 self._maps.clear()
-            # Any legal stride will do where there is one row.
-            strides = [stride if size > 1 else 8 for size, stride in zip(cache.shape[:3], cache.stride(), strict=False)]
-            box = [1, self._rows, 1, COLUMNS.value]
+            (blocks, slots, heads, dim), strides = cache.shape, cache.stride()
+            rows, parts = self._rows, slots // self._rows
+            # Size, stride and what a copy has of it. Any legal stride will do where there is but one.
+            outer = [(blocks, strides[0] if blocks > 1 else 8, 1)] + [(parts, rows * strides[1], 1)] * (parts > 1)
+            inner = [(rows, strides[1], rows), (heads, strides[2] if heads > 1 else 8, 1), (dim, 1, COLUMNS.value)]
+            shape, steps, box = (list(of_all) for of_all in zip(*outer, *inner, strict=True))
+            layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=len(box))
             address = _Address(cache.data_ptr(), cache.dtype)
-            found = self._maps[known_by] = TensorDescriptor(address, [*cache.shape], [*strides, 1], box, _SWIZZLED)
+            found = self._maps[known_by] = TensorDescriptor(address, shape, steps, box, layout)
         return found

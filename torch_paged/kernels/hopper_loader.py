@@ -3,10 +3,11 @@
 Several blocks make one tile: each is copied into a slice of it by the copy engine (TMA), which knows a cache by its
 strides, so that neither layout nor block size matters. The instructions that multiply see one operand.
 
+A block that is larger than a tile, or does not divide one, comes in parts: to the copy engine they are a dimension.
+
 What stands past the last key must not show, NaN least of all. Blocks without keys are read past the cache's end, where
-the copy engine finds zeros. The last block is copied as many slots too early as it lacks keys, and slots below 0 are
-zeros too: its keys stand at the end of its rows (see `gap_of`). Of a block larger than a tile there may be earlier keys
-in the place of zeros, which the last query sees: windows, which may hide such keys, have no blocks of that size here.
+the copy engine finds zeros. The last part is copied as many slots too early as it lacks keys, and slots below 0 are
+zeros too: its keys stand at the end of its rows (see `gap_of`).
 """
 
 from triton.experimental import gluon
@@ -46,8 +47,11 @@ def _copy_tiles(
     BLOCKS: gl.constexpr = V.tile // V.copy_rows
     PIECES: gl.constexpr = DIM // COLUMNS
     COUNT: gl.constexpr = V.num_stages * PIECES * BLOCKS
+    PARTS: gl.constexpr = V.block_size // V.copy_rows
     ROWS: gl.constexpr = V.copy_rows
-    slices = buffers._reinterpret(source.dtype, [COUNT, 1, ROWS, 1, COLUMNS], gl.NVMMASharedLayout(128, 16, 4))
+    # The dimensions of `HopperLauncher._map`.
+    SHAPE: gl.constexpr = [COUNT, 1, ROWS, 1, COLUMNS] if PARTS == 1 else [COUNT, 1, 1, ROWS, 1, COLUMNS]
+    slices = buffers._reinterpret(source.dtype, SHAPE, gl.NVMMASharedLayout(128, 16, len(SHAPE) - 1))
     for tile in range(first, last):
         ids = ()
         for block in gl.static_range(BLOCKS):
@@ -62,10 +66,12 @@ def _copy_tiles(
         for block in gl.static_range(BLOCKS):
             position = tile * V.tile + block * V.copy_rows
             lacking = 0 if SEEN == "all" else gl.maximum(position + V.copy_rows - keys, 0)
-            slot = position % V.block_size - lacking
+            part = position // ROWS % PARTS
             for piece in gl.static_range(PIECES):
+                slot, column = -lacking, piece * COLUMNS
+                place = (ids[block], slot, head, column) if PARTS == 1 else (ids[block], part, slot, head, column)
                 copied = slices.index((stage * PIECES + piece) * BLOCKS + block)
-                _copy(source, [ids[block], slot, head, piece * COLUMNS], here.index(stage), copied)
+                _copy(source, place, here.index(stage), copied)
         count += 1
     return count
 

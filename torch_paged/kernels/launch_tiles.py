@@ -3,6 +3,7 @@
 Found by compiling for every device that is shipped for: see `tests/aot_report.py`.
 """
 
+import math
 from typing import NamedTuple
 
 from torch_paged.kernels.problem import Device, Problem, split_dim
@@ -37,15 +38,13 @@ def tiles_of(problem: Problem, device: Device, rows: int) -> Tiles:
 
 
 def copy_rows(problem: Problem, device: Device, rows: int) -> int:
-    """Keys of one copy where `attention_hopper` serves sequences of `rows` rows: a block, or a tile of one; 0: not."""
+    """Keys of one copy where `attention_hopper` serves sequences of `rows` rows: a block or a part of it; 0: not."""
     numbers = problem.plain_caches and problem.itemsize == 2 and {problem.head_dim, problem.value_dim} <= HOPPER_DIMS
     options = not problem.features.alibi and not problem.far_cap
     if not (device.hopper and rows > FEW_ROWS and numbers and options and problem.aligned and problem.copyable):
         return 0
-    tile, block = _hopper_tiles(problem).keys, problem.block_size
-    # Of the last block, a copy of a part has earlier keys, too, of which a window may hide what is no number.
-    parts = block % tile == 0 and (block == tile or not problem.features.window)
-    return min(tile, block) if parts or (tile % block == 0 and block >= 8) else 0
+    copied = math.gcd(_hopper_tiles(problem).keys, problem.block_size)
+    return copied if copied >= 8 else 0
 
 
 def _hopper_tiles(problem: Problem) -> Tiles:
@@ -67,13 +66,14 @@ def _short_units(problem: Problem) -> bool:
     width = max(problem.head_dim, problem.value_dim)
     many = problem.num_tokens >= SHARED * problem.num_seqs and not (problem.ragged or problem.features.window)
     prompts = width == 64 and many and not _long_prompts(problem)
-    return width <= 128 and problem.block_size <= 64 and (problem.short_window or prompts)
+    return width <= 128 and (problem.short_window or prompts)
 
 
 def _in_three_parts(problem: Problem) -> bool:
     """Whether many keys take as long to weight as to multiply: a third part has products for the tensor cores then."""
     narrow = problem.head_dim == problem.value_dim == 64
-    return narrow and problem.block_size >= 16 and _long_prompts(problem)
+    blocks = problem.block_size >= 16 and paging(problem.block_size, 128) != "any"
+    return narrow and blocks and _long_prompts(problem)
 
 
 def _long_prompts(problem: Problem) -> bool:

@@ -39,6 +39,7 @@ _KINDS = (("decode", 8, 8, False), ("prefill", 8, 16384, False), ("mixed", 8, 40
 _SEVERAL = ("several", 16, 256, False)  # queries a sequence, as in speculative decoding
 _SHORT = ("short", 4, 4096, False)  # prompts, for which Hopper's kernel may have smaller programs
 _CHUNKS = ("chunks", 2, 16384, True)  # of which shapes tell that they are long
+_IN_PARTS = (48, 256)  # block sizes of which Hopper's copy engine takes parts
 _MANY = ("decode-of-many", 16, 16, False)  # served otherwise than a few are where caches hold 8-bit numbers
 
 
@@ -56,13 +57,21 @@ def shipped_variants(device: Device) -> list[ShippedVariant]:
 
 
 def shipped_option_variants(device: Device) -> list[ShippedVariant]:
-    """The same for `SHIPPED_OPTIONS`, and for short windows, which prefill on Hopper serves otherwise."""
+    """The same for `SHIPPED_OPTIONS`, and what prefill on Hopper serves otherwise: short windows, blocks in parts."""
     found = [
         variant
         for name, (features, dtype, dim) in SHIPPED_OPTIONS.items()
         for short in (False, True)[: 1 + features.window]
         for kind in (*_KINDS[: 2 + short], _SEVERAL, _MANY)
         for variant in _variants(device, "short-" * short + f"{name}-", features, dtype, dim, 16, *kind, short)
+    ]
+    found += [
+        variant
+        for block_size, short in itertools.product(_IN_PARTS, (False, True))
+        for variant in _variants(
+            device, "short-" * short + "window-", Features(window=True), "bf16", 128, block_size, *_KINDS[1], short
+        )
+        if variant.launch.variant.copy_rows
     ]
     return list({(variant.dtype, variant.launch): variant for variant in reversed(found)}.values())[::-1]
 
