@@ -1,6 +1,7 @@
 """The Hopper kernel for many rows: values, and all that makes it different from the general one."""
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -88,6 +89,13 @@ def rows_of(inputs, small):
     return 64 if small and can_be_small(head_dim, value_dim) else 128
 
 
+def copied(inputs, small):
+    """Keys of one copy."""
+    _, block_size, _, head_dim = inputs.key_cache.shape
+    wide = max(head_dim, inputs.value_cache.shape[3]) > 128
+    return math.gcd(block_size, 64 if wide or rows_of(inputs, small) == 64 else 128)
+
+
 def attention(*arguments, **options):
     return attend_with(*arguments, AttentionOptions(**options) if options else PLAIN)
 
@@ -122,7 +130,8 @@ def check(inputs, output, lse, causal=True, **options):
 @pytest.mark.parametrize("name", BATCHES)
 def test_values(name, dtype, causal, small):
     inputs = attention_inputs(**BATCHES[name], dtype=dtype, device="cuda")
-    assert launches_of(inputs, causal)[0].variant.block_m == rows_of(inputs, small)
+    variant = launches_of(inputs, causal)[0].variant
+    assert (variant.block_m, variant.copy_rows) == (rows_of(inputs, small), copied(inputs, small))
     check(inputs, *attention(*inputs, inputs.query.shape[2] ** -0.5, causal), causal)
 
 
@@ -131,7 +140,7 @@ HIDDEN_IN_LARGE_BLOCKS = {
     "narrow": dict(query_lens=[40, 70], seq_lens=[200, 900], num_heads=8, head_dim=64, block_size=256),
     "wide": dict(query_lens=[40], seq_lens=[120], num_heads=8, head_dim=256, block_size=128),
     "three-parts": dict(query_lens=[40, 70], seq_lens=[180, 150], num_heads=8, head_dim=128, block_size=192),
-    "odd": dict(query_lens=[40, 70], seq_lens=[93, 150], num_heads=8, head_dim=128, block_size=48),
+    "odd": dict(query_lens=[5, 6], seq_lens=[81, 161], num_heads=8, head_dim=128, block_size=48),
 }
 OPTIONS = {
     "window-1": dict(sliding_window=1),
@@ -159,7 +168,8 @@ def with_options(name, batch, **changes):
 @pytest.mark.parametrize("name", BATCHES)
 def test_options(name, option, small):
     inputs, options = with_options(option, BATCHES[name], dtype=torch.bfloat16)
-    assert launches_of(inputs, **options)[0].variant.block_m == rows_of(inputs, small)
+    variant = launches_of(inputs, **options)[0].variant
+    assert (variant.block_m, variant.copy_rows) == (rows_of(inputs, small), copied(inputs, small))
     check(inputs, *attention(*inputs, inputs.query.shape[2] ** -0.5, True, **options), **options)
 
 
@@ -170,12 +180,13 @@ def test_options_where_all_keys_are_seen(name, option):
     check(inputs, *attention(*inputs, inputs.query.shape[2] ** -0.5, False, **options), False, **options)
 
 
-@pytest.mark.parametrize("window", [20, 61])
+@pytest.mark.parametrize("window", [3, 20, 61])
 @pytest.mark.parametrize("name", HIDDEN_IN_LARGE_BLOCKS)
-def test_what_a_window_hides_in_a_large_block_does_not_show(name, window):
+def test_what_a_window_hides_in_a_large_block_does_not_show(name, window, small):
     inputs = attention_inputs(
         **HIDDEN_IN_LARGE_BLOCKS[name], sliding_window=window, dtype=torch.bfloat16, device="cuda"
     )
+    assert launches_of(inputs, sliding_window=window)[0].variant.copy_rows == copied(inputs, small)
     scale = inputs.query.shape[2] ** -0.5
     check(inputs, *attention(*inputs, scale, True, sliding_window=window), sliding_window=window)
 

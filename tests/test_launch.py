@@ -1,12 +1,19 @@
-"""Launches, with a stand-in for Triton's kernels: what is refused under capture, and what a repeated call skips."""
+"""Launches, with a stand-in for Triton's kernels: what is refused under capture, and what a repeated call skips.
 
+And what the copy engine is told of caches.
+"""
+
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
+from torch_paged.kernels.hopper_launch import HopperLauncher
 from torch_paged.kernels.launch import Launcher, Plans, launch
+from torch_paged.kernels.launch_config import attention_launches
+from torch_paged.kernels.problem import Device, Problem
 
 
 class Kernel:
@@ -119,3 +126,26 @@ def test_a_loaded_kernel_is_launched_by_the_c_function_which_takes_addresses(mon
     assert ran == [(7, 2, 1, 103, 11, 0, 1, None, None, (4,), None, None, None, 4096, 16)]
     launcher, _ = launches(scratch=8)  # which Triton has to allocate
     assert launcher._direct.run is launcher._kernel.compiled.run
+
+
+MEMORY = torch.zeros(100_000, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("strides", "blocks", "steps"),
+    [
+        ((12288, 256, 128, 1), 5, [12288, 4096, 256, 128, 1]),
+        ((12288, 128, 6144, 1), 5, [12288, 2048, 128, 6144, 1]),
+        ((24576, 512, 256, 1), 2, [24576, 8192, 512, 256, 1]),
+        ((12288, 256, 128, 1), 1, [8, 4096, 256, 128, 1]),
+    ],
+    ids=["token-major", "head-major", "keys-beside-values", "one-block"],
+)
+def test_blocks_of_several_copies_have_a_dimension_for_them(strides, blocks, steps):
+    problem = Problem(4096, 1, 8, 2, 128, 128, 48, itemsize=2, causal=True, ragged=False)
+    (launch,) = attention_launches(problem, Device(132, 228 * 1024, 90))
+    found = HopperLauncher(launch)._map(MEMORY.as_strided((blocks, 48, 2, 128), strides))
+    assert (found.shape, found.strides, found.block_shape) == ([blocks, 3, 16, 2, 128], steps, [1, 1, 16, 1, 64])
+    whole = attention_launches(replace(problem, block_size=16), Device(132, 228 * 1024, 90))[0]
+    found = HopperLauncher(whole)._map(MEMORY[:20480].view(5, 16, 2, 128))
+    assert (found.shape, found.block_shape) == ([5, 16, 2, 128], [1, 16, 1, 64])

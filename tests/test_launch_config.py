@@ -216,6 +216,7 @@ PREFILL = replace(DECODE, num_tokens=4096, num_seqs=1)
         (dict(block_size=24, head_dim=256, value_dim=256), 8),
         (dict(block_size=528), 16),
         (dict(block_size=192), 64),
+        (dict(block_size=384), 128),
         (dict(block_size=4), 0),
         (dict(block_size=20), 0),
         (dict(head_dim=80, value_dim=80), 0),
@@ -273,6 +274,8 @@ def test_short_units_have_small_programs_where_the_cache_serves_them(changes, ro
         (dict(), 192, 12),
         (dict(ragged=True), 192, 12),
         (dict(block_size=8), 128, 8),  # ids of 16 blocks take the registers of a third part
+        (dict(block_size=48), 128, 8),
+        (dict(block_size=384), 192, 12),
         (dict(value_dim=128), 128, 8),
         (dict(num_seqs=5), 64, 4),
         (dict(num_seqs=9), 128, 8),

@@ -196,14 +196,17 @@ def _attend(PART: gl.constexpr, arguments, V: gl.constexpr):
 
 @gluon.constexpr_function
 def _registers(PARTS, V):
-    """Registers of a thread of all parts but the first, and of the loaders: the more and smaller copies, the more."""
+    """Registers of a thread of all parts but the first, and of the loaders.
+
+    The more and smaller copies, the more, and where they divide by a block size that is no power of two.
+    """
     SMALL = V.copy_rows <= 8
     if PARTS == 1:
         return [40, 40]
     if PARTS == 3:
         return [160, 160, 32, 32]
     LOADER = 72 if SMALL else 40 if V.tile // V.copy_rows > 2 else 24
-    if V.paging == "any" or (V.has.window and not SMALL):
+    if not SMALL and (V.paging == "any" or V.has.window):
         LOADER += 16
     PART = (3 * 168 - LOADER) // 16 * 8  # of three times four warps with 168 registers
     return [PART, LOADER, LOADER]

@@ -112,7 +112,7 @@ class HopperLauncher:
                 self._maps.clear()
             (blocks, slots, heads, dim), strides = cache.shape, cache.stride()
             rows, parts = self._rows, slots // self._rows
-            # Size, stride and what a copy has of it. Any legal stride will do where there is but one.
+            # Size, stride and what a copy has of it. Any legal stride will do where there is one block, or one head.
             outer = [(blocks, strides[0] if blocks > 1 else 8, 1)] + [(parts, rows * strides[1], 1)] * (parts > 1)
             inner = [(rows, strides[1], rows), (heads, strides[2] if heads > 1 else 8, 1), (dim, 1, COLUMNS.value)]
             shape, steps, box = (list(of_all) for of_all in zip(*outer, *inner, strict=True))

@@ -3,11 +3,11 @@
 Several blocks make one tile: each is copied into a slice of it by the copy engine (TMA), which knows a cache by its
 strides, so that neither layout nor block size matters. The instructions that multiply see one operand.
 
-A block that is larger than a tile, or does not divide one, comes in parts: to the copy engine they are a dimension.
+A block that is larger than a tile, or does not divide one, comes in several copies, a dimension to the copy engine.
 
-What stands past the last key must not show, NaN least of all. Blocks without keys are read past the cache's end, where
-the copy engine finds zeros. The last part is copied as many slots too early as it lacks keys, and slots below 0 are
-zeros too: its keys stand at the end of its rows (see `gap_of`).
+What stands past the last key must not show, NaN least of all. Copies without keys are read past the cache's end, where
+the copy engine finds zeros. The last copy begins as many slots too early as it lacks keys, and slots below 0 are zeros
+too: its keys stand at the end of its rows (see `gap_of`).
 """
 
 from triton.experimental import gluon
@@ -33,8 +33,8 @@ def stage_of(count, V: gl.constexpr):
 @gluon.jit
 def gap_of(keys, V: gl.constexpr):
     """Position of the first key of the last copy, and how many rows of no use the loaders left before it."""
-    last_block = (keys - 1) // V.copy_rows * V.copy_rows
-    return last_block, last_block + V.copy_rows - keys
+    last_copy = (keys - 1) // V.copy_rows * V.copy_rows
+    return last_copy, last_copy + V.copy_rows - keys
 
 
 @gluon.jit
@@ -44,33 +44,33 @@ def _copy_tiles(
 ):  # fmt: skip
     """Copies tiles [first, last), of which rows see the keys SEEN: "all", those "to" `keys`, "from" `low` to `keys`."""
     source, buffers, free, here = memory
-    BLOCKS: gl.constexpr = V.tile // V.copy_rows
-    PIECES: gl.constexpr = DIM // COLUMNS
-    COUNT: gl.constexpr = V.num_stages * PIECES * BLOCKS
-    PARTS: gl.constexpr = V.block_size // V.copy_rows
     ROWS: gl.constexpr = V.copy_rows
+    COPIES: gl.constexpr = V.tile // ROWS
+    PIECES: gl.constexpr = DIM // COLUMNS
+    COUNT: gl.constexpr = V.num_stages * PIECES * COPIES
+    WHOLE: gl.constexpr = V.block_size == ROWS
     # The dimensions of `HopperLauncher._map`.
-    SHAPE: gl.constexpr = [COUNT, 1, ROWS, 1, COLUMNS] if PARTS == 1 else [COUNT, 1, 1, ROWS, 1, COLUMNS]
+    SHAPE: gl.constexpr = [COUNT, 1, ROWS, 1, COLUMNS] if WHOLE else [COUNT, 1, 1, ROWS, 1, COLUMNS]
     slices = buffers._reinterpret(source.dtype, SHAPE, gl.NVMMASharedLayout(128, 16, len(SHAPE) - 1))
     for tile in range(first, last):
         ids = ()
-        for block in gl.static_range(BLOCKS):
-            position = tile * V.tile + block * V.copy_rows
+        for copy in gl.static_range(COPIES):
+            position = tile * V.tile + copy * ROWS
             exists = True if SEEN == "all" else position < keys
             if SEEN == "from":
-                exists = exists & (position + V.copy_rows > low)
+                exists = exists & (position + ROWS > low)
             ids += (gl.load(table + position // V.block_size, mask=exists, other=num_blocks),)  # type: ignore[assignment]
         stage, phase = stage_of(count, V)
         mbarrier.wait(free.index(stage), phase ^ 1)
         mbarrier.expect(here.index(stage), V.tile * DIM * 2)
-        for block in gl.static_range(BLOCKS):
-            position = tile * V.tile + block * V.copy_rows
-            lacking = 0 if SEEN == "all" else gl.maximum(position + V.copy_rows - keys, 0)
-            part = position // ROWS % PARTS
+        for copy in gl.static_range(COPIES):
+            position = tile * V.tile + copy * ROWS
+            lacking = 0 if SEEN == "all" else gl.maximum(position + ROWS - keys, 0)
+            of_block = position % V.block_size // ROWS  # which of the block's copies
             for piece in gl.static_range(PIECES):
                 slot, column = -lacking, piece * COLUMNS
-                place = (ids[block], slot, head, column) if PARTS == 1 else (ids[block], part, slot, head, column)
-                copied = slices.index((stage * PIECES + piece) * BLOCKS + block)
+                place = (ids[copy], slot, head, column) if WHOLE else (ids[copy], of_block, slot, head, column)
+                copied = slices.index((stage * PIECES + piece) * COPIES + copy)
                 _copy(source, place, here.index(stage), copied)
         count += 1
     return count

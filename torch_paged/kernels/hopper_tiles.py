@@ -124,8 +124,8 @@ def centred(largest, scale, V: gl.constexpr):
 @gluon.jit
 def _placed(key, keys, V: gl.constexpr):
     """Where keys [0, key) end among the rows of all tiles (see `gap_of`)."""
-    last_block, gap = gap_of(keys, V)
-    return key + gl.where(key > last_block, gap, 0)
+    last_copy, gap = gap_of(keys, V)
+    return key + gl.where(key > last_copy, gap, 0)
 
 
 @gluon.jit
@@ -138,21 +138,21 @@ def _mask(scores, tile, sight, V: gl.constexpr):
     EIGHTS: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, columns.type.layout))
     step = (8 * gl.arange(0, V.tile // 8, EIGHTS))[None, :, None]
     within = tile * V.tile + gl.arange(0, 8, gl.SliceLayout(0, FLAT))[None, :]
-    last_block, gap = gap_of(keys, V)
+    last_copy, gap = gap_of(keys, V)
     ends = _of_rows(_placed(visible, keys, V), ROW)[:, None] - within
     columns = gl.where(step < ends[:, None, :], columns, float("-inf"))
     if V.has.window:
         begins = _of_rows(_placed(gl.maximum(visible - window, 0), keys, V), ROW)[:, None] - within
         columns = gl.where(step >= begins[:, None, :], columns, float("-inf"))
-    if (gap > 0) & (last_block < (tile + 1) * V.tile):
-        lacking = (last_block - within)[:, None, :]
+    if (gap > 0) & (last_copy < (tile + 1) * V.tile):
+        lacking = (last_copy - within)[:, None, :]
         columns = gl.where((step < lacking) | (step >= lacking + gap), columns, float("-inf"))
     return gl.convert_layout(gl.reshape(columns, scores.shape), scores.type.layout, assert_trivial=True)
 
 
 @gluon.jit
 def _hide_values(values, here, tile, count, sight, V: gl.constexpr):
-    """Zeros in the place of the values that stand in the first block that a row sees, before the key that it sees.
+    """Zeros in the place of the values that stand in the first copy that a row sees, before the key that it sees.
 
     No weight is given to them, but NaN times 0 would show. All parts of the warps do it, so that none waits for others.
     """

@@ -70,10 +70,13 @@ def _short_units(problem: Problem) -> bool:
 
 
 def _in_three_parts(problem: Problem) -> bool:
-    """Whether many keys take as long to weight as to multiply: a third part has products for the tensor cores then."""
-    narrow = problem.head_dim == problem.value_dim == 64
-    blocks = problem.block_size >= 16 and paging(problem.block_size, 128) != "any"
-    return narrow and blocks and _long_prompts(problem)
+    """Whether many keys take as long to weight as to multiply: a third part has products for the tensor cores then.
+
+    Its loaders have few registers: copies of 8 keys, and sizes that are no powers of two, make them spill.
+    """
+    narrow, block = problem.head_dim == problem.value_dim == 64, problem.block_size
+    cheap = block % 128 == 0 or (block >= 16 and paging(block, 128) != "any")
+    return narrow and cheap and _long_prompts(problem)
 
 
 def _long_prompts(problem: Problem) -> bool:
