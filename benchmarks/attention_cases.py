@@ -96,6 +96,8 @@ CASES = {
     "prefill 8k, no table": Case((8192,), (8192,), block=8192),
     "prefill 8k, dim 64": Case((8192,), (8192,), dim=64, value_dim=64),
     "prefill 8k, dim 256": Case((8192,), (8192,), dim=256, value_dim=256),
+    **{f"prefill 8k, dim {dim}": Case((8192,), (8192,), dim=dim, value_dim=dim) for dim in (80, 96, 192)},
+    "prefill 8k, dims 192 and 128": Case((8192,), (8192,), dim=192),
     "prefill 8k, 32 KV heads": Case((8192,), (8192,), kv_heads=32),
     "prefill 8k, all keys": Case((8192,), (8192,), causal=False),
     "prefill 32k": Case((32768,), (32768,)),

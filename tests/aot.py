@@ -229,7 +229,7 @@ def _waits_first(ttgir: str) -> int:
 
 
 def _pipelined_loops(code: str) -> list[str]:
-    """The loops around every wait that leaves one product of the matrix unit under way."""
+    """The loops around every wait that leaves products of the matrix unit under way."""
     lines = code.splitlines(keepends=True)
     labels = {found[1]: number for number, line in enumerate(lines) if (found := re.match(r"\s*(\.L_x_\d+):", line))}
     spans = []
@@ -237,7 +237,7 @@ def _pipelined_loops(code: str) -> list[str]:
         target = re.search(r"\bBRA\b.*\((\.L_x_\d+)\)", line)
         if target and labels.get(target[1], number) < number:
             spans.append(range(labels[target[1]], number))
-    waits = [number for number, line in enumerate(lines) if "DEPBAR.LE gsb0, 0x1" in line]
+    waits = [number for number, line in enumerate(lines) if re.search(r"DEPBAR.LE gsb0, 0x[1-9]", line)]
     around = [[span for span in spans if wait in span] for wait in waits]
     return ["".join(lines[min(loops, key=len).start : min(loops, key=len).stop]) for loops in around if loops]
 

@@ -44,9 +44,16 @@ BATCHES = {
     "no-group": dict(query_lens=[300, 65], seq_lens=[300, 400], num_heads=3, num_kv_heads=3, head_dim=128),
     "narrow-values": dict(MIXED, num_heads=8, head_dim=128, value_head_dim=64),
     "wide-values": dict(MIXED, num_heads=8, head_dim=64, value_head_dim=128),
+    "dim-16": dict(MIXED, num_heads=8, head_dim=16, block_size=8, head_major=True),
+    "dim-40": dict(MIXED, num_heads=4, head_dim=40, value_head_dim=24),
+    "dim-96": dict(MIXED, num_heads=8, head_dim=96),
+    "dim-160": dict(MIXED, num_heads=8, head_dim=160, block_size=48),
+    "dim-192": dict(MIXED, num_heads=6, head_dim=192, value_head_dim=128, block_size=64),
+    "dim-200": dict(MIXED, num_heads=8, head_dim=200, value_head_dim=72, block_size=32),
     "uniform": dict(query_lens=[90] * 3, seq_lens=[700, 90, 40], num_heads=8, head_dim=128, uniform=True),
 }
-NOT_IN_THREE_PARTS = ("block-8", "block-24", "block-48", "block-192", "narrow-values", "wide-values")
+NOT_IN_THREE_PARTS = {"block-8", "block-24", "block-48", "block-192", "narrow-values", "wide-values"}
+NOT_IN_THREE_PARTS |= {"dim-16", "dim-160", "dim-192", "dim-200"}
 LATE = dict(
     query_lens=[270, 1, 90, 300, 257],
     seq_lens=[270, 900, 90, 265, 257],
@@ -140,7 +147,7 @@ HIDDEN_IN_LARGE_BLOCKS = {
     "narrow": dict(query_lens=[40, 70], seq_lens=[200, 900], num_heads=8, head_dim=64, block_size=256),
     "wide": dict(query_lens=[40], seq_lens=[120], num_heads=8, head_dim=256, block_size=128),
     "three-parts": dict(query_lens=[40, 70], seq_lens=[180, 150], num_heads=8, head_dim=128, block_size=192),
-    "odd": dict(query_lens=[5, 6], seq_lens=[81, 161], num_heads=8, head_dim=128, block_size=48),
+    "odd": dict(query_lens=[5, 6], seq_lens=[81, 161], num_heads=32, head_dim=128, block_size=48),
 }
 OPTIONS = {
     "window-1": dict(sliding_window=1),
@@ -252,14 +259,15 @@ def test_any_number_of_programs_gives_the_same(name, programs):
 def test_three_parts(name, dtype, causal, monkeypatch):
     """As for long prompts of narrow heads, whatever their number of queries, programs and rounds."""
     monkeypatch.setattr(launch_tiles, "LONG", 0)
-    inputs = attention_inputs(**BATCHES[name] | dict(head_dim=64), dtype=dtype, device="cuda")
+    batch = BATCHES[name] | dict(head_dim=min(BATCHES[name]["head_dim"], 64))
+    inputs = attention_inputs(**batch, dtype=dtype, device="cuda")
     assert launches_of(inputs, causal)[0].variant.block_m == 192
     check(inputs, *attention(*inputs, inputs.query.shape[2] ** -0.5, causal), causal)
     if causal:
         for programs, rounds in ((1, 1), (3, 5), (7, 2), (132, 1)):
             check(inputs, *launch(inputs, programs=programs, rounds=rounds))
     for option in ("softcap", "sinks"):
-        inputs, options = with_options(option, BATCHES[name] | dict(head_dim=64), dtype=dtype)
+        inputs, options = with_options(option, batch, dtype=dtype)
         assert launches_of(inputs, causal, **options)[0].variant.block_m == 192
         check(inputs, *attention(*inputs, inputs.query.shape[2] ** -0.5, causal, **options), causal, **options)
 

@@ -149,3 +149,5 @@ def test_blocks_of_several_copies_have_a_dimension_for_them(strides, blocks, ste
     whole = attention_launches(replace(problem, block_size=16), Device(132, 228 * 1024, 90))[0]
     found = HopperLauncher(whole)._map(MEMORY[:20480].view(5, 16, 2, 128))
     assert (found.shape, found.block_shape) == ([5, 16, 2, 128], [1, 16, 1, 64])
+    found = HopperLauncher(whole)._map(MEMORY[:6400].view(5, 16, 2, 40))  # past whose rows there are zeros
+    assert (found.shape, found.block_shape) == ([5, 16, 2, 40], [1, 16, 1, 64])

@@ -219,7 +219,12 @@ PREFILL = replace(DECODE, num_tokens=4096, num_seqs=1)
         (dict(block_size=384), 128),
         (dict(block_size=4), 0),
         (dict(block_size=20), 0),
-        (dict(head_dim=80, value_dim=80), 0),
+        (dict(head_dim=80, value_dim=80), 16),
+        (dict(head_dim=16, value_dim=256), 16),
+        (dict(head_dim=264, value_dim=256), 0),
+        (dict(head_dim=100, value_dim=96), 0),
+        (dict(head_dim=96, value_dim=100), 0),
+        (dict(head_dim=128, value_dim=512), 0),
         (dict(itemsize=4), 0),
         (dict(copyable=False), 0),
         (dict(aligned=False), 0),
@@ -230,6 +235,16 @@ PREFILL = replace(DECODE, num_tokens=4096, num_seqs=1)
 def test_hopper_copies_blocks_or_parts_of_them(changes, copy_rows):
     launches = attention_launches(replace(PREFILL, **changes), DEVICES["sm_90"])
     assert [launch.variant.copy_rows for launch in launches] == [copy_rows]
+
+
+@pytest.mark.parametrize("dim", range(16, 257, 8))
+def test_products_on_hopper_are_of_the_columns_that_are_there(dim):
+    """In one or two pieces of what is copied, which stands in so many columns of 64; values in one up to 128."""
+    variant = attention_launches(replace(PREFILL, head_dim=dim, value_dim=dim), DEVICES["sm_90"])[0].variant
+    for first, rest in (variant.key_widths, variant.value_widths):
+        assert dim <= first + rest <= max(64, 1 << (dim - 1).bit_length())
+        assert -(-(first + rest) // 64) == -(-dim // 64) or (first, rest) == (128, 0)
+    assert variant.value_widths[1] == 0 or dim > 128
 
 
 @pytest.mark.parametrize(
@@ -277,6 +292,8 @@ def test_short_units_have_small_programs_where_the_cache_serves_them(changes, ro
         (dict(block_size=48), 128, 8),
         (dict(block_size=384), 192, 12),
         (dict(value_dim=128), 128, 8),
+        (dict(head_dim=24, value_dim=40), 192, 12),
+        (dict(value_dim=72), 128, 8),
         (dict(num_seqs=5), 64, 4),
         (dict(num_seqs=9), 128, 8),
         (dict(num_seqs=5, ragged=True), 128, 8),

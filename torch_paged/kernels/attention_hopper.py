@@ -10,22 +10,25 @@ slices of one operand from several blocks, nor keep a product under way during t
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from torch_paged.kernels.attention_combine import finish
 from torch_paged.kernels.attention_rows import first_seen, sinks_of, visible_to
-from torch_paged.kernels.hopper_loader import load_keys, load_values
+from torch_paged.kernels.hopper_loader import columns_of, load_keys, load_values
 from torch_paged.kernels.hopper_ring import RECORD, RING, forget, keys_of_unit, left_of_unit, rows_of_unit
 from torch_paged.kernels.hopper_tiles import (
     PART_ROWS,
+    add_values,
     attend_tiles,
+    await_products,
     await_tile,
     centred,
     fetch_query,
     first_tile,
     free_tile,
     lanes_of,
+    scaled,
 )
 from torch_paged.kernels.hopper_units import zero
 
@@ -37,26 +40,29 @@ def _num_programs():
 
 
 @gluon.constexpr_function
-def _in_eights(ONCE, V):
+def _in_eights(ONCE, WIDTH):
     """A layout of rows of 16 bits in which a thread has 8 columns side by side, or `ONCE` on the way there 4.
 
     Warps keep their rows, and a step exchanges one bit of a column between registers and lanes: Triton 3.6 does that
     by shuffles, both at once through shared memory, of which there is none left.
     """
     FOUR, SIXTEEN = ([0, 16], [0, 4]) if ONCE else ([0, 4], [0, 16])
-    REGISTERS = [[0, 1], [0, 2], FOUR, [8, 0], *([0, COLUMN] for COLUMN in (32, 64, 128) if COLUMN < V.value_dim)]
+    REGISTERS = [[0, 1], [0, 2], FOUR, [8, 0], *([0, COLUMN] for COLUMN in (32, 64, 128) if COLUMN < WIDTH)]
     LANES = [[0, 8], SIXTEEN, [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(REGISTERS, LANES, [[16, 0], [32, 0]], [], [PART_ROWS, V.value_dim])
+    return gl.DistributedLinearLayout(REGISTERS, LANES, [[16, 0], [32, 0]], [], [PART_ROWS, WIDTH])
 
 
 @gluon.jit
-def _store(base, row, values, valid, V: gl.constexpr):
-    """Writes rows of `value_dim` elements that stand close behind `base`."""
-    column = gl.arange(0, V.value_dim, gl.SliceLayout(0, values.type.layout))
+def _store(base, row, values, valid, FIRST: gl.constexpr, V: gl.constexpr):
+    """Writes columns from `FIRST` on of rows of `value_dim` elements that stand close behind `base`."""
+    column = FIRST + gl.arange(0, values.shape[1], gl.SliceLayout(0, values.type.layout))
     row = gl.convert_layout(row, gl.SliceLayout(1, values.type.layout))
     valid = gl.convert_layout(valid, gl.SliceLayout(1, values.type.layout))
     pointers = base + (row * V.value_dim)[:, None] + column[None, :]
-    gl.store(pointers, values.to(base.dtype.element_ty), mask=valid[:, None])
+    valid = valid[:, None]
+    if FIRST + values.shape[1] > V.value_dim:
+        valid = valid & (column < V.value_dim)[None, :]
+    gl.store(pointers, values.to(base.dtype.element_ty), mask=valid)
 
 
 @gluon.jit
@@ -70,24 +76,26 @@ def _write_sums(partial, largest, total, row, valid, V: gl.constexpr):
 @gluon.jit
 def _write_partial(partial, state, slot, lane, valid, V: gl.constexpr):
     """Leaves `state` in a slot of the workspace."""
-    largest, total, output = state
+    largest, total, outputs = state
     _write_sums(partial, largest, total, slot * V.block_m + lane, valid, V)
-    _store(partial + slot * V.block_m * V.value_dim, lane, output, valid, V)
+    for i in gl.static_range(len(outputs)):
+        _store(partial + slot * V.block_m * V.value_dim, lane, outputs[i], valid, i * V.value_widths[0], V)
 
 
 @gluon.jit
 def _write_output(output_rows, lse, state, sink, first_row, row, valid, V: gl.constexpr):
     """Writes the finished rows `first_row + row`."""
-    largest, total, output = state
+    largest, total, outputs = state
     factor, row_lse = finish(largest, total, sink, V)
     gl.store(lse + first_row + row, row_lse, mask=valid)
-    factor = gl.convert_layout(factor, gl.SliceLayout(1, output.type.layout))
-    numbers = (output * factor[:, None]).to(output_rows.dtype.element_ty)
-    numbers = gl.convert_layout(numbers, _in_eights(True, V))
-    # Unknown to the compiler, which would make one step of both otherwise.
-    numbers = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [numbers], numbers.dtype, is_pure=False, pack=2)
-    numbers = gl.convert_layout(numbers, _in_eights(False, V))
-    _store(output_rows + first_row * V.value_dim, row, numbers, valid, V)
+    outputs = scaled(outputs, factor)
+    for i in gl.static_range(len(outputs)):
+        numbers = outputs[i].to(output_rows.dtype.element_ty)
+        numbers = gl.convert_layout(numbers, _in_eights(True, numbers.shape[1]))
+        # Unknown to the compiler, which would make one step of both otherwise.
+        numbers = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [numbers], numbers.dtype, is_pure=False, pack=2)
+        numbers = gl.convert_layout(numbers, _in_eights(False, numbers.shape[1]))
+        _store(output_rows + first_row * V.value_dim, row, numbers, valid, i * V.value_widths[0], V)
 
 
 @gluon.jit
@@ -155,7 +163,6 @@ def _attend_others(state, weights, rows, buffers, barriers, first, last, count, 
 @gluon.jit
 def _attend(PART: gl.constexpr, arguments, V: gl.constexpr):
     """A part of the warps that multiply: attention of its rows of every unit of this program."""
-    OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, V.value_dim, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, V.tile, 16]))
     query, query_strides, scale, num_kv_heads, window, tensors, ring, buffers, barriers = arguments
     queries, _, value_buffers = buffers
@@ -176,20 +183,20 @@ def _attend(PART: gl.constexpr, arguments, V: gl.constexpr):
             begin = gl.cdiv(first_seen(behind + (offset + V.block_m - 1) // V.group, 0, keys, window, V), V.tile)
         sight = (visible, first_seen(behind, 0, keys, window, V), keys, window)
         state, weights = first_tile(
-            rows, buffers, barriers, first, count, (first < begin) | (first >= end), sight, scale, ROW, OUTPUT, V
+            rows, buffers, barriers, first, count, (first < begin) | (first >= end), sight, scale, ROW, V
         )
         state, weights, count = _attend_others(
             state, weights, rows, buffers, barriers, first + 1, last, count, (begin, end), sight, scale, V
         )
         # The last product, and meanwhile the query rows of the next unit: the other way around is slower.
-        largest, total, result = state
+        largest, total, outputs = state
         await_tile(values_here, count, V)
-        result = warpgroup_mma(weights, value_buffers.index(count % V.num_stages), result, is_async=True)
+        outputs = add_values(outputs, weights, value_buffers, count, V)
         head = fetch_query(query, query_strides, rows, PART, ring, number + 1, V)
-        result, weights = warpgroup_mma_wait(0, deps=(result, weights))
+        outputs, weights = await_products(outputs, weights)
         free_tile(values_free, count, V)
         count += 1
-        _write(tensors, (centred(largest, scale, V), total, result), ring, number, num_kv_heads, lane, PART, V)
+        _write(tensors, (centred(largest, scale, V), total, outputs), ring, number, num_kv_heads, lane, PART, V)
         forget(ring, number)
         number += 1
 
@@ -232,8 +239,8 @@ def attention_hopper(
     PARTS: gl.constexpr = V.block_m // PART_ROWS
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     STAGES: gl.constexpr = V.num_stages
-    KEY_DIM: gl.constexpr = V.head_dim
-    VALUE_DIM: gl.constexpr = V.value_dim
+    KEY_DIM: gl.constexpr = columns_of(V.head_dim)
+    VALUE_DIM: gl.constexpr = columns_of(V.value_dim)
     dtype: gl.constexpr = key_map.dtype
     buffers = (
         gl.allocate_shared_memory(dtype, [PARTS, PART_ROWS, KEY_DIM], LAYOUT),

@@ -7,7 +7,7 @@ A block that is larger than a tile, or does not divide one, comes in several cop
 
 What stands past the last key must not show, NaN least of all. Copies without keys are read past the cache's end, where
 the copy engine finds zeros. The last copy begins as many slots too early as it lacks keys, and slots below 0 are zeros
-too: its keys stand at the end of its rows (see `gap_of`).
+too: its keys stand at the end of its rows (see `gap_of`). Past the end of a row it finds zeros as well.
 """
 
 from triton.experimental import gluon
@@ -22,6 +22,15 @@ from torch_paged.kernels.hopper_units import next_piece, next_unit, of_piece, se
 _copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name from Triton 3.9 on, and before
 
 COLUMNS: gl.constexpr = gl.constexpr(64)  # of one copy: 128 bytes, as the swizzled rows of an operand are
+
+
+@gluon.constexpr_function
+def columns_of(dim):
+    """Columns of shared memory that rows of `dim` numbers have: a power of two, and whole copies.
+
+    Of copies with nothing but zeros there are none, and no product reads their columns.
+    """
+    return max(1 << (dim - 1).bit_length(), 64)
 
 
 @gluon.jit
@@ -46,7 +55,8 @@ def _copy_tiles(
     source, buffers, free, here = memory
     ROWS: gl.constexpr = V.copy_rows
     COPIES: gl.constexpr = V.tile // ROWS
-    PIECES: gl.constexpr = DIM // COLUMNS
+    PIECES: gl.constexpr = columns_of(DIM) // COLUMNS
+    COPIED: gl.constexpr = (DIM + COLUMNS - 1) // COLUMNS  # of these
     COUNT: gl.constexpr = V.num_stages * PIECES * COPIES
     WHOLE: gl.constexpr = V.block_size == ROWS
     # The dimensions of `HopperLauncher._map`.
@@ -62,12 +72,12 @@ def _copy_tiles(
             ids += (gl.load(table + position // V.block_size, mask=exists, other=num_blocks),)  # type: ignore[assignment]
         stage, phase = stage_of(count, V)
         mbarrier.wait(free.index(stage), phase ^ 1)
-        mbarrier.expect(here.index(stage), V.tile * DIM * 2)
+        mbarrier.expect(here.index(stage), V.tile * COPIED * COLUMNS * 2)
         for copy in gl.static_range(COPIES):
             position = tile * V.tile + copy * ROWS
             lacking = 0 if SEEN == "all" else gl.maximum(position + ROWS - keys, 0)
             of_block = position % V.block_size // ROWS  # which of the block's copies
-            for piece in gl.static_range(PIECES):
+            for piece in gl.static_range(COPIED):
                 slot, column = -lacking, piece * COLUMNS
                 place = (ids[copy], slot, head, column) if WHOLE else (ids[copy], of_block, slot, head, column)
                 copied = slices.index((stage * PIECES + piece) * COPIES + copy)

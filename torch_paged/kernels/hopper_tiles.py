@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from torch_paged.kernels.attention_logits import LOG2_E
-from torch_paged.kernels.hopper_loader import COLUMNS, gap_of, stage_of
+from torch_paged.kernels.hopper_loader import COLUMNS, columns_of, gap_of, stage_of
 from torch_paged.kernels.hopper_ring import hear, rows_of_unit
 from torch_paged.kernels.hopper_units import zero
 
@@ -32,7 +32,7 @@ def fetch_query(query, query_strides, memory, PART: gl.constexpr, ring, number, 
 
     Returns the unit's head, -1 if there is no such unit.
     """
-    DIM: gl.constexpr = V.head_dim
+    DIM: gl.constexpr = columns_of(V.head_dim)
     THREADS: gl.constexpr = 8  # of a row, 16 bytes each time
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // THREADS, THREADS], [gl.num_warps(), 1], [1, 0])
     hear(ring, number)
@@ -48,7 +48,10 @@ def fetch_query(query, query_strides, memory, PART: gl.constexpr, ring, number, 
         pointers = query + offsets[:, None] + column[None, :]
         pointers = gl.max_contiguous(gl.multiple_of(pointers, [1, 16]), [1, DIM])
         _barrier()  # all warps have done with the rows before
-        async_copy.async_copy_global_to_shared(memory, pointers, mask=(lane < rows)[:, None])
+        valid = (lane < rows)[:, None]
+        if DIM > V.head_dim:
+            valid = valid & (column < V.head_dim)[None, :]
+        async_copy.async_copy_global_to_shared(memory, pointers, mask=valid)
         async_copy.commit_group()
     return head
 
@@ -74,13 +77,62 @@ def free_tile(free, count, V: gl.constexpr):
 
 
 @gluon.jit
+def _zeros(WIDTH: gl.constexpr):
+    """What products of a warpgroup's rows and so many columns are added to."""
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, WIDTH, 16])
+    return gl.zeros([PART_ROWS, WIDTH], gl.float32, LAYOUT)
+
+
+@gluon.jit
+def _no_output(V: gl.constexpr):
+    """Sums of no values, in the one or two pieces of columns that products of these have."""
+    outputs = ()
+    for i in gl.static_range(1 + (V.value_widths[1] > 0)):
+        outputs += (_zeros(V.value_widths[i]),)  # type: ignore[assignment]
+    return outputs
+
+
+@gluon.jit
 def _scores(query, keys, count, V: gl.constexpr):
-    """Starts the product of the query rows and the keys of tile number `count`."""
-    TILE: gl.constexpr = V.tile
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, TILE, 16])
-    nothing = gl.zeros([PART_ROWS, TILE], gl.float32, LAYOUT)
+    """Starts the product of the query rows and the keys of tile number `count`, over the columns that are there."""
+    FIRST: gl.constexpr = V.key_widths[0]
+    REST: gl.constexpr = V.key_widths[1]
     transposed = keys.index(count % V.num_stages).permute((1, 0))
-    return warpgroup_mma(query, transposed, nothing, use_acc=False, is_async=True)
+    rows, columns = query.slice(0, FIRST, 1), transposed.slice(0, FIRST, 0)
+    scores = warpgroup_mma(rows, columns, _zeros(V.tile), use_acc=False, is_async=True)
+    if REST > 0:
+        rows, columns = query.slice(FIRST, REST, 1), transposed.slice(FIRST, REST, 0)
+        scores = warpgroup_mma(rows, columns, scores, is_async=True)
+    return scores
+
+
+@gluon.jit
+def add_values(outputs, weights, values, count, V: gl.constexpr):
+    """Starts adding the values of tile number `count`, each with its weight."""
+    added = ()
+    tile = values.index(count % V.num_stages)
+    for i in gl.static_range(len(outputs)):
+        columns = tile.slice(i * V.value_widths[0], V.value_widths[i], 1)
+        alike = gl.convert_layout(weights, gl.DotOperandLayout(0, outputs[i].type.layout, 2), assert_trivial=True)
+        added += (warpgroup_mma(alike, columns, outputs[i], is_async=True),)  # type: ignore[assignment]
+    return added
+
+
+@gluon.jit
+def await_products(outputs, weights):
+    """Waits for all of them; the weights are read until then."""
+    outputs += (weights,)
+    found = warpgroup_mma_wait(0, deps=outputs)
+    return found[:-1], found[-1]
+
+
+@gluon.jit
+def scaled(outputs, factor):
+    """Rows of `outputs`, each times its factor."""
+    found = ()
+    for i in gl.static_range(len(outputs)):
+        found += (outputs[i] * gl.convert_layout(factor, gl.SliceLayout(1, outputs[i].type.layout))[:, None],)
+    return found
 
 
 @gluon.jit
@@ -157,7 +209,7 @@ def _hide_values(values, here, tile, count, sight, V: gl.constexpr):
     No weight is given to them, but NaN times 0 would show. All parts of the warps do it, so that none waits for others.
     """
     EIGHT: gl.constexpr = 8  # rows of 128 bytes, after which the swizzle repeats
-    PIECES: gl.constexpr = V.value_dim // COLUMNS
+    PIECES: gl.constexpr = columns_of(V.value_dim) // COLUMNS
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [gl.num_warps(), 1], [1, 0])
     _visible, low, keys, _window = sight
     begin = gl.maximum(low // V.copy_rows * V.copy_rows - tile * V.tile, 0)
@@ -205,37 +257,33 @@ def attend_tiles(
     `weights` are those of tile `first - 1`, whose number is `count`; returned are those of tile `last - 1`. `sight` is
     how many keys each row sees, the first that one of them does, the keys of the sequence, and the window.
     """
-    largest, total, output = state
+    largest, total, outputs = state
     _, key_buffers, value_buffers = buffers
     keys_free, keys_here, values_free, values_here = barriers
     for tile in range(first, last):
         await_tile(keys_here, count + 1, V)
         scores = _scores(query, key_buffers, count + 1, V)
         await_tile(values_here, count, V)
-        output = warpgroup_mma(weights, value_buffers.index(count % V.num_stages), output, is_async=True)
-        scores = warpgroup_mma_wait(1, deps=(scores,))
+        outputs = add_values(outputs, weights, value_buffers, count, V)
+        scores = warpgroup_mma_wait(len(outputs), deps=(scores,))
         free_tile(keys_free, count + 1, V)
         scores, factor = _logits(scores, scale, V)
         if MASK:
             scores = _mask(scores, tile, sight, V)
         later, largest, total, decay = _softmax(scores, largest, total, factor, MASK)
-        output, weights = warpgroup_mma_wait(0, deps=(output, weights))
+        outputs, weights = await_products(outputs, weights)
         free_tile(values_free, count, V)
-        output = output * gl.convert_layout(decay, gl.SliceLayout(1, output.type.layout))[:, None]
+        outputs = scaled(outputs, decay)
         weights = gl.convert_layout(_narrow(later, weights), weights.type.layout)
         count += 1
-    return (largest, total, output), weights, count
+    return (largest, total, outputs), weights, count
 
 
 @gluon.jit
-def first_tile(
-    query, buffers, barriers, first, count, masked, sight, scale, ROW: gl.constexpr, OUTPUT: gl.constexpr,
-    V: gl.constexpr,
-):  # fmt: skip
+def first_tile(query, buffers, barriers, first, count, masked, sight, scale, ROW: gl.constexpr, V: gl.constexpr):
     """State of the rows before a unit's first tile is added to the output, and that tile's weights."""
     _, key_buffers, value_buffers = buffers
     keys_free, keys_here, _, values_here = barriers
-    DIM: gl.constexpr = V.value_dim
     await_tile(keys_here, count, V)
     _await_query()
     scores = _scores(query, key_buffers, count, V)
@@ -248,5 +296,6 @@ def first_tile(
         scores = _mask(scores, first, sight, V)
     nothing = gl.zeros([PART_ROWS], gl.float32, ROW)
     weights, largest, total, _ = _softmax(scores, nothing - float("inf"), nothing, factor, True)
-    weights = gl.convert_layout(weights.to(key_buffers.dtype), gl.DotOperandLayout(0, OUTPUT, 2))
-    return (largest, total, gl.zeros([PART_ROWS, DIM], gl.float32, OUTPUT)), weights
+    outputs = _no_output(V)
+    weights = gl.convert_layout(weights.to(key_buffers.dtype), gl.DotOperandLayout(0, outputs[0].type.layout, 2))
+    return (largest, total, outputs), weights

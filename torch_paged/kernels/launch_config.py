@@ -156,12 +156,18 @@ def _variant(problem: Problem, device: Device, tiles: Tiles, rows: int, above: i
     narrowest = narrowest_piece(problem, device, tiles)
     group = problem.num_heads // problem.num_kv_heads
     value_pairs = loads_pairs(problem, tiles)
+    if value_pairs:
+        value_widths = problem.value_dim // 2, problem.value_dim // 2
+    elif copied and problem.value_dim <= 128:  # two products of so few columns take longer than one
+        value_widths = max(next_power_of_two(problem.value_dim), 32), 0
+    else:
+        value_widths = split_dim(problem.value_dim, narrowest)
     return Variant(
         group=group,
         head_dim=problem.head_dim,
         value_dim=problem.value_dim,
         key_widths=split_dim(problem.head_dim, narrowest),
-        value_widths=(problem.value_dim // 2,) * 2 if value_pairs else split_dim(problem.value_dim, narrowest),
+        value_widths=value_widths,
         value_width=next_power_of_two(problem.value_dim),
         block_size=problem.block_size,
         paging=paging(problem.block_size, tiles.keys),

@@ -6,13 +6,12 @@ Found by compiling for every device that is shipped for: see `tests/aot_report.p
 import math
 from typing import NamedTuple
 
-from torch_paged.kernels.problem import Device, Problem, split_dim
+from torch_paged.kernels.problem import Device, Problem, next_power_of_two, split_dim
 
 FEW_ROWS = 64
 MANY_ROWS = 128
 SHARED = 1024  # query tokens of a sequence, on average, from which on many programs read the same keys at a time,
 LONG = 2048  # or units have many tiles of them
-HOPPER_DIMS = {64, 128, 256}
 SHORT_WINDOW = 1024  # keys
 KEPT_CLOSE = 40 * 10**6  # bytes of keys and values that Hopper's L2 cache, of 50 MB, keeps beside all that passes
 FAR_CAP = 4096.0  # of float32, logits as `hopper_tiles` has them are off by 0.001 at larger softcaps
@@ -39,17 +38,23 @@ def tiles_of(problem: Problem, device: Device, rows: int) -> Tiles:
 
 def copy_rows(problem: Problem, device: Device, rows: int) -> int:
     """Keys of one copy where `attention_hopper` serves sequences of `rows` rows: a block or a part of it; 0: not."""
-    numbers = problem.plain_caches and problem.itemsize == 2 and {problem.head_dim, problem.value_dim} <= HOPPER_DIMS
+    numbers = problem.plain_caches and problem.itemsize == 2 and problem.aligned and problem.copyable
+    dims = _padded_width(problem) <= 256 and problem.head_dim % 8 == problem.value_dim % 8 == 0
     options = not problem.features.alibi and not problem.far_cap
-    if not (device.hopper and rows > FEW_ROWS and numbers and options and problem.aligned and problem.copyable):
+    if not (device.hopper and rows > FEW_ROWS and numbers and dims and options):
         return 0
     copied = math.gcd(_hopper_tiles(problem).keys, problem.block_size)
     return copied if copied >= 8 else 0
 
 
+def _padded_width(problem: Problem) -> int:
+    """Columns of the wider rows in the shared memory of `attention_hopper` (see its `columns_of`)."""
+    return max(next_power_of_two(max(problem.head_dim, problem.value_dim)), 64)
+
+
 def _hopper_tiles(problem: Problem) -> Tiles:
     """Tiles of `attention_hopper`: warpgroups of 64 rows, several buffers each for keys and for values."""
-    width = max(problem.head_dim, problem.value_dim)
+    width = _padded_width(problem)
     if _short_units(problem):
         return Tiles(64, 64, 4, 3, 3 if width == 64 else 2)
     if _in_three_parts(problem):
@@ -63,7 +68,7 @@ def _short_units(problem: Problem) -> bool:
     They read keys for half as many rows. The L2 cache serves that of short windows, and of narrow heads where many
     programs read the same keys at a time.
     """
-    width = max(problem.head_dim, problem.value_dim)
+    width = _padded_width(problem)
     many = problem.num_tokens >= SHARED * problem.num_seqs and not (problem.ragged or problem.features.window)
     prompts = width == 64 and many and not _long_prompts(problem)
     return width <= 128 and (problem.short_window or prompts)
@@ -74,7 +79,7 @@ def _in_three_parts(problem: Problem) -> bool:
 
     Its loaders have few registers: copies of 8 keys, and sizes that are no powers of two, make them spill.
     """
-    narrow, block = problem.head_dim == problem.value_dim == 64, problem.block_size
+    narrow, block = _padded_width(problem) == 64, problem.block_size
     cheap = block % 128 == 0 or (block >= 16 and paging(block, 128) != "any")
     return narrow and cheap and _long_prompts(problem)
 

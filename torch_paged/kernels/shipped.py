@@ -35,11 +35,15 @@ SHIPPED_OPTIONS = {
     "int8-token": (Features(key=Stored("int8", "token"), value=Stored("int8", "token"), normalised=True), "bf16", 128),
 }
 # Name, sequences, query tokens, whether ragged.
-_KINDS = (("decode", 8, 8, False), ("prefill", 8, 16384, False), ("mixed", 8, 4096, True))
+_DECODE = ("decode", 8, 8, False)
+_PREFILL = ("prefill", 8, 16384, False)
+_MIXED = ("mixed", 8, 4096, True)
+_KINDS = (_DECODE, _PREFILL, _MIXED)
 _SEVERAL = ("several", 16, 256, False)  # queries a sequence, as in speculative decoding
 _SHORT = ("short", 4, 4096, False)  # prompts, for which Hopper's kernel may have smaller programs
 _CHUNKS = ("chunks", 2, 16384, True)  # of which shapes tell that they are long
 _IN_PARTS = (48, 256)  # block sizes of which Hopper's copy engine takes parts
+_IN_PIECES = 192  # head dim of which Hopper sums up values in two pieces
 _MANY = ("decode-of-many", 16, 16, False)  # served otherwise than a few are where caches hold 8-bit numbers
 
 
@@ -57,19 +61,19 @@ def shipped_variants(device: Device) -> list[ShippedVariant]:
 
 
 def shipped_option_variants(device: Device) -> list[ShippedVariant]:
-    """The same for `SHIPPED_OPTIONS`, and what prefill on Hopper serves otherwise: short windows, blocks in parts."""
+    """The same for `SHIPPED_OPTIONS`, and prefill on Hopper of short windows, of blocks and of rows in parts."""
     found = [
         variant
         for name, (features, dtype, dim) in SHIPPED_OPTIONS.items()
         for short in (False, True)[: 1 + features.window]
-        for kind in (*_KINDS[: 2 + short], _SEVERAL, _MANY)
+        for kind in (_DECODE, _PREFILL, *[_MIXED] * short, _SEVERAL, _MANY)
         for variant in _variants(device, "short-" * short + f"{name}-", features, dtype, dim, 16, *kind, short)
     ]
     found += [
         variant
-        for block_size, short in itertools.product(_IN_PARTS, (False, True))
+        for dim, block_size, short in (*itertools.product([128], _IN_PARTS, [False, True]), (_IN_PIECES, 16, False))
         for variant in _variants(
-            device, "short-" * short + "window-", Features(window=True), "bf16", 128, block_size, *_KINDS[1], short
+            device, "short-" * short + "window-", Features(window=True), "bf16", dim, block_size, *_PREFILL, short
         )
         if variant.launch.variant.copy_rows
     ]
