@@ -146,6 +146,8 @@ ODD_PREFILL = {
         "prefill, block 256": Case((1000, 300, 257), (130, 300, 257), heads=6, kv_heads=2, block=256, ragged=True),
         "prefill, block 128": Case((301, 129), (130, 140), heads=5, kv_heads=1, block=128, causal=False, ragged=True),
         "prefill, dims 128/64": Case((300, 190), (200, 190), heads=4, kv_heads=2, value_dim=64, block=32, ragged=True),
+        "prefill, dims 24/40": Case((700, 90), (700, 70), heads=4, kv_heads=2, dim=24, value_dim=40, ragged=True),
+        "prefill, dims 96/192": Case((700, 90), (700, 70), heads=4, kv_heads=2, dim=96, value_dim=192, ragged=True),
         "prefill, dim 256, block 64": Case((500,), (500,), heads=4, kv_heads=2, dim=256, value_dim=256, block=64),
         "chunk": Case((9000,), (40,), heads=8, kv_heads=2),
     }.items()

@@ -19,7 +19,7 @@ import aot_calls as calls
 import aot_report
 import triton
 
-from torch_paged.kernels.hopper_tiles import PART_ROWS
+from torch_paged.kernels.hopper_products import PART_ROWS
 
 pytestmark = pytest.mark.aot
 NVIDIA = ("sm_80", "sm_90", "sm_100")
@@ -31,19 +31,20 @@ MATRIX_UNIT = {"sm_80": "tensor_core", "sm_90": "wgmma", "sm_100": "tcgen05", "g
 
 def hopper_faults(variant, kernel):
     """What `attention_hopper` lacks."""
-    parts = variant.launch.variant.block_m // PART_ROWS.value
+    v = variant.launch.variant
+    parts = v.block_m // PART_ROWS.value
     demands = {
         "products under way": kernel.pipelined_loops == 2 * parts,
-        # The assembler has the wait for a product ahead of them at dim 64. One part has them all, or none, and was seen
-        # to be faster without: there other programs' products hide them.
-        "exponentials meanwhile": kernel.overlapped > 0 or parts == 1 or variant.launch.variant.head_dim == 64,
+        # The assembler has the wait for a product ahead of them up to dim 64, and the wait for two products of values,
+        # which are faster all the same. One part has them all, or none, and was seen to be faster without: there other
+        # programs' products hide them.
+        "exponentials meanwhile": kernel.overlapped > 0 or parts == 1 or v.head_dim <= 64 or v.value_widths[1] > 0,
         "no spilled registers": kernel.instructions["spill"] == 0,
         "matrix unit": kernel.instructions["wgmma"] > 0 and kernel.instructions["tensor_core"] == 0,
         "copy engine": kernel.instructions["copy_engine"] > 0,
         "16-byte copies of queries": kernel.instructions["async128"] > 0 and kernel.instructions["async_narrow"] == 0,
         "registers for all warps": kernel.registers == variant.launch.max_registers,
-        "shared memory for all programs": shared_memory_share(kernel) * variant.launch.variant.resident
-        <= SHARED_MEMORY,
+        "shared memory for all programs": shared_memory_share(kernel) * v.resident <= SHARED_MEMORY,
     }
     return [what for what, met in demands.items() if not met]
 
@@ -102,14 +103,12 @@ def copying_faults(kernel, narrow_stores=0):
 
 
 # Spilled between two units: 13 registers, where with 32 keys or two stages there are none, and it is slower; and those
-# of three parts, since output is written 16 bytes at a time. Of two products of values the assembler waits for both at
-# once; of one, of 256 columns and not of 192, it does not, and that is slower.
+# of three parts, since output is written 16 bytes at a time.
 KNOWN_FAULTS = {
     ("sm_90", "int8-token-several-bf16-dim128-block16-rows64"): ["no spilled registers"],
     ("sm_90", "sinks-prefill-bf16-dim64-block16-rows192"): ["no spilled registers"],
     ("sm_90", "chunks-bf16-dim64-block16-rows192"): ["no spilled registers"],
     ("sm_90", "chunks-bf16-dim64-block64-rows192"): ["no spilled registers"],
-    ("sm_90", "window-prefill-bf16-dim192-block16-rows128"): ["exponentials meanwhile"],
 }
 # Instructions that move what was spilled, where parts of float32 attention are combined eight rows at a time.
 SPILLS_OF_COMBINE = {("sm_100", f"{kind}-fp32-dim128-block16-rows32"): 8 for kind in ("prefill", "mixed")}

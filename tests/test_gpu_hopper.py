@@ -44,16 +44,18 @@ BATCHES = {
     "no-group": dict(query_lens=[300, 65], seq_lens=[300, 400], num_heads=3, num_kv_heads=3, head_dim=128),
     "narrow-values": dict(MIXED, num_heads=8, head_dim=128, value_head_dim=64),
     "wide-values": dict(MIXED, num_heads=8, head_dim=64, value_head_dim=128),
-    "dim-16": dict(MIXED, num_heads=8, head_dim=16, block_size=8, head_major=True),
-    "dim-40": dict(MIXED, num_heads=4, head_dim=40, value_head_dim=24),
-    "dim-96": dict(MIXED, num_heads=8, head_dim=96),
+    "dim-16": dict(MIXED, num_heads=8, head_dim=16, head_major=True),
+    "dim-24": dict(MIXED, num_heads=4, head_dim=24, value_head_dim=40),
+    "dim-48": dict(MIXED, num_heads=4, head_dim=48, value_head_dim=24, block_size=8),
+    "dim-96": dict(MIXED, num_heads=8, head_dim=96, value_head_dim=72),
+    "dim-128": dict(MIXED, num_heads=8, head_dim=128, value_head_dim=192),
     "dim-160": dict(MIXED, num_heads=8, head_dim=160, block_size=48),
     "dim-192": dict(MIXED, num_heads=6, head_dim=192, value_head_dim=128, block_size=64),
-    "dim-200": dict(MIXED, num_heads=8, head_dim=200, value_head_dim=72, block_size=32),
+    "dim-200": dict(MIXED, num_heads=8, head_dim=200, value_head_dim=248, block_size=32),
     "uniform": dict(query_lens=[90] * 3, seq_lens=[700, 90, 40], num_heads=8, head_dim=128, uniform=True),
 }
-NOT_IN_THREE_PARTS = {"block-8", "block-24", "block-48", "block-192", "narrow-values", "wide-values"}
-NOT_IN_THREE_PARTS |= {"dim-16", "dim-160", "dim-192", "dim-200"}
+IN_THREE_PARTS = ["mixed", "head-major", "block-32", "block-64", "block-128", "block-256"]
+IN_THREE_PARTS += ["one-head", "no-group", "uniform", "dim-16", "dim-24"]
 LATE = dict(
     query_lens=[270, 1, 90, 300, 257],
     seq_lens=[270, 900, 90, 265, 257],
@@ -255,7 +257,7 @@ def test_any_number_of_programs_gives_the_same(name, programs):
 @pytest.mark.parametrize("small", [None], ids=["three-parts"], indirect=True)
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "all"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("name", [name for name in BATCHES if name not in NOT_IN_THREE_PARTS])
+@pytest.mark.parametrize("name", IN_THREE_PARTS)
 def test_three_parts(name, dtype, causal, monkeypatch):
     """As for long prompts of narrow heads, whatever their number of queries, programs and rounds."""
     monkeypatch.setattr(launch_tiles, "LONG", 0)

@@ -16,19 +16,16 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from torch_paged.kernels.attention_combine import finish
 from torch_paged.kernels.attention_rows import first_seen, sinks_of, visible_to
 from torch_paged.kernels.hopper_loader import columns_of, load_keys, load_values
+from torch_paged.kernels.hopper_products import PART_ROWS, add_values, await_products, scaled
 from torch_paged.kernels.hopper_ring import RECORD, RING, forget, keys_of_unit, left_of_unit, rows_of_unit
 from torch_paged.kernels.hopper_tiles import (
-    PART_ROWS,
-    add_values,
     attend_tiles,
-    await_products,
     await_tile,
     centred,
     fetch_query,
     first_tile,
     free_tile,
     lanes_of,
-    scaled,
 )
 from torch_paged.kernels.hopper_units import zero
 

@@ -26,11 +26,14 @@ COLUMNS: gl.constexpr = gl.constexpr(64)  # of one copy: 128 bytes, as the swizz
 
 @gluon.constexpr_function
 def columns_of(dim):
-    """Columns of shared memory that rows of `dim` numbers have: a power of two, and whole copies.
-
-    Of copies with nothing but zeros there are none, and no product reads their columns.
-    """
+    """Columns of shared memory that rows of `dim` numbers have: a power of two of copies."""
     return max(1 << (dim - 1).bit_length(), 64)
+
+
+@gluon.constexpr_function
+def copies_of(dim):
+    """Copies of a row of `dim` numbers: none that would hold nothing but zeros, and no product reads its columns."""
+    return (dim + 63) // 64
 
 
 @gluon.jit
@@ -56,7 +59,6 @@ def _copy_tiles(
     ROWS: gl.constexpr = V.copy_rows
     COPIES: gl.constexpr = V.tile // ROWS
     PIECES: gl.constexpr = columns_of(DIM) // COLUMNS
-    COPIED: gl.constexpr = (DIM + COLUMNS - 1) // COLUMNS  # of these
     COUNT: gl.constexpr = V.num_stages * PIECES * COPIES
     WHOLE: gl.constexpr = V.block_size == ROWS
     # The dimensions of `HopperLauncher._map`.
@@ -72,12 +74,12 @@ def _copy_tiles(
             ids += (gl.load(table + position // V.block_size, mask=exists, other=num_blocks),)  # type: ignore[assignment]
         stage, phase = stage_of(count, V)
         mbarrier.wait(free.index(stage), phase ^ 1)
-        mbarrier.expect(here.index(stage), V.tile * COPIED * COLUMNS * 2)
+        mbarrier.expect(here.index(stage), V.tile * copies_of(DIM) * COLUMNS * 2)
         for copy in gl.static_range(COPIES):
             position = tile * V.tile + copy * ROWS
             lacking = 0 if SEEN == "all" else gl.maximum(position + ROWS - keys, 0)
             of_block = position % V.block_size // ROWS  # which of the block's copies
-            for piece in gl.static_range(COPIED):
+            for piece in gl.static_range(copies_of(DIM)):
                 slot, column = -lacking, piece * COLUMNS
                 place = (ids[copy], slot, head, column) if WHOLE else (ids[copy], of_block, slot, head, column)
                 copied = slices.index((stage * PIECES + piece) * COPIES + copy)

@@ -6,18 +6,24 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     fence_async_shared,
     mbarrier,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from torch_paged.kernels.attention_logits import LOG2_E
-from torch_paged.kernels.hopper_loader import COLUMNS, columns_of, gap_of, stage_of
+from torch_paged.kernels.hopper_loader import COLUMNS, columns_of, copies_of, gap_of, stage_of
+from torch_paged.kernels.hopper_products import (
+    PART_ROWS,
+    add_keys,
+    add_values,
+    await_products,
+    no_output,
+    of_rows,
+    scaled,
+)
 from torch_paged.kernels.hopper_ring import hear, rows_of_unit
 from torch_paged.kernels.hopper_units import zero
 
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name from Triton 3.7 on, and before
-
-PART_ROWS: gl.constexpr = gl.constexpr(64)  # of a warpgroup
 
 
 @gluon.jit
@@ -77,74 +83,9 @@ def free_tile(free, count, V: gl.constexpr):
 
 
 @gluon.jit
-def _zeros(WIDTH: gl.constexpr):
-    """What products of a warpgroup's rows and so many columns are added to."""
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, WIDTH, 16])
-    return gl.zeros([PART_ROWS, WIDTH], gl.float32, LAYOUT)
-
-
-@gluon.jit
-def _no_output(V: gl.constexpr):
-    """Sums of no values, in the one or two pieces of columns that products of these have."""
-    outputs = ()
-    for i in gl.static_range(1 + (V.value_widths[1] > 0)):
-        outputs += (_zeros(V.value_widths[i]),)  # type: ignore[assignment]
-    return outputs
-
-
-@gluon.jit
-def _scores(query, keys, count, V: gl.constexpr):
-    """Starts the product of the query rows and the keys of tile number `count`, over the columns that are there."""
-    FIRST: gl.constexpr = V.key_widths[0]
-    REST: gl.constexpr = V.key_widths[1]
-    transposed = keys.index(count % V.num_stages).permute((1, 0))
-    rows, columns = query.slice(0, FIRST, 1), transposed.slice(0, FIRST, 0)
-    scores = warpgroup_mma(rows, columns, _zeros(V.tile), use_acc=False, is_async=True)
-    if REST > 0:
-        rows, columns = query.slice(FIRST, REST, 1), transposed.slice(FIRST, REST, 0)
-        scores = warpgroup_mma(rows, columns, scores, is_async=True)
-    return scores
-
-
-@gluon.jit
-def add_values(outputs, weights, values, count, V: gl.constexpr):
-    """Starts adding the values of tile number `count`, each with its weight."""
-    added = ()
-    tile = values.index(count % V.num_stages)
-    for i in gl.static_range(len(outputs)):
-        columns = tile.slice(i * V.value_widths[0], V.value_widths[i], 1)
-        alike = gl.convert_layout(weights, gl.DotOperandLayout(0, outputs[i].type.layout, 2), assert_trivial=True)
-        added += (warpgroup_mma(alike, columns, outputs[i], is_async=True),)  # type: ignore[assignment]
-    return added
-
-
-@gluon.jit
-def await_products(outputs, weights):
-    """Waits for all of them; the weights are read until then."""
-    outputs += (weights,)
-    found = warpgroup_mma_wait(0, deps=outputs)
-    return found[:-1], found[-1]
-
-
-@gluon.jit
-def scaled(outputs, factor):
-    """Rows of `outputs`, each times its factor."""
-    found = ()
-    for i in gl.static_range(len(outputs)):
-        found += (outputs[i] * gl.convert_layout(factor, gl.SliceLayout(1, outputs[i].type.layout))[:, None],)
-    return found
-
-
-@gluon.jit
 def _columns(tile):
     """`tile` with its columns apart that one thread holds, over which it shall not go one after another."""
     return gl.reshape(tile, [tile.shape[0], tile.shape[1] // 8, 8])
-
-
-@gluon.jit
-def _of_rows(numbers, LAYOUT: gl.constexpr):
-    """`numbers` of rows, whose threads have them already, in the layout of a slice."""
-    return gl.convert_layout(numbers, LAYOUT, assert_trivial=True)
 
 
 @gluon.jit
@@ -191,10 +132,10 @@ def _mask(scores, tile, sight, V: gl.constexpr):
     step = (8 * gl.arange(0, V.tile // 8, EIGHTS))[None, :, None]
     within = tile * V.tile + gl.arange(0, 8, gl.SliceLayout(0, FLAT))[None, :]
     last_copy, gap = gap_of(keys, V)
-    ends = _of_rows(_placed(visible, keys, V), ROW)[:, None] - within
+    ends = of_rows(_placed(visible, keys, V), ROW)[:, None] - within
     columns = gl.where(step < ends[:, None, :], columns, float("-inf"))
     if V.has.window:
-        begins = _of_rows(_placed(gl.maximum(visible - window, 0), keys, V), ROW)[:, None] - within
+        begins = of_rows(_placed(gl.maximum(visible - window, 0), keys, V), ROW)[:, None] - within
         columns = gl.where(step >= begins[:, None, :], columns, float("-inf"))
     if (gap > 0) & (last_copy < (tile + 1) * V.tile):
         lacking = (last_copy - within)[:, None, :]
@@ -220,7 +161,7 @@ def _hide_values(values, here, tile, count, sight, V: gl.constexpr):
         eights = values._reinterpret(values.dtype, shape, gl.NVMMASharedLayout(128, 16, 2))
         row = gl.arange(0, EIGHT, gl.SliceLayout(1, LAYOUT))
         for first in range(begin // EIGHT * EIGHT, end, EIGHT):
-            for piece in gl.static_range(PIECES):
+            for piece in gl.static_range(copies_of(V.value_dim)):
                 rows = eights.index(((count % V.num_stages * PIECES + piece) * V.tile + first) // EIGHT)
                 rows.store(gl.where((first + row >= end)[:, None], rows.load(LAYOUT), 0.0).to(values.dtype))
         fence_async_shared()
@@ -240,12 +181,12 @@ def _narrow(weights, like):
 def _softmax(scores, largest, total, scale, SOME_EMPTY: gl.constexpr):
     """Weights of a tile, in powers of two, with the new maximum and sum of each row and the factor of the old ones."""
     ROW: gl.constexpr = largest.type.layout
-    larger = gl.maximum(largest, _of_rows(gl.max(gl.max(_columns(scores), 1), 1), ROW) * scale)
+    larger = gl.maximum(largest, of_rows(gl.max(gl.max(_columns(scores), 1), 1), ROW) * scale)
     # A row that has seen no key yet has no maximum to subtract: -inf - -inf would be NaN.
     shift = gl.where(larger == float("-inf"), 0.0, larger) if SOME_EMPTY else larger
     weights = gl.exp2(scores * scale - shift[:, None])
     decay = gl.exp2(largest - shift)
-    return weights, larger, total * decay + _of_rows(gl.sum(gl.sum(_columns(weights), 1), 1), ROW), decay
+    return weights, larger, total * decay + of_rows(gl.sum(gl.sum(_columns(weights), 1), 1), ROW), decay
 
 
 @gluon.jit
@@ -262,7 +203,7 @@ def attend_tiles(
     keys_free, keys_here, values_free, values_here = barriers
     for tile in range(first, last):
         await_tile(keys_here, count + 1, V)
-        scores = _scores(query, key_buffers, count + 1, V)
+        scores = add_keys(query, key_buffers, count + 1, V)
         await_tile(values_here, count, V)
         outputs = add_values(outputs, weights, value_buffers, count, V)
         scores = warpgroup_mma_wait(len(outputs), deps=(scores,))
@@ -286,7 +227,7 @@ def first_tile(query, buffers, barriers, first, count, masked, sight, scale, ROW
     keys_free, keys_here, _, values_here = barriers
     await_tile(keys_here, count, V)
     _await_query()
-    scores = _scores(query, key_buffers, count, V)
+    scores = add_keys(query, key_buffers, count, V)
     if V.has.window:
         _hide_values(value_buffers, values_here, first, count, sight, V)
     scores = warpgroup_mma_wait(0, deps=(scores,))
@@ -296,6 +237,6 @@ def first_tile(query, buffers, barriers, first, count, masked, sight, scale, ROW
         scores = _mask(scores, first, sight, V)
     nothing = gl.zeros([PART_ROWS], gl.float32, ROW)
     weights, largest, total, _ = _softmax(scores, nothing - float("inf"), nothing, factor, True)
-    outputs = _no_output(V)
+    outputs = no_output(V)
     weights = gl.convert_layout(weights.to(key_buffers.dtype), gl.DotOperandLayout(0, outputs[0].type.layout, 2))
     return (largest, total, outputs), weights

@@ -155,19 +155,12 @@ def _variant(problem: Problem, device: Device, tiles: Tiles, rows: int, above: i
     copied = copy_rows(problem, device, rows)
     narrowest = narrowest_piece(problem, device, tiles)
     group = problem.num_heads // problem.num_kv_heads
-    value_pairs = loads_pairs(problem, tiles)
-    if value_pairs:
-        value_widths = problem.value_dim // 2, problem.value_dim // 2
-    elif copied and problem.value_dim <= 128:  # two products of so few columns take longer than one
-        value_widths = max(next_power_of_two(problem.value_dim), 32), 0
-    else:
-        value_widths = split_dim(problem.value_dim, narrowest)
     return Variant(
         group=group,
         head_dim=problem.head_dim,
         value_dim=problem.value_dim,
         key_widths=split_dim(problem.head_dim, narrowest),
-        value_widths=value_widths,
+        value_widths=_value_widths(problem, tiles, copied, narrowest),
         value_width=next_power_of_two(problem.value_dim),
         block_size=problem.block_size,
         paging=paging(problem.block_size, tiles.keys),
@@ -175,7 +168,7 @@ def _variant(problem: Problem, device: Device, tiles: Tiles, rows: int, above: i
         ragged=problem.ragged,
         aligned=problem.aligned,
         shared_values=shares_tiles(problem, narrowest),
-        value_pairs=value_pairs,
+        value_pairs=loads_pairs(problem, tiles),
         block_m=tiles.rows,
         tile=tiles.keys,
         num_stages=tiles.num_stages,
@@ -191,6 +184,16 @@ def _variant(problem: Problem, device: Device, tiles: Tiles, rows: int, above: i
         overlap=device.capability >= 90 and not device.amd,
         copy_rows=copied,
     )
+
+
+def _value_widths(problem: Problem, tiles: Tiles, copied: int, narrowest: int) -> tuple[int, int]:
+    """Power-of-two pieces of a value row."""
+    if loads_pairs(problem, tiles):
+        return problem.value_dim // 2, problem.value_dim // 2
+    # Two of Hopper's products take longer than one of 128 columns; its threads exchange results among 32 at least.
+    if copied and problem.value_dim <= 128:
+        return max(next_power_of_two(problem.value_dim), 32), 0
+    return split_dim(problem.value_dim, narrowest)
 
 
 def _features(features: Features, device: Device) -> Features:

@@ -77,7 +77,8 @@ def _short_units(problem: Problem) -> bool:
 def _in_three_parts(problem: Problem) -> bool:
     """Whether many keys take as long to weight as to multiply: a third part has products for the tensor cores then.
 
-    Its loaders have few registers: copies of 8 keys, and sizes that are no powers of two, make them spill.
+    Its loaders have few registers: copies of 8 keys, and sizes that are no powers of two, make them spill. The third
+    part is worth the few that columns of values between 32 and 64 make it spill.
     """
     narrow, block = _padded_width(problem) == 64, problem.block_size
     cheap = block % 128 == 0 or (block >= 16 and paging(block, 128) != "any")

@@ -43,7 +43,7 @@ _SEVERAL = ("several", 16, 256, False)  # queries a sequence, as in speculative 
 _SHORT = ("short", 4, 4096, False)  # prompts, for which Hopper's kernel may have smaller programs
 _CHUNKS = ("chunks", 2, 16384, True)  # of which shapes tell that they are long
 _IN_PARTS = (48, 256)  # block sizes of which Hopper's copy engine takes parts
-_IN_PIECES = 192  # head dim of which Hopper sums up values in two pieces
+_PADDED = (192, 128)  # head dims of values of which Hopper has sums in two pieces and in one, of keys of 192
 _MANY = ("decode-of-many", 16, 16, False)  # served otherwise than a few are where caches hold 8-bit numbers
 
 
@@ -71,9 +71,17 @@ def shipped_option_variants(device: Device) -> list[ShippedVariant]:
     ]
     found += [
         variant
-        for dim, block_size, short in (*itertools.product([128], _IN_PARTS, [False, True]), (_IN_PIECES, 16, False))
+        for block_size, short in itertools.product(_IN_PARTS, (False, True))
         for variant in _variants(
-            device, "short-" * short + "window-", Features(window=True), "bf16", dim, block_size, *_PREFILL, short
+            device, "short-" * short + "window-", Features(window=True), "bf16", 128, block_size, *_PREFILL, short
+        )
+        if variant.launch.variant.copy_rows
+    ]
+    found += [
+        variant
+        for value_dim in _PADDED
+        for variant in _variants(
+            device, f"values{value_dim}-", PLAIN_FEATURES, "bf16", 192, 16, *_PREFILL, value_dim=value_dim
         )
         if variant.launch.variant.copy_rows
     ]
@@ -92,6 +100,7 @@ def _variants(
     num_tokens: int,
     ragged: bool,
     short_window: bool = False,
+    value_dim: int | None = None,
 ) -> list[ShippedVariant]:
     problem = Problem(
         num_tokens=num_tokens,
@@ -99,7 +108,7 @@ def _variants(
         num_heads=32,
         num_kv_heads=8,
         head_dim=dim,
-        value_dim=dim,
+        value_dim=value_dim or dim,
         block_size=block_size,
         itemsize=SHIPPED_DTYPES[dtype],
         causal=True,
