@@ -14,6 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from torch_paged.kernels import problem
 from torch_paged.kernels.attention_rows import first_seen
 from torch_paged.kernels.deal import SEQUENCE, UNIT, UNITS
 from torch_paged.kernels.hopper_ring import forget, hear, rows_of_unit, source_of_unit, tell
@@ -24,10 +25,7 @@ _copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # i
 COLUMNS: gl.constexpr = gl.constexpr(64)  # of one copy: 128 bytes, as the swizzled rows of an operand are
 
 
-@gluon.constexpr_function
-def columns_of(dim):
-    """Columns of shared memory that rows of `dim` numbers have: a power of two of copies."""
-    return max(1 << (dim - 1).bit_length(), 64)
+columns_of = gluon.constexpr_function(problem.columns_of)
 
 
 @gluon.constexpr_function

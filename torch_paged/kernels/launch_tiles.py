@@ -6,7 +6,7 @@ Found by compiling for every device that is shipped for: see `tests/aot_report.p
 import math
 from typing import NamedTuple
 
-from torch_paged.kernels.problem import Device, Problem, next_power_of_two, split_dim
+from torch_paged.kernels.problem import Device, Problem, columns_of, split_dim
 
 FEW_ROWS = 64
 MANY_ROWS = 128
@@ -48,8 +48,8 @@ def copy_rows(problem: Problem, device: Device, rows: int) -> int:
 
 
 def _padded_width(problem: Problem) -> int:
-    """Columns of the wider rows in the shared memory of `attention_hopper` (see its `columns_of`)."""
-    return max(next_power_of_two(max(problem.head_dim, problem.value_dim)), 64)
+    """Columns of the wider rows in the shared memory of `attention_hopper`."""
+    return columns_of(max(problem.head_dim, problem.value_dim))
 
 
 def _hopper_tiles(problem: Problem) -> Tiles:

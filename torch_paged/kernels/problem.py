@@ -10,6 +10,11 @@ def next_power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
+def columns_of(dim: int) -> int:
+    """Columns that rows of `dim` numbers have in the shared memory of `attention_hopper`, padded with zeros."""
+    return max(1 << (dim - 1).bit_length(), 64)
+
+
 def split_dim(dim: int, narrowest: int = 16) -> tuple[int, int]:
     """Widths of the one or two power-of-two pieces that cover `dim` (>= 16) columns; the second may be 0.
 

@@ -69,20 +69,15 @@ def shipped_option_variants(device: Device) -> list[ShippedVariant]:
         for kind in (_DECODE, _PREFILL, *[_MIXED] * short, _SEVERAL, _MANY)
         for variant in _variants(device, "short-" * short + f"{name}-", features, dtype, dim, 16, *kind, short)
     ]
-    found += [
-        variant
+    parts = [
+        ("short-" * short + "window-", Features(window=True), 128, 128, block_size, short)
         for block_size, short in itertools.product(_IN_PARTS, (False, True))
-        for variant in _variants(
-            device, "short-" * short + "window-", Features(window=True), "bf16", 128, block_size, *_PREFILL, short
-        )
-        if variant.launch.variant.copy_rows
     ]
+    parts += [(f"values{value_dim}-", PLAIN_FEATURES, 192, value_dim, 16, False) for value_dim in _PADDED]
     found += [
         variant
-        for value_dim in _PADDED
-        for variant in _variants(
-            device, f"values{value_dim}-", PLAIN_FEATURES, "bf16", 192, 16, *_PREFILL, value_dim=value_dim
-        )
+        for prefix, features, dim, value_dim, block_size, short in parts
+        for variant in _variants(device, prefix, features, "bf16", dim, block_size, *_PREFILL, short, value_dim)
         if variant.launch.variant.copy_rows
     ]
     return list({(variant.dtype, variant.launch): variant for variant in reversed(found)}.values())[::-1]
