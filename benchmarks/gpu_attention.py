@@ -4,7 +4,8 @@
 
 Bytes are the keys and values that must be read once; FLOPs count unmasked pairs alone. Every case is verified before it
 is timed, in float64 on a sample of its sequences; a wrong result ends the run. Times are of one call among many in a
-CUDA graph, over inputs rotated so that none is still in the L2 cache, with a schedule made before, and without.
+CUDA graph, over inputs rotated so that none is still in the L2 cache, with a schedule made before, and without; all
+that a case compares take turns.
 `--smoke` runs everything tiny, on any device.
 """
 
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from attention_cases import CASES, ODD, ODD_PREFILL, Arguments, Case, make
 from gpu_peers import PEERS, absent, versions
-from gpu_timing import ceilings, header, rotations, summary, timed
+from gpu_timing import Replay, ceilings, header, in_turns, rotations, summary
 
 import torch_paged  # noqa: F401 - registers the operators
 from torch_paged.kernels.attention import launch_attention
@@ -134,33 +135,33 @@ def _floor(case: Case) -> float:
     return max(case.bytes / 4e12, case.flops / 6e14)
 
 
-def measure(
-    case: Case, sets: list[Arguments], launches: Launches, scheduled: bool = False, repeats: int = 20
-) -> dict[str, Any]:
-    """Verifies, then times `launches` over the rotated input sets; their schedules are made before, as a model does."""
+def prepared(case: Case, sets: list[Arguments], launches: Launches, scheduled: bool = False) -> tuple[Replay, float]:
+    """`launches` over the rotated input sets, and their error; their schedules are made before, as a model does."""
     results, schedules = [outputs(case, inputs) for inputs in sets], [None] * len(sets)
     if scheduled:
         schedules = [ops.schedule(*inputs[:5], cu_seqlens_q=inputs[5], causal=case.causal) for inputs in sets]
     run(launches, sets[0], *results[0], schedules[0])
     error = verify(case, sets[0], *results[0])
     calls = [lambda i=i, r=r, s=s: run(launches, i, *r, s) for i, r, s in zip(sets, results, schedules, strict=True)]
-    return _figures(case, timed(calls, repeats, _floor(case))) | {"error": error}
+    return Replay(calls, _floor(case)), error
 
 
-def measure_peers(case: Case, sets: list[Arguments]) -> dict[str, dict[str, Any]]:
-    """Each peer's figures, or why it has none."""
-    measured: dict[str, dict[str, Any]] = {}
+def prepared_peers(case: Case, sets: list[Arguments]) -> tuple[dict[str, Replay], dict[str, dict[str, Any]]]:
+    """Peers that serve the case, and why the others do not."""
+    ready, not_served = {}, {}
     expected, lse = outputs(case, sets[0])
     run(shipped(case, sets[0]), sets[0], expected, lse)
     for name, peer in PEERS.items():
         try:
             calls = [peer(case, inputs) for inputs in sets]
             torch.testing.assert_close(calls[0](), expected[: sum(case.queries)], rtol=0.05, atol=0.02)
-            measured[name] = _figures(case, timed(calls, 10, _floor(case)))
+            replay = Replay(calls, _floor(case))
+            replay.seconds()
+            ready[name] = replay
         except Exception as problem:
-            measured[name] = {"absent": f"{type(problem).__name__}: {str(problem).strip().splitlines()[0][:150]}"}
+            not_served[name] = {"absent": f"{type(problem).__name__}: {str(problem).strip().splitlines()[0][:150]}"}
         torch.cuda.empty_cache()
-    return measured
+    return ready, not_served
 
 
 def compile_one(case: Case, launch: AttentionLaunch, device: torch.device) -> None:
@@ -201,15 +202,19 @@ def _at_most_70(lens: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(min(length, 70) for length in lens[-2:])
 
 
-def measure_all(case: Case, sets: list[Arguments], peers: bool) -> dict[str, Any]:
-    """A case with a schedule, without one, by the general kernel where another serves it, and by its peers."""
+def measure(case: Case, sets: list[Arguments], with_peers: bool) -> dict[str, Any]:
+    """A case with a schedule, without, by the general kernel where another serves it, and by its peers, in turns."""
     launches, without = shipped(case, sets[0]), general(case, sets[0])
-    entry: dict[str, Any] = measure(case, sets, launches, scheduled=True)
-    entry["without a schedule"] = measure(case, sets, launches, repeats=10)
+    ours = {"": prepared(case, sets, launches, scheduled=True), "without a schedule": prepared(case, sets, launches)}
     if without != launches:
-        entry["general"] = measure(case, sets, without, repeats=10)
-    if peers:
-        entry["peers"] = measure_peers(case, sets)
+        ours["general"] = prepared(case, sets, without)
+    peers, not_served = prepared_peers(case, sets) if with_peers else ({}, {})
+    times = in_turns({name: replay for name, (replay, _) in ours.items()} | peers, 12)
+    figures = {name: _figures(case, seconds) for name, seconds in times.items()}
+    measured: dict[str, Any] = {name: figures[name] | {"error": error} for name, (_, error) in ours.items()}
+    entry = measured.pop("") | measured
+    if with_peers:
+        entry["peers"] = {name: figures.get(name) or not_served[name] for name in PEERS}
     return entry
 
 
@@ -274,7 +279,7 @@ def main() -> None:
     print(f"{len(odd)} odd shapes right", flush=True)
     for name, case in cases.items():
         sets = [make(case, device, seed) for seed in range(1 if options.smoke or case.pool else rotations(case.bytes))]
-        report["cases"][name] = measure_all(case, sets, peers=options.peers and name in WITH_PEERS)
+        report["cases"][name] = measure(case, sets, options.peers and name in WITH_PEERS)
         show_all(name, report["cases"][name], report["ceilings"]["read_gb_s"])
         if options.output:
             options.output.write_text(json.dumps(report, indent=1))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gpu_timing import header, rotations, summary, timed
+from gpu_timing import Replay, header, in_turns, rotations, summary
 
 import torch_paged  # noqa: F401 - registers the operators
 
@@ -95,9 +95,12 @@ def device_times() -> dict[str, dict[str, Any]]:
         bytes_moved = make()[0]
         count = min(rotations(bytes_moved), 16)
         floor = bytes_moved / 4e12
-        measured = summary(timed([make()[1] for _ in range(count)], floor=floor))
         pairs = [torch.randn(2, bytes_moved // 8, device="cuda") for _ in range(count)]
-        copied = summary(timed([lambda pair=pair: pair[0].copy_(pair[1]) for pair in pairs], floor=floor))
+        replays = {
+            "ours": Replay([make()[1] for _ in range(count)], floor),
+            "copy_": Replay([lambda pair=pair: pair[0].copy_(pair[1]) for pair in pairs], floor),
+        }
+        measured, copied = (summary(times) for times in in_turns(replays).values())
         figures[name] = measured | {
             "gb_s": bytes_moved / measured["us"] * 1e-3,
             "copy_us": copied["us"],
@@ -108,7 +111,7 @@ def device_times() -> dict[str, dict[str, Any]]:
             f"{figures[name]['of_copy']:.0%} of its speed",
             flush=True,
         )
-        del pairs
+        del pairs, replays
         torch.cuda.empty_cache()
     return figures
 

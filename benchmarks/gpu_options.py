@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from attention_cases import Arguments, Case, decode, make
 from gpu_engines import flash_attention, vllm_attention
-from gpu_timing import ceilings, header, rotations, summary, timed
+from gpu_timing import Replay, ceilings, header, in_turns, rotations, summary
 from torch import Tensor
 
 import torch_paged
@@ -103,23 +103,23 @@ PEERS = {
 }
 
 
-def beside(
+def prepared_peers(
     case: Case, sets: list[tuple[Arguments, dict[str, Tensor]]], options: dict[str, Any], ours: Tensor, least: float
-) -> dict[str, Any]:
-    """Microseconds of the peers that serve `options`, or why one does not."""
-    found: dict[str, Any] = {}
+) -> tuple[dict[str, Replay], dict[str, str]]:
+    """Peers that serve `options`, and why the others do not."""
+    ready, not_served = {}, {}
     for name, peer in PEERS.items():
         try:
             calls = [peer(case, inputs, **options) for inputs, _ in sets]
             output = calls[0]()
         except (NotImplementedError, ImportError, RuntimeError) as problem:
-            found[name] = (str(problem).splitlines() or [type(problem).__name__])[0][:100]
+            not_served[name] = (str(problem).splitlines() or [type(problem).__name__])[0][:100]
             continue
         error = ((output.float() - ours[: len(output)].float()).norm() / ours.float().norm()).item()
         if not error < 1e-2:
             raise AssertionError(f"{name} differs: {case}, {list(options)}: error {error:.2e}")
-        found[name] = summary(timed(calls, 20, least))["us"]
-    return found
+        ready[name] = Replay(calls, least)
+    return ready, not_served
 
 
 def measure(
@@ -143,11 +143,13 @@ def measure(
     error = verify(case, sets[0][0], sets[0][1] | options, ours)
     calls = [lambda i=i, its=its, s=s: call(i, its, s) for (i, its), s in zip(sets, schedules, strict=True)]
     least = max(size / 4e12, flops / 6e14)
-    figures = summary(timed(calls, 20, least))
+    served = with_peers and dtype is None and "alibi_slopes" not in options
+    peers, not_served = prepared_peers(case, sets, options, ours, least) if served else ({}, {})
+    times = in_turns({"": Replay(calls, least)} | peers)
+    figures = summary(times.pop(""))
     seconds = figures["us"] * 1e-6
     figures |= {"gb_s": size / seconds * 1e-9, "tflop_s": flops / seconds * 1e-12, "error": error}
-    served = with_peers and dtype is None and "alibi_slopes" not in options
-    return figures | {"peers": beside(case, sets, options, ours, least) if served else {}}
+    return figures | {"peers": {name: summary(seconds)["us"] for name, seconds in times.items()} | not_served}
 
 
 def main() -> None:

@@ -4,14 +4,13 @@ Prints the best of each case; `launch_config` ships what won. Every candidate is
 """
 
 import argparse
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 from attention_cases import CASES, make
-from gpu_attention import compile_all, launches_of, measure
-from gpu_timing import rotations
+from gpu_attention import compile_all, launches_of, prepared
+from gpu_timing import in_turns, rotations, summary
 
 from torch_paged.kernels.device import device_of
 from torch_paged.kernels.launch_config import AttentionLaunch
@@ -56,20 +55,23 @@ def main() -> None:
     for name in options.cases:
         case = CASES[name]
         sets = [make(case, device, seed) for seed in range(rotations(case.bytes))]
-        results = []
+        replays, failed = {}, {}
         for launches in tried[name]:
             v = launches[-1].variant
             label = (
                 f"tile {v.tile} warps {launches[-1].num_warps} stages {v.num_stages} programs {launches[-1].programs}"
             )
             try:
-                results.append((measure(case, sets, launches, repeats=8)["us"], label))
+                replays[label], _ = prepared(case, sets, launches)
             except Exception as problem:
-                results.append((math.inf, f"{label}: {str(problem)[:100]}"))
+                failed[label] = str(problem)[:100]
         print(name, flush=True)
-        for us, label in sorted(results):
-            print(f"    {us:10.1f} us  {label}", flush=True)
-        del sets
+        found = {label: summary(times)["us"] for label, times in in_turns(replays, 8).items()}
+        for label in sorted(found, key=found.__getitem__):
+            print(f"    {found[label]:10.1f} us  {label}", flush=True)
+        for label, problem in failed.items():
+            print(f"    {label}: {problem}", flush=True)
+        del sets, replays
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Times on a GPU: medians over replays of a CUDA graph, and the device's own ceilings."""
 
 import math
+import random
 import time
 from collections.abc import Callable
 from typing import Any
@@ -30,35 +31,58 @@ def rotations(bytes_moved: int) -> int:
     return max(2, min(50, math.ceil(ROTATED_BYTES / max(bytes_moved, 1))))
 
 
-def timed(calls: list[Callable[[], object]], repeats: int = 20, floor: float = LEAST_SECONDS) -> list[float]:
-    """Seconds of one call, `repeats` times, sorted; each from a graph that makes all calls, several times over.
+class Replay:
+    """A CUDA graph of all `calls`, several times over: enough to outlast its own launch. On a CPU, the calls.
 
-    `floor` is about the time of one call: enough calls are captured for a replay to outlast its own launch.
+    `floor` is about the time of one call.
     """
-    if not torch.cuda.is_available():
-        start = time.perf_counter()
-        for call in calls:
+
+    def __init__(self, calls: list[Callable[[], object]], floor: float = LEAST_SECONDS) -> None:
+        self._calls, self._graph = calls, None
+        if torch.cuda.is_available():
+            self._calls = calls * max(1, math.ceil(min(50, LEAST_SECONDS / max(floor, 3e-6)) / len(calls)))
+            self._graph = torch.cuda.CUDAGraph()
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                calls[0]()
+            torch.cuda.synchronize()
+            with torch.cuda.graph(self._graph, stream=stream):
+                self._run()
+
+    def _run(self) -> None:
+        for call in self._calls:
             call()
-        return [(time.perf_counter() - start) / len(calls)]
-    calls = calls * max(1, math.ceil(min(50, LEAST_SECONDS / max(floor, 3e-6)) / len(calls)))
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        calls[0]()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph, stream=stream):
-        for call in calls:
-            call()
-    times = []
-    for repeat in range(repeats + 3):
+
+    def seconds(self) -> float:
+        """Of one call."""
+        if self._graph is None:
+            begun = time.perf_counter()
+            self._run()
+            return (time.perf_counter() - begun) / len(self._calls)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        graph.replay()
+        self._graph.replay()
         end.record()
         end.synchronize()
-        if repeat >= 3:
-            times.append(start.elapsed_time(end) * 1e-3 / len(calls))
-    return sorted(times)
+        return start.elapsed_time(end) * 1e-3 / len(self._calls)
+
+
+def in_turns(replays: dict[str, Replay], repeats: int = 20) -> dict[str, list[float]]:
+    """Sorted seconds of one call of each, `repeats` times in turns, each time in a random order.
+
+    How fast a device runs depends on what ran before: all share the same power limit.
+    """
+    times: dict[str, list[float]] = {name: [] for name in replays}
+    for _ in range(3 + repeats if torch.cuda.is_available() else 1):
+        for name in random.sample(list(replays), len(replays)):
+            times[name].append(replays[name].seconds())
+    return {name: sorted(found[-repeats:]) for name, found in times.items()}
+
+
+def timed(calls: list[Callable[[], object]], repeats: int = 20, floor: float = LEAST_SECONDS) -> list[float]:
+    """Sorted seconds of one call, `repeats` times: see `Replay`."""
+    return in_turns({"": Replay(calls, floor)}, repeats)[""]
 
 
 def summary(times: list[float]) -> dict[str, float]:

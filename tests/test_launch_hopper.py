@@ -57,13 +57,15 @@ def test_hopper_copies_blocks_or_parts_of_them(changes, copy_rows):
 
 @pytest.mark.parametrize("dim", range(16, 257, 8))
 def test_products_on_hopper_are_of_the_columns_that_are_there(dim):
-    """In one or two pieces of what is copied, of which the second begins a copy; of values in one up to 128."""
+    """In one or two pieces of what is copied: of keys as few columns as there can be, of values up to 128 in one."""
     variant = attention_launches(replace(PREFILL, head_dim=dim, value_dim=dim), HOPPER)[0].variant
-    for first, rest in (variant.key_widths, variant.value_widths):
-        assert dim <= first + rest <= -(-dim // 64) * 64 <= columns_of(dim)  # what is copied, and its room
-        assert rest == 0 or first % 64 == 0
-    assert min(variant.value_widths[0], variant.value_widths[1] or 32) >= 32
-    assert variant.value_widths[1] == 0 or dim > 128
+    keys, values = variant.key_widths, variant.value_widths
+    powers = [16, 32, 64, 128, 256]
+    assert keys[0] > keys[1] and {*keys} <= {0, *powers}
+    assert sum(keys) == min(a + b for a in powers for b in [0, *powers] if a + b >= dim)
+    assert dim <= sum(values) <= -(-dim // 64) * 64 <= columns_of(dim)  # what is copied, and its room
+    assert min(values[0], values[1] or 32) >= 32
+    assert values[1] == 0 or (dim > 128 and values[0] % 64 == 0)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +92,10 @@ def test_units_of_prompts_of_any_length_have_two_parts_on_hopper(queries, seqs, 
         (dict(features=Features(), num_seqs=8), 128, 1, 5),
         (dict(features=Features(), num_seqs=16), 128, 1, 1),
         (dict(features=Features(), num_seqs=8, head_dim=64, value_dim=64), 64, 3, 3),
+        (dict(features=Features(), num_seqs=8, head_dim=48, value_dim=16), 64, 3, 3),
+        (dict(features=Features(), num_seqs=8, head_dim=56, value_dim=48), 128, 1, 5),  # rows of 112 bytes
+        (dict(features=Features(), num_seqs=8, head_dim=48, value_dim=40), 128, 1, 5),
+        (dict(short_window=True, head_dim=40, value_dim=40), 64, 3, 1),
         (dict(features=Features(), num_seqs=16, head_dim=64, value_dim=64), 128, 1, 1),
         (dict(features=Features(), num_seqs=8, head_dim=64, value_dim=64, ragged=True), 128, 1, 5),
     ],

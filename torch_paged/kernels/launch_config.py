@@ -159,7 +159,7 @@ def _variant(problem: Problem, device: Device, tiles: Tiles, rows: int, above: i
         group=group,
         head_dim=problem.head_dim,
         value_dim=problem.value_dim,
-        key_widths=split_dim(problem.head_dim, narrowest),
+        key_widths=split_dim(problem.head_dim, narrowest, 16 if copied else 32),
         value_widths=_value_widths(problem, tiles, copied, narrowest),
         value_width=next_power_of_two(problem.value_dim),
         block_size=problem.block_size,

@@ -66,11 +66,12 @@ def _short_units(problem: Problem) -> bool:
     """Whether `attention_hopper` has several small programs on a multiprocessor: one computes while others wait.
 
     They read keys for half as many rows. The L2 cache serves that of short windows, and of narrow heads where many
-    programs read the same keys at a time.
+    programs read the same keys at a time, unless rows are no multiples of its sectors.
     """
     width = _padded_width(problem)
+    whole_sectors = problem.head_dim % 16 == problem.value_dim % 16 == 0
     many = problem.num_tokens >= SHARED * problem.num_seqs and not (problem.ragged or problem.features.window)
-    prompts = width == 64 and many and not _long_prompts(problem)
+    prompts = width == 64 and whole_sectors and many and not _long_prompts(problem)
     return width <= 128 and (problem.short_window or prompts)
 
 

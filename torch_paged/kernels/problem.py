@@ -15,16 +15,16 @@ def columns_of(dim: int) -> int:
     return max(1 << (dim - 1).bit_length(), 64)
 
 
-def split_dim(dim: int, narrowest: int = 16) -> tuple[int, int]:
+def split_dim(dim: int, narrowest: int = 16, second: int = 32) -> tuple[int, int]:
     """Widths of the one or two power-of-two pieces that cover `dim` (>= 16) columns; the second may be 0.
 
     96 is 64 + 32 and 576 is 512 + 64: no tile is padded to 128 or 1024. 112 is 128, as 64 + 64 would save nothing.
-    A second piece of 16 columns would make the compiler repeat a product of 16 rows in every warp: it has 32 or more.
+    The second has `second` columns or more. Of 16 it would make the compiler repeat a product of 16 rows in every warp.
     """
     wide = 1 << (max(dim, narrowest).bit_length() - 1)
     if wide >= dim:
         return wide, 0
-    rest = max(next_power_of_two(dim - wide), 32, narrowest)
+    rest = max(next_power_of_two(dim - wide), second, narrowest)
     return (2 * wide, 0) if wide + rest >= 2 * wide else (wide, rest)
 
 
