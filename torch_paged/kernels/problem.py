@@ -10,6 +10,7 @@ def next_power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
+# Called while a kernel is compiled, where Triton allows no call of another Python function.
 def columns_of(dim: int) -> int:
     """Columns that rows of `dim` numbers have in the shared memory of `attention_hopper`, padded with zeros."""
     return max(1 << (dim - 1).bit_length(), 64)
@@ -19,7 +20,8 @@ def split_dim(dim: int, narrowest: int = 16, second: int = 32) -> tuple[int, int
     """Widths of the one or two power-of-two pieces that cover `dim` (>= 16) columns; the second may be 0.
 
     96 is 64 + 32 and 576 is 512 + 64: no tile is padded to 128 or 1024. 112 is 128, as 64 + 64 would save nothing.
-    The second has `second` columns or more. Of 16 it would make the compiler repeat a product of 16 rows in every warp.
+    The second has `second` columns or more: 32, as of 16 the compiler would repeat a product of 16 rows in every warp.
+    `attention_hopper` has no such products.
     """
     wide = 1 << (max(dim, narrowest).bit_length() - 1)
     if wide >= dim:
