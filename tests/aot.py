@@ -77,7 +77,7 @@ class Kernel(NamedTuple):
     pending: int  # asynchronous copies that may still be under way while a tile is computed
     instructions: dict[str, int]  # how many of each kind that `_SASS` or `_AMDGCN` names
     pipelined_loops: int  # loops of Hopper's machine code that wait for one product while the next is under way
-    overlapped: int  # exponentials that do not wait for the last product in such a loop
+    overlapped: int  # exponentials and tanh that do not wait for the last product in such a loop
     waits_first: int  # 1: touches no memory before the kernel in front of it has ended (programmatic dependent launch)
 
 
@@ -243,13 +243,14 @@ def _pipelined_loops(code: str) -> list[str]:
 
 
 def _overlapped(code: str) -> int:
-    """Exponentials between the last product of a pipelined loop without masks and the wait for it, in that with fewest.
+    """Exponentials and tanh between the last product of a pipelined loop and the wait for it.
 
-    The assembler puts the wait where it likes: with none before it, all of them wait for the product.
+    In the loop without masks that has fewest. The assembler puts the wait where it likes: with none before it, all of
+    them wait for the product.
     """
     without_masks = [loop for loop in _pipelined_loops(code) if loop.count("FSEL") <= 16]
     under_way = [loop.rpartition("HGMMA")[2].rpartition("DEPBAR.LE gsb0")[0] for loop in without_masks]
-    return min((part.count("MUFU.EX2") for part in under_way), default=0)
+    return min((len(re.findall(r"MUFU\.(?:EX2|TANH)", part)) for part in under_way), default=0)
 
 
 def _nvidia(compiled: Any) -> tuple[int, str, dict[str, str]]:

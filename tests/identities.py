@@ -199,7 +199,7 @@ def serve_with(heads, kv_heads, dim, value_dim, block_size, options, head_major)
             torch_paged.attention(
                 query, *caches, torch.zeros(seqs, 5, dtype=torch.int32), torch.full((seqs,), 5, dtype=torch.int32),
                 cu_seqlens_q=bounds, sliding_window=(7, 2000)[first] if "sliding_window" in options else None,
-                softcap=(2.0, 1e5)[first] if "softcap" in options else 0.0,
+                softcap=2.0 if "softcap" in options else 0.0,
                 alibi_slopes=per_head if "alibi_slopes" in options else None,
                 sinks=per_head if "sinks" in options else None, **written,
             )  # fmt: skip

@@ -37,7 +37,7 @@ def hopper_faults(variant, kernel):
         "products under way": kernel.pipelined_loops == 2 * parts,
         # The assembler has the wait for a product ahead of them up to dim 64, and the wait for two products of values,
         # which are faster all the same. One part has them all, or none, and was seen to be faster without: there other
-        # programs' products hide them.
+        # programs' products hide them. Under a softcap it has but tanh meanwhile, for which each row's maximum waits.
         "exponentials meanwhile": kernel.overlapped > 0 or parts == 1 or v.head_dim <= 64 or v.value_widths[1] > 0,
         "no spilled registers": kernel.instructions["spill"] == 0,
         "matrix unit": kernel.instructions["wgmma"] > 0 and kernel.instructions["tensor_core"] == 0,

@@ -26,7 +26,6 @@ PREFILL = Problem(4096, 1, 32, 8, 128, 128, 16, itemsize=2, causal=True, ragged=
         (dict(features=Features(window=True, softcap=True, sinks=True)), 16),
         (dict(features=Features(alibi=True)), 0),
         (dict(features=Features(key=Stored("e4m3", "head"))), 0),
-        (dict(features=Features(softcap=True), far_cap=True), 0),
         (dict(features=Features(window=True), block_size=128), 128),
         (dict(features=Features(window=True), block_size=256), 128),
         (dict(features=Features(window=True), block_size=256, short_window=True), 64),

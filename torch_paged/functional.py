@@ -56,7 +56,9 @@ def attention(
         scale: factor of the logits, any finite float32; None: 1 / sqrt(D). Logits have to fit into float32 as well.
         causal: whether a query sees only the keys up to its position.
         sliding_window: W >= 1: a query sees itself and the W - 1 keys before it; needs `causal`.
-        softcap: c > 0 makes `c * tanh(logit / c)` of a scaled logit (Gemma 2); 0: off.
+        softcap: c > 0 makes `c * tanh(logit / c)` of a scaled logit (Gemma 2); 0: off. On Hopper, where more than
+            64 rows (queries of a sequence times heads of a group) share keys of 16 bits, output and lse come of the
+            hardware's tanh, exact to 11 bits.
         alibi_slopes: float32 [H], of Press et al., "Train Short, Test Long" (2021).
         sinks: float32 [H], one extra logit in each row's denominator, neither scaled nor capped (gpt-oss). A row that
             sees no key then has lse = sink.

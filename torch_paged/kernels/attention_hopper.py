@@ -21,10 +21,10 @@ from torch_paged.kernels.hopper_ring import RECORD, RING, forget, keys_of_unit, 
 from torch_paged.kernels.hopper_tiles import (
     attend_tiles,
     await_tile,
-    centred,
     fetch_query,
     first_tile,
     free_tile,
+    hide_together,
     lanes_of,
 )
 from torch_paged.kernels.hopper_units import zero
@@ -163,7 +163,7 @@ def _attend(PART: gl.constexpr, arguments, V: gl.constexpr):
     ROW: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, V.tile, 16]))
     query, query_strides, scale, num_kv_heads, window, tensors, ring, buffers, barriers = arguments
     queries, _, value_buffers = buffers
-    _, _, values_free, values_here = barriers
+    _, _, values_free, values_here = barriers[:4]
     rows = queries.index(PART)
     lane = lanes_of(PART, ROW)
     if V.block_m > 128:
@@ -180,7 +180,7 @@ def _attend(PART: gl.constexpr, arguments, V: gl.constexpr):
             begin = gl.cdiv(first_seen(behind + (offset + V.block_m - 1) // V.group, 0, keys, window, V), V.tile)
         sight = (visible, first_seen(behind, 0, keys, window, V), keys, window)
         state, weights = first_tile(
-            rows, buffers, barriers, first, count, (first < begin) | (first >= end), sight, scale, ROW, V
+            rows, buffers, barriers, first, count, number, (first < begin) | (first >= end), sight, scale, PART, ROW, V
         )
         state, weights, count = _attend_others(
             state, weights, rows, buffers, barriers, first + 1, last, count, (begin, end), sight, scale, V
@@ -193,7 +193,7 @@ def _attend(PART: gl.constexpr, arguments, V: gl.constexpr):
         outputs, weights = await_products(outputs, weights)
         free_tile(values_free, count, V)
         count += 1
-        _write(tensors, (centred(largest, scale, V), total, outputs), ring, number, num_kv_heads, lane, PART, V)
+        _write(tensors, (largest, total, outputs), ring, number, num_kv_heads, lane, PART, V)
         forget(ring, number)
         number += 1
 
@@ -264,6 +264,10 @@ def attention_hopper(
     records = gl.allocate_shared_memory(gl.int32, [RING, RECORD], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     ring = (records, units_free, units_here)
     barriers = (keys_free, keys_here, values_free, values_here)
+    if hide_together(V):
+        values_hidden = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+        mbarrier.init(values_hidden.index(0), count=PARTS)
+        barriers += (values_hidden.index(0),)  # type: ignore[assignment]
     work = (block_table, table_stride, num_blocks, num_kv_heads, window)
     tensors = (output, lse, partial, handoff, sinks, num_seqs)
     attend = (query, query_strides, scale, num_kv_heads, window, tensors, ring, buffers, barriers)

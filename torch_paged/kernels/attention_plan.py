@@ -16,7 +16,7 @@ from torch_paged.kernels.device import device_of
 from torch_paged.kernels.features import Features
 from torch_paged.kernels.launch import Launcher, Plans, layout
 from torch_paged.kernels.launch_config import AttentionLaunch, attention_launches
-from torch_paged.kernels.launch_tiles import FAR_CAP, SHORT_WINDOW
+from torch_paged.kernels.launch_tiles import SHORT_WINDOW
 from torch_paged.kernels.problem import Problem
 from torch_paged.kernels.storage import stored_in, viewed
 from torch_paged.kernels.vectors import dense, effective_strides
@@ -104,9 +104,8 @@ def _metadata(options: AttentionOptions) -> tuple[Any, ...] | None:
     """What of `options` decides which kernel runs and how it reads them."""
     if options is PLAIN:
         return None
-    cap = options.softcap > 0, options.softcap > FAR_CAP
     window = options.sliding_window is not None, _is_short(options.sliding_window)
-    given = (*window, *cap, *(tensor is not None for tensor in options[2:4]))
+    given = (*window, options.softcap > 0, *(tensor is not None for tensor in options[2:4]))
     return given + tuple(None if scale is None else (scale.shape, scale.stride()) for scale in options[4:])
 
 
@@ -248,7 +247,6 @@ def problem_of(
         features=features_of(query, key_cache, value_cache, options),
         copyable=_copyable(key_cache) and _copyable(value_cache),
         short_window=_is_short(options.sliding_window),
-        far_cap=options.softcap > FAR_CAP,
     )
 
 

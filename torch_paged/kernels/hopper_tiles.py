@@ -9,7 +9,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from torch_paged.kernels.attention_logits import LOG2_E
 from torch_paged.kernels.hopper_loader import COLUMNS, columns_of, copies_of, gap_of, stage_of
 from torch_paged.kernels.hopper_products import (
     PART_ROWS,
@@ -23,7 +22,13 @@ from torch_paged.kernels.hopper_products import (
 from torch_paged.kernels.hopper_ring import hear, rows_of_unit
 from torch_paged.kernels.hopper_units import zero
 
-_barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name from Triton 3.7 on, and before
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name from Triton 3.7 on, and before
+
+
+@gluon.constexpr_function
+def hide_together(V):
+    """Whether parts of the warps share the work of `_hide_values`."""
+    return V.has.window and V.block_m > PART_ROWS.value
 
 
 @gluon.jit
@@ -53,7 +58,7 @@ def fetch_query(query, query_strides, memory, PART: gl.constexpr, ring, number, 
         offsets += token.to(gl.int64) * token_stride + (head * V.group).to(gl.int64) * head_stride
         pointers = query + offsets[:, None] + column[None, :]
         pointers = gl.max_contiguous(gl.multiple_of(pointers, [1, 16]), [1, DIM])
-        _barrier()  # all warps have done with the rows before
+        barrier()  # all warps have done with the rows before
         valid = (lane < rows)[:, None]
         if DIM > V.head_dim:
             valid = valid & (column < V.head_dim)[None, :]
@@ -66,7 +71,7 @@ def fetch_query(query, query_strides, memory, PART: gl.constexpr, ring, number, 
 def _await_query():
     async_copy.wait_group(0)
     fence_async_shared()
-    _barrier()
+    barrier()
 
 
 @gluon.jit
@@ -90,28 +95,17 @@ def _columns(tile):
 
 @gluon.jit
 def _logits(scores, scale, V: gl.constexpr):
-    """Numbers, and a factor: logits to base 2 are `numbers * factor`; with a softcap c, less c (see `centred`).
+    """Numbers, and a factor: logits to base 2 are their product.
 
-    c tanh(x) = 2 c / (1 + e^-2x) - c, and weights are the same with and without a constant.
+    The device's own tanh is exact to 11 bits: more than a bfloat16 has, as many as a float16.
     """
     factor = scale
     if V.has.softcap:
-        inner, cap = scale
-        # Infinite, it would make NaN of a score of 0.
-        power = gl.exp2(scores * gl.maximum(inner * (-2 * LOG2_E), -3.4e38))
+        inner, factor = scale
         scores = gl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [power + 1.0], gl.float32, is_pure=True, pack=1
+            "tanh.approx.f32 $0, $1;", "=r,r", [scores * inner], gl.float32, is_pure=True, pack=1
         )
-        factor = 2 * cap
     return scores, factor
-
-
-@gluon.jit
-def centred(largest, scale, V: gl.constexpr):
-    """The largest logits of rows, from what `_logits` leaves c too large."""
-    if V.has.softcap:
-        largest -= scale[1]
-    return largest
 
 
 @gluon.jit
@@ -144,28 +138,35 @@ def _mask(scores, tile, sight, V: gl.constexpr):
 
 
 @gluon.jit
-def _hide_values(values, here, tile, count, sight, V: gl.constexpr):
+def _hide_values(values, barriers, tile, count, sight, PART: gl.constexpr, V: gl.constexpr):
     """Zeros in the place of the values that stand in the first copy that a row sees, before the key that it sees.
 
-    No weight is given to them, but NaN times 0 would show. All parts of the warps do it, so that none waits for others.
+    No weight is given to them, but NaN times 0 would show. Parts of the warps take eights of rows in turn, of a buffer
+    always the same, so that racecheck sees no two write to one place; `first_tile` waits until all have.
     """
     EIGHT: gl.constexpr = 8  # rows of 128 bytes, after which the swizzle repeats
+    PARTS: gl.constexpr = V.block_m // PART_ROWS
     PIECES: gl.constexpr = columns_of(V.value_dim) // COLUMNS
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [gl.num_warps(), 1], [1, 0])
+    values_here = barriers[3]
     _visible, low, keys, _window = sight
     begin = gl.maximum(low // V.copy_rows * V.copy_rows - tile * V.tile, 0)
     end = _placed(low, keys, V) - tile * V.tile
     if end > begin:
-        await_tile(here, count, V)
+        await_tile(values_here, count, V)
         shape: gl.constexpr = [V.num_stages * PIECES * V.tile // EIGHT, EIGHT, COLUMNS]
         eights = values._reinterpret(values.dtype, shape, gl.NVMMASharedLayout(128, 16, 2))
         row = gl.arange(0, EIGHT, gl.SliceLayout(1, LAYOUT))
-        for first in range(begin // EIGHT * EIGHT, end, EIGHT):
+        own = (begin // EIGHT + PARTS - 1 - PART) // PARTS * PARTS + PART
+        for first in range(own * EIGHT, end, PARTS * EIGHT):
             for piece in gl.static_range(copies_of(V.value_dim)):
                 rows = eights.index(((count % V.num_stages * PIECES + piece) * V.tile + first) // EIGHT)
                 rows.store(gl.where((first + row >= end)[:, None], rows.load(LAYOUT), 0.0).to(values.dtype))
         fence_async_shared()
-        _barrier()
+        barrier()
+    if hide_together(V):
+        values_hidden = barriers[4]
+        mbarrier.arrive(values_hidden, count=1)
 
 
 @gluon.jit
@@ -200,7 +201,7 @@ def attend_tiles(
     """
     largest, total, outputs = state
     _, key_buffers, value_buffers = buffers
-    keys_free, keys_here, values_free, values_here = barriers
+    keys_free, keys_here, values_free, values_here = barriers[:4]
     for tile in range(first, last):
         await_tile(keys_here, count + 1, V)
         scores = add_keys(query, key_buffers, count + 1, V)
@@ -221,15 +222,18 @@ def attend_tiles(
 
 
 @gluon.jit
-def first_tile(query, buffers, barriers, first, count, masked, sight, scale, ROW: gl.constexpr, V: gl.constexpr):
-    """State of the rows before a unit's first tile is added to the output, and that tile's weights."""
+def first_tile(
+    query, buffers, barriers, first, count, number, masked, sight, scale, PART: gl.constexpr, ROW: gl.constexpr,
+    V: gl.constexpr,
+):  # fmt: skip
+    """State of the rows before the first tile of unit `number` is added to the output, and that tile's weights."""
     _, key_buffers, value_buffers = buffers
-    keys_free, keys_here, _, values_here = barriers
+    keys_free, keys_here = barriers[:2]
     await_tile(keys_here, count, V)
     _await_query()
     scores = add_keys(query, key_buffers, count, V)
     if V.has.window:
-        _hide_values(value_buffers, values_here, first, count, sight, V)
+        _hide_values(value_buffers, barriers, first, count, sight, PART, V)
     scores = warpgroup_mma_wait(0, deps=(scores,))
     free_tile(keys_free, count, V)
     scores, factor = _logits(scores, scale, V)
@@ -239,4 +243,7 @@ def first_tile(query, buffers, barriers, first, count, masked, sight, scale, ROW
     weights, largest, total, _ = _softmax(scores, nothing - float("inf"), nothing, factor, True)
     outputs = no_output(V)
     weights = gl.convert_layout(weights.to(key_buffers.dtype), gl.DotOperandLayout(0, outputs[0].type.layout, 2))
+    if hide_together(V):
+        values_hidden = barriers[4]
+        mbarrier.wait(values_hidden, number & 1)
     return (largest, total, outputs), weights

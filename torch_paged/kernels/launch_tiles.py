@@ -14,7 +14,6 @@ SHARED = 1024  # query tokens of a sequence, on average, from which on many prog
 LONG = 2048  # or units have many tiles of them
 SHORT_WINDOW = 1024  # keys
 KEPT_CLOSE = 40 * 10**6  # bytes of keys and values that Hopper's L2 cache, of 50 MB, keeps beside all that passes
-FAR_CAP = 4096.0  # of float32, logits as `hopper_tiles` has them are off by 0.001 at larger softcaps
 MOST_ROUNDS = 6  # no more than MOST_TURNS of `alike`
 MANY_UNITS = 128  # of decode: KV heads of all sequences
 
@@ -40,8 +39,7 @@ def copy_rows(problem: Problem, device: Device, rows: int) -> int:
     """Keys of one copy where `attention_hopper` serves sequences of `rows` rows: a block or a part of it; 0: not."""
     numbers = problem.plain_caches and problem.itemsize == 2 and problem.aligned and problem.copyable
     dims = _padded_width(problem) <= 256 and problem.head_dim % 8 == problem.value_dim % 8 == 0
-    options = not problem.features.alibi and not problem.far_cap
-    if not (device.hopper and rows > FEW_ROWS and numbers and dims and options):
+    if not (device.hopper and rows > FEW_ROWS and numbers and dims and not problem.features.alibi):
         return 0
     copied = math.gcd(_hopper_tiles(problem).keys, problem.block_size)
     return copied if copied >= 8 else 0

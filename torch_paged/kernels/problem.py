@@ -63,8 +63,7 @@ class Problem:
     shared_values: bool = False  # value_cache is key_cache[..., :value_dim]
     features: Features = PLAIN_FEATURES
     copyable: bool = True  # the copy engine of Hopper can address every row of the caches
-    short_window: bool = False  # `launch_tiles` has the bounds of this one and the next
-    far_cap: bool = False
+    short_window: bool = False  # no longer than `launch_tiles.SHORT_WINDOW`
 
     @property
     def plain_caches(self) -> bool:

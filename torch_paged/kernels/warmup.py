@@ -15,7 +15,7 @@ from torch_paged.kernels.copy_blocks import copy_blocks
 from torch_paged.kernels.device import device_of
 from torch_paged.kernels.gather_blocks import gather_blocks, scatter_blocks
 from torch_paged.kernels.launch_config import AttentionLaunch, attention_launches
-from torch_paged.kernels.launch_tiles import FAR_CAP, LONG, MANY_ROWS, MANY_UNITS, SHARED, SHORT_WINDOW
+from torch_paged.kernels.launch_tiles import LONG, MANY_ROWS, MANY_UNITS, SHARED, SHORT_WINDOW
 from torch_paged.kernels.merge_attention import merge_attention
 from torch_paged.kernels.rotary_append import rotary_append
 from torch_paged.kernels.schedule import schedule
@@ -59,9 +59,7 @@ def warmup(
         if rotary_dim is not None:
             _rotate_and_write(model, keys, values, rotary_dim, interleaved)
         models = [model]
-        if given.softcap:  # a large one may have other kernels
-            models.append(model._replace(options=model.options._replace(softcap=2 * FAR_CAP)))
-        if given.sliding_window:  # a short one, too
+        if given.sliding_window:  # a short one may have other kernels
             models.append(model._replace(options=model.options._replace(sliding_window=1)))
         for its_values in [values] if value_head_dim >= head_dim else [values, keys[..., :value_head_dim]]:
             known: set[AttentionLaunch] = set()
