@@ -32,9 +32,9 @@ def warmup(
 ) -> int:
     """Compile every Triton kernel that a model needs, so that no request waits for the compiler.
 
-    Which kernel runs depends on shapes, dtypes and options, here and there also on the size of the batch and on whether
-    a window is short, never on lengths or the table's width. All of these are compiled: after this
-    nothing compiles while serving. A model whose layers differ in their options calls it once for each kind of layer.
+    Which kernel runs depends on shapes, dtypes and options, here and there also on the size of the batch and on
+    whether a window is short, never on lengths or the table's width. All of these are compiled: after this nothing
+    compiles while serving. A model whose layers differ in their options calls it once for each kind of layer.
 
     Args:
         num_heads, num_kv_heads, head_dim, value_head_dim, block_size: of the model and its cache.
