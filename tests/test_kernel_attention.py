@@ -168,7 +168,6 @@ def test_cache_without_blocks():
 @pytest.mark.parametrize("layout", ["query", "caches", "offset"])
 def test_rows_that_do_not_start_at_vectors(layout):
     inputs = attention_inputs(**BATCHES["mixed"], device=DEVICE, dtype=torch.bfloat16)
-    expected, _ = attention(*arguments(inputs), True, PLAIN)
 
     def widened(tensor, front):
         room = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 3), torch.nan, dtype=tensor.dtype, device=DEVICE)
@@ -182,7 +181,13 @@ def test_rows_that_do_not_start_at_vectors(layout):
         inputs = inputs._replace(
             key_cache=widened(inputs.key_cache, front), value_cache=widened(inputs.value_cache, front)
         )
-    torch.testing.assert_close(attention(*arguments(inputs), True, PLAIN)[0], expected)
+    output, lse = attention(*arguments(inputs), True, PLAIN)
+    check(inputs, output, lse)
+    exact = inputs._replace(query=inputs.query.double())
+    error = (output.double() - exact.call(reference.attention)).abs()
+    sizes = exact._replace(value_cache=inputs.value_cache.abs()).call(reference.attention)  # of what is added up
+    # Weights and output are rounded, by half of eps each.
+    assert (error <= torch.finfo(output.dtype).eps * sizes).all()
 
 
 def test_tables_and_lengths_may_be_strided_views():
