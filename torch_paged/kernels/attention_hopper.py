@@ -163,7 +163,7 @@ def _attend(PART: gl.constexpr, arguments, V: gl.constexpr):
     ROW: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, V.tile, 16]))
     query, query_strides, scale, num_kv_heads, window, tensors, ring, buffers, barriers = arguments
     queries, _, value_buffers = buffers
-    _, _, values_free, values_here = barriers[:4]
+    _, _, values_free, values_here, _ = barriers
     rows = queries.index(PART)
     lane = lanes_of(PART, ROW)
     if V.block_m > 128:
@@ -263,11 +263,11 @@ def attention_hopper(
         gdc_wait()
     records = gl.allocate_shared_memory(gl.int32, [RING, RECORD], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     ring = (records, units_free, units_here)
-    barriers = (keys_free, keys_here, values_free, values_here)
+    values_hidden = ()  # nobody waits: Triton's tuples hold no None
     if hide_together(V):
-        values_hidden = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-        mbarrier.init(values_hidden.index(0), count=PARTS)
-        barriers += (values_hidden.index(0),)  # type: ignore[assignment]
+        values_hidden = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout()).index(0)
+        mbarrier.init(values_hidden, count=PARTS)
+    barriers = (keys_free, keys_here, values_free, values_here, values_hidden)
     work = (block_table, table_stride, num_blocks, num_kv_heads, window)
     tensors = (output, lse, partial, handoff, sinks, num_seqs)
     attend = (query, query_strides, scale, num_kv_heads, window, tensors, ring, buffers, barriers)

@@ -148,7 +148,7 @@ def _hide_values(values, barriers, tile, count, sight, PART: gl.constexpr, V: gl
     PARTS: gl.constexpr = V.block_m // PART_ROWS
     PIECES: gl.constexpr = columns_of(V.value_dim) // COLUMNS
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [gl.num_warps(), 1], [1, 0])
-    values_here = barriers[3]
+    _, _, _, values_here, values_hidden = barriers
     _visible, low, keys, _window = sight
     begin = gl.maximum(low // V.copy_rows * V.copy_rows - tile * V.tile, 0)
     end = _placed(low, keys, V) - tile * V.tile
@@ -165,7 +165,6 @@ def _hide_values(values, barriers, tile, count, sight, PART: gl.constexpr, V: gl
         fence_async_shared()
         barrier()
     if hide_together(V):
-        values_hidden = barriers[4]
         mbarrier.arrive(values_hidden, count=1)
 
 
@@ -201,7 +200,7 @@ def attend_tiles(
     """
     largest, total, outputs = state
     _, key_buffers, value_buffers = buffers
-    keys_free, keys_here, values_free, values_here = barriers[:4]
+    keys_free, keys_here, values_free, values_here, _ = barriers
     for tile in range(first, last):
         await_tile(keys_here, count + 1, V)
         scores = add_keys(query, key_buffers, count + 1, V)
@@ -228,7 +227,7 @@ def first_tile(
 ):  # fmt: skip
     """State of the rows before the first tile of unit `number` is added to the output, and that tile's weights."""
     _, key_buffers, value_buffers = buffers
-    keys_free, keys_here = barriers[:2]
+    keys_free, keys_here, _, _, values_hidden = barriers
     await_tile(keys_here, count, V)
     _await_query()
     scores = add_keys(query, key_buffers, count, V)
@@ -244,6 +243,5 @@ def first_tile(
     outputs = no_output(V)
     weights = gl.convert_layout(weights.to(key_buffers.dtype), gl.DotOperandLayout(0, outputs[0].type.layout, 2))
     if hide_together(V):
-        values_hidden = barriers[4]
         mbarrier.wait(values_hidden, number & 1)
     return (largest, total, outputs), weights
